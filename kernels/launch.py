@@ -1,0 +1,82 @@
+"""Launches a kernel, or records the launch for the audit, which compiles it for a GPU that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Largest shared memory of one block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability: the opt-in maximum per block).
+SHARED_MEMORY = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that a launch configuration is chosen for. ``INTERPRETER`` stands for Triton's interpreter."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+
+INTERPRETER = Target((0, 0), 4, 1 << 30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: ``kernel[grid](**arguments, num_warps=..., num_stages=...)``."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+_recording: tuple[Target, list[Launch]] | None = None
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def target(device: torch.device) -> Target:
+    if _recording is not None:
+        return _recording[0]
+    if device.type == "cuda":
+        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    return INTERPRETER
+
+
+@contextlib.contextmanager
+def record(for_target: Target) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, on meta tensors, instead of running them; configurations are ``for_target``'s.
+
+    One thread at a time: a tool for the audit, not for programs that train.
+    """
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("record() does not nest")
+    launches: list[Launch] = []
+    _recording = for_target, launches
+    try:
+        yield launches
+    finally:
+        _recording = None
+
+
+def launch(kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments) -> None:
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
+    else:
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)

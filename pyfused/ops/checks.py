@@ -1,0 +1,53 @@
+"""Argument checks shared by the operators.
+
+Each names the argument, what was expected and what came. None reads a tensor's values: that would synchronise the
+device and break graph capture; only Python numbers are checked for range.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensor(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def shape(operator: str, name: str, value: torch.Tensor, expected: tuple[int, ...], letters: str) -> None:
+    if value.shape != expected:
+        raise ValueError(f"{operator}: {name} must have shape {letters} = {expected}, got {tuple(value.shape)}")
+
+
+def dtype(operator: str, name: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in allowed:
+        expected = " or ".join(str(item) for item in allowed)
+        raise TypeError(f"{operator}: {name} must have dtype {expected}, got {value.dtype}")
+
+
+def same_device(operator: str, name: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{operator}: {name} must be on {device} like x, got {value.device}")
+
+
+def finite(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{operator}: {name} must be a Python number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{operator}: {name} must be finite, got {value}")
+
+
+def probability(operator: str, name: str, value: object) -> None:
+    finite(operator, name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{operator}: {name} must be in [0, 1), got {value}")
+
+
+def one_of(operator: str, name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{operator}: {name} must be one of {allowed}, got {value!r}")

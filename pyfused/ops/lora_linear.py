@@ -1,0 +1,257 @@
+"""``lora_linear``: contract, autograd and public function.
+
+    y = x W^T + b + s (drop(x) A^T) B^T         P  = drop(x) A^T        (M, R)
+    dx = dy W + mask (Q A) / (1 - p)            Q  = s dy B             (M, R)
+    dA = Q^T drop(x)                            dB = s dy^T P
+
+The raw operators see x as (B, L, K) with any strides; row m of the mathematics is b * L + l. Backward saves x and P,
+never drop(x) and never a mask: the mask is drawn again from the seed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfused import backend as backends
+from pyfused import observe
+from pyfused.ops import checks, registry
+
+MAX_RANK = 256
+PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas")}
+
+
+def _rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:
+    """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
+    batch, length, _ = x.shape
+    if channels_first:
+        return x.new_empty((batch, width, length)).transpose(1, 2)
+    return x.new_empty((batch, length, width))
+
+
+def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
+    rows = x.shape[0] * x.shape[1] if save else 0
+    return _rows_like(x, weight.shape[0], channels_first), x.new_empty((rows, lora_a.shape[0]))
+
+
+def _fake_bwd(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db):
+    dx = _rows_like(dy, lora_a.shape[1], channels_first) if need_dx else dy.new_empty(0)
+    da = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else lora_a.new_empty(0)
+    db = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_db else lora_b.new_empty(0)
+    return dx, da, db
+
+
+# ``save`` asks for P, which is empty otherwise; a gradient that is not needed comes back empty.
+_fwd = registry.define(
+    "lora_linear",
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scaling, "
+    "float dropout_p, bool channels_first, str plan, bool save) -> (Tensor y, Tensor p)",
+    _fake_fwd,
+)
+_bwd = registry.define(
+    "lora_linear",
+    "bwd",
+    "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? p, Tensor? seed, float scaling, "
+    "float dropout_p, bool channels_first, str plan, bool need_dx, bool need_da, bool need_db) "
+    "-> (Tensor dx, Tensor da, Tensor db)",
+    _fake_bwd,
+)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backend):
+        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        y, p = _fwd[backend](
+            x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x if need_a or need_weight else None,
+            weight if need_x else None,
+            lora_a,
+            lora_b,
+            p if need_b else None,
+            seed,
+        )
+        ctx.settings = scaling, dropout_p, channels_first, plan, backend
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
+        scaling, dropout_p, channels_first, plan, backend = ctx.settings
+        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        dx = da = db = dw = dbias = None
+        if need_x or need_a or need_b:
+            dx, da, db = _bwd[backend](
+                dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_x, need_a, need_b
+            )
+        if need_weight:
+            dw = torch.einsum("bln,blk->nk", dy, x).to(ctx.weight_dtype)
+        if need_bias:
+            dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
+        return (
+            dx if need_x else None, dw, da if need_a else None, db if need_b else None, dbias,
+            None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    channel_dim: int = -1,
+    plan: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer with its low-rank update in one call: ``x W^T + b + scaling (drop(x) A^T) B^T``.
+
+    Args:
+        x: (..., K); with ``channel_dim=1`` (B, K, ...), as a 1x1 convolution sees it. float32, float16, bfloat16, and
+            float64 on the portable backend. Any strides.
+        weight: (N, K), x's dtype. Under autocast any floating dtype: it is cast inside the operator.
+        lora_a: (R, K), 1 <= R <= 256; x's dtype or float32. A float32 parameter is cast to x's dtype for the products;
+            its gradient is accumulated and returned in float32. (PEFT computes that branch in float32 instead.)
+        lora_b: (N, R), as ``lora_a``.
+        bias: (N,) or None, weight's dtype.
+        scaling: factor of the low-rank term, usually alpha / R. Default 1.
+        dropout_p: probability of zeroing an element of x on its way into the low-rank term, in [0, 1). Default 0.
+        training: dropout acts only when True (the default).
+        seed: int, or int64 tensor of one element on x's device: the key of the dropout mask. None (the default) draws
+            one from torch's generator of that device. The same seed gives the same mask on every backend.
+        channel_dim: -1 (the default) or 1.
+        plan: "auto" (the default), "blas", and on triton also "one_launch" or "shrink_expand".
+        backend: "auto" (the default), "portable", "triton" or "cuda".
+
+    Returns:
+        (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...) in x's memory
+        format. Every argument that requires grad gets its exact gradient; differentiating twice raises.
+
+    Raises:
+        ValueError: a shape, device, number, plan or backend name is wrong.
+        TypeError: a dtype or an argument's type is wrong.
+        RuntimeError: the backend that was asked for cannot serve the call.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    name = "lora_linear"
+    _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    else:
+        checks.dtype(name, "weight", weight, (dtype,))
+        if bias is not None:
+            checks.dtype(name, "bias", bias, (dtype,))
+    chosen = backends.choose(backend, x.device, dtype)
+    checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
+    if observe.observers:
+        observe.notify(name, backend=chosen, plan=plan, x=x, weight=weight, lora_a=lora_a, dropout_p=dropout_p)
+
+    dropout_p = float(dropout_p) if training else 0.0
+    seed = _seed(name, seed, x.device) if dropout_p > 0.0 else None
+    rows, channels_first = _as_rows(x, channel_dim)
+    grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    arguments = rows, weight, lora_a, lora_b, bias, seed, float(scaling), dropout_p, channels_first, plan
+    if grad:
+        y = _LoRALinear.apply(*arguments, chosen)
+    else:
+        y, _ = _fwd[chosen](*arguments, False)
+    return _from_rows(y, x, channel_dim, channels_first)
+
+
+def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:
+    checks.tensor(name, "x", x)
+    checks.one_of(name, "channel_dim", channel_dim, (-1, 1))
+    checks.dtype(name, "x", x, checks.FLOATING)
+    least = 1 if channel_dim == -1 else 3
+    if x.dim() < least:
+        raise ValueError(f"{name}: x must have at least {least} dimensions, got shape {tuple(x.shape)}")
+    checks.tensor(name, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: weight must have shape (N, K), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if k < 1 or n < 1 or x.shape[channel_dim] != k:
+        raise ValueError(
+            f"{name}: x must have weight's K = {k} in dimension {channel_dim}, got shape {tuple(x.shape)} "
+            f"with weight (N, K) = {(n, k)}"
+        )
+    checks.tensor(name, "lora_a", lora_a)
+    checks.tensor(name, "lora_b", lora_b)
+    rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(
+            f"{name}: lora_a must have shape (R, K) with 1 <= R <= {MAX_RANK}, got {tuple(lora_a.shape)}"
+        )
+    checks.shape(name, "lora_a", lora_a, (rank, k), "(R, K)")
+    checks.shape(name, "lora_b", lora_b, (n, rank), "(N, R)")
+    checks.dtype(name, "weight", weight, checks.FLOATING)
+    allowed = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    if torch.is_autocast_enabled(x.device.type):
+        allowed = checks.FLOATING
+    for parameter, value in (("lora_a", lora_a), ("lora_b", lora_b)):
+        checks.dtype(name, parameter, value, allowed)
+        checks.same_device(name, parameter, value, x.device)
+    checks.same_device(name, "weight", weight, x.device)
+    if bias is not None:
+        checks.tensor(name, "bias", bias)
+        checks.shape(name, "bias", bias, (n,), "(N,)")
+        checks.dtype(name, "bias", bias, checks.FLOATING)
+        checks.same_device(name, "bias", bias, x.device)
+    checks.finite(name, "scaling", scaling)
+    checks.probability(name, "dropout_p", dropout_p)
+
+
+def _seed(name: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """The dropout key as a one-element int64 tensor on ``device``; drawing it there needs no synchronisation."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{name}: seed must fit a signed 64-bit integer, got {seed}")
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    checks.tensor(name, "seed", seed)
+    checks.dtype(name, "seed", seed, (torch.int64,))
+    if seed.numel() != 1:
+        raise ValueError(f"{name}: seed must have one element, got shape {tuple(seed.shape)}")
+    checks.same_device(name, "seed", seed, device)
+    return seed.reshape(1)
+
+
+def _as_rows(x: Tensor, channel_dim: int) -> tuple[Tensor, bool]:
+    """x as (B, L, K), a view where strides allow it, and whether memory runs (B, K, L)."""
+    if channel_dim == 1:
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1]), False
+        return x.flatten(2).transpose(1, 2), True
+    if x.dim() == 3 and not x.is_contiguous():
+        return x, False
+    return x.reshape(1, -1, x.shape[-1]), False
+
+
+def _from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:
+    if channel_dim == -1:
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    if channels_first:
+        return y.transpose(1, 2).reshape(x.shape[0], y.shape[-1], *x.shape[2:])
+    batch, _, height, width = x.shape
+    return y.reshape(batch, height, width, y.shape[-1]).permute(0, 3, 1, 2)

@@ -1,0 +1,51 @@
+"""One schema per direction of an operator, one ``torch.library`` namespace per backend that implements it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+# Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
+_HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
+_libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in _HOMES}
+
+
+def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[str, torch._ops.OpOverload]:
+    """Register ``<operator>_<direction><schema>`` in every backend's namespace; returns backend -> raw operator.
+
+    Implementations are imported at the first call, so that importing pyfused needs torch alone.
+    """
+    name = f"{operator}_{direction}"
+    overloads = {}
+    for backend, home in _HOMES.items():
+        library = _libraries[backend]
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, _lazy(f"{home}.{operator}", name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
+        overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default
+        library.impl(name, functools.partial(_refuse_gradient, overload), "Autograd", with_keyset=True)
+        overloads[backend] = overload
+    return overloads
+
+
+def _lazy(module: str, name: str) -> Callable:
+    def implementation(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return implementation
+
+
+def _refuse_gradient(overload, keyset, *args, **kwargs):
+    # Without this kernel torch would run the raw operator and drop the gradient without a word.
+    if torch.is_grad_enabled():
+        for argument, value in zip(overload._schema.arguments, args, strict=False):
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{overload}: {argument.name} requires grad, but a raw operator has no derivative; "
+                    "call the public function of pyfused, or run under torch.no_grad()"
+                )
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""The operators' raw contracts in plain torch: any device, any floating dtype."""

@@ -1,0 +1,133 @@
+"""``lora_linear`` in plain torch: the library's GEMM, then the rank-r term added in place (plan ``blas``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyfused.portable.philox import dropout_
+
+# Frozen weights in the dtype that autocast asked for: weight -> ((version, address, dtype), cast copy).
+_casts = WeakTensorKeyDictionary()
+# Rows handled at a time where a float32 copy of a 16-bit activation is needed.
+_ROWS = 1024
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    channels_first: bool,
+    plan: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
+    weight, bias = _cast_frozen(weight, x.dtype), None if bias is None else bias.to(x.dtype)
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        p = _product(_dropped(x, seed, dropout_p), lora_a, channels_first)
+        y = _product(x, weight, channels_first, bias)
+        _add_product_(y, p, lora_b, scaling, channels_first)
+    return y, p.reshape(-1, p.shape[-1]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    p: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    channels_first: bool,
+    plan: str,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
+    dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    with torch.autocast(dy.device.type, enabled=False):
+        if need_dx or need_da:
+            q = _product(dy, lora_b.to(dy.dtype).t(), channels_first).mul_(scaling)
+        if need_dx:
+            dx = _product(dy, _cast_frozen(weight, dy.dtype).t(), channels_first)
+            a = lora_a.to(dy.dtype)
+            if dropout_p > 0.0:
+                low_rank = _product(q, a.t(), channels_first=False)
+                dropout_(low_rank.view(-1, a.shape[1]), seed, dropout_p)
+                dx.add_(low_rank)
+            else:
+                _add_product_(dx, q, a.t(), 1.0, channels_first)
+        if need_da:
+            da = _sum_outer(q, _dropped(x, seed, dropout_p), lora_a.dtype)
+        if need_db:
+            db = _sum_outer(dy, p.view(*dy.shape[:2], -1), lora_b.dtype).mul_(scaling)
+    return dx, da, db
+
+
+def _product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), in the memory layout that ``channels_first`` names."""
+    if channels_first:
+        batched = weight.expand(x.shape[0], *weight.shape)
+        if bias is None:
+            return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
+        return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    return y.view(*x.shape[:2], -1)
+
+
+def _add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float, channels_first: bool) -> None:
+    """y += alpha x W^T, with one rounding and no temporary."""
+    if channels_first:
+        y.transpose(1, 2).baddbmm_(weight.expand(x.shape[0], *weight.shape), x.transpose(1, 2), alpha=alpha)
+    else:
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=alpha)
+
+
+def _sum_outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
+    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if left.dtype == dtype:
+        return left.t().mm(right)
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
+    for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        total.addmm_(a.to(dtype).t(), b.to(dtype))
+    return total
+
+
+def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """drop(x), as fresh rows in memory when dropout acts."""
+    if p == 0.0:
+        return x
+    rows = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    dropout_(rows.view(-1, x.shape[-1]), seed, p)
+    return rows
+
+
+def _cast_frozen(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype``; one that does not train is cast once and the copy kept for as long as it lives.
+
+    A change made through ``weight.data`` in place, which torch does not count as a new version, is not noticed.
+    """
+    if weight.dtype == dtype:
+        return weight
+    if weight.requires_grad or weight.is_inference():
+        return weight.to(dtype)
+    state = weight._version, weight.data_ptr(), dtype
+    kept = _casts.get(weight)
+    if kept is None or kept[0] != state:
+        kept = state, weight.to(dtype)
+        _casts[weight] = kept
+    return kept[1]
