@@ -80,3 +80,13 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **
         _recording[1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
     else:
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: for float32, torch's own setting for matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

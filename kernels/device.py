@@ -1,0 +1,38 @@
+"""Device functions that the kernel families share."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from pyfused.kernels import interpreter
+
+if knobs.runtime.interpret:
+    interpreter.mend()
+
+
+@triton.jit
+def dropout_keep_mask(seed, rows, column_start, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The elements dropout keeps: rows [BLOCK_ROWS] int64, columns from column_start, a multiple of 4.
+
+    Philox-4x32-10, counter (column // 4, row low, row high, 0), lane column % 4: one call serves four columns.
+    """
+    quads = column_start // 4 + tl.arange(0, BLOCK_COLUMNS // 4)
+    zero = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 4), dtype=tl.int32)
+    quad = zero + quads.to(tl.int32)[None, :]
+    row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)[:, None]
+    row_high = zero + (rows >> 32).to(tl.int32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, quad, row_low, row_high, zero)
+    limit = threshold.to(tl.uint32)
+    even = tl.join(w0 >= limit, w2 >= limit)
+    odd = tl.join(w1 >= limit, w3 >= limit)
+    # The last two dimensions are (lane // 2, lane % 2), so that the reshape puts the lanes in order.
+    return tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLUMNS))
+
+
+@triton.jit
+def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of program ``pid``: groups of GROUP_M rows of tiles go together, so that their operands stay in L2."""
+    per_group = GROUP_M * tiles_n
+    first = (pid // per_group) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % per_group) % height, (pid % per_group) // height

@@ -1,0 +1,447 @@
+"""``lora_linear`` in Triton.
+
+    y = x W^T + b + s P B^T        P = drop(x) A^T
+    dx = dy W + s mask (P' A)      P' = dy B        dA = s P'^T drop(x)        dB = s dy^T P
+
+Without dropout dx is y's own kernel on (dy, W^T, B^T, A^T). Letters: M rows, N out, K in, R rank; x is (B, L, K) with
+any strides and row m is b * L + l; P and P' are (M, R), unscaled.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.device import dropout_keep_mask, swizzle
+from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, target
+from pyfused.kernels.lora_linear_plan import block_rank, choose_plan, gemm_config, shrink_config, wgrad_config
+
+
+@triton.jit
+def _lora_gemm_kernel(
+    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
+    length, n, k, rank, tiles_l, tiles_m, tiles_n,
+    stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    stride_yb, stride_yl, stride_yn,
+    scaling, inverse_keep, threshold,
+    OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
+
+    DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself (dx).
+    """
+    pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    batch = (pid_m // tiles_l).to(tl.int64)
+    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = batch * length + offs_l
+    ok_l, ok_n = offs_l < length, offs_n < n
+    dtype = x_ptr.dtype.element_ty
+    step_k = tl.full((), BLOCK_K, tl.int64)
+
+    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(tl.int64)[:, None] * stride_xl + offs_k.to(tl.int64)[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if OWN_P:
+        offs_r = tl.arange(0, BLOCK_R)
+        ok_r = offs_r < rank
+        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
+        p_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if DROP_X or DROP_P:
+        seed = tl.load(seed_ptr)
+    for start in range(0, tl.cdiv(k, BLOCK_K)):
+        ok_k = offs_k < k - start * BLOCK_K
+        x = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if OWN_P:
+            a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_R]
+            if DROP_X:
+                keep = dropout_keep_mask(seed, rows, start * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
+                x = tl.where(keep, x, 0.0).to(dtype)
+            p_acc = tl.dot(x, a, p_acc, input_precision=PRECISION)
+            a_ptrs += step_k * stride_ak
+        x_ptrs += step_k * stride_xk
+        w_ptrs += step_k * stride_wk
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=ok_n, other=0.0).to(tl.float32)[None, :]
+    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
+    if OWN_P:
+        if DROP_X:
+            p_acc *= inverse_keep
+        if SAVE_P:
+            if pid_n == 0:
+                p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+                tl.store(p_ptrs, p_acc.to(dtype), mask=ok_l[:, None] & ok_r[None, :])
+        b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
+        p = (p_acc * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
+        if DROP_P:
+            low_rank = tl.dot(p, b, input_precision=PRECISION)
+        else:
+            acc = tl.dot(p, b, acc, input_precision=PRECISION)
+    else:
+        low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) if DROP_P else acc
+        for start_r in range(0, tl.cdiv(rank, BLOCK_R)):
+            offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
+            ok_r = offs_r < rank
+            p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+            p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)
+            p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
+            b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
+            low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
+        if not DROP_P:
+            acc = low_rank
+    if DROP_P:
+        keep = dropout_keep_mask(seed, rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
+        acc += tl.where(keep, low_rank * inverse_keep, 0.0)
+
+    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(tl.int64)[:, None] * stride_yl + offs_n.to(tl.int64)[None, :] * stride_yn
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    x_ptr, a_ptr, p_ptr, seed_ptr,
+    length, rows_total, k, rank, tiles_l, steps,
+    stride_xb, stride_xl, stride_xk, stride_ar, stride_ak,
+    inverse_keep, threshold,
+    DROP_X: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """P[split] (M, R) = drop(x) A^T over the split's ``steps`` blocks of K."""
+    pid_m, split = tl.program_id(0), tl.program_id(1)
+    batch = (pid_m // tiles_l).to(tl.int64)
+    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = batch * length + offs_l
+    offs_r = tl.arange(0, BLOCK_R)
+    ok_l, ok_r = offs_l < length, offs_r < rank
+    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(tl.int64)[:, None] * stride_xl
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if DROP_X:
+        seed = tl.load(seed_ptr)
+    for step in range(0, steps):
+        start = (split * steps + step) * BLOCK_K
+        offs_k = start + tl.arange(0, BLOCK_K)
+        ok_k = offs_k < k
+        x = tl.load(
+            x_ptrs + offs_k.to(tl.int64)[None, :] * stride_xk, mask=ok_l[:, None] & ok_k[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
+        a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
+        if DROP_X:
+            keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0).to(x.dtype)
+        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+    if DROP_X:
+        acc *= inverse_keep
+    p_ptrs = p_ptr + (split.to(tl.int64) * rows_total + rows[:, None]) * rank + offs_r[None, :]
+    tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
+
+
+@triton.jit
+def _lora_wgrad_kernel(
+    t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
+    length, rows_total, columns, rank, tiles_l, tiles_m, steps,
+    stride_tb, stride_tl, stride_tc, stride_fc, stride_fr, stride_gs, stride_gc, stride_gr,
+    inverse_keep, threshold,
+    DROP_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows.
+
+    With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = t f, a part of t's own product.
+    """
+    pid_c, split = tl.program_id(0), tl.program_id(1)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    ok_c, ok_r = offs_c < columns, offs_r < rank
+    acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
+    if DROP_T:
+        seed = tl.load(seed_ptr)
+    if f_ptr is not None:
+        f_ptrs = f_ptr + offs_c.to(tl.int64)[:, None] * stride_fc + offs_r[None, :] * stride_fr
+        f = tl.load(f_ptrs, mask=ok_c[:, None] & ok_r[None, :], other=0.0).to(t_ptr.dtype.element_ty)
+    for step in range(0, steps):
+        tile = split * steps + step
+        batch = (tile // tiles_l).to(tl.int64)
+        offs_l = (tile % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = batch * length + offs_l
+        ok_l = (offs_l < length) & (tile < tiles_m)
+        t_ptrs = t_ptr + batch * stride_tb + offs_l.to(tl.int64)[:, None] * stride_tl + offs_c.to(tl.int64)[None, :] * stride_tc
+        t = tl.load(t_ptrs, mask=ok_l[:, None] & ok_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+        p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if f_ptr is not None:
+            q = tl.dot(t, f, input_precision=PRECISION)
+            q_ptrs = q_ptr + (pid_c.to(tl.int64) * rows_total + rows[:, None]) * rank + offs_r[None, :]
+            tl.store(q_ptrs, q, mask=ok_l[:, None] & ok_r[None, :])
+        if DROP_T:
+            keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
+            t = tl.where(keep, t, 0.0).to(t.dtype)
+        acc = tl.dot(tl.trans(t), p, acc, input_precision=PRECISION)
+    if DROP_T:
+        acc *= inverse_keep
+    g_ptrs = g_ptr + split.to(tl.int64) * stride_gs + offs_c.to(tl.int64)[:, None] * stride_gc + offs_r[None, :] * stride_gr
+    tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
+
+
+@triton.jit
+def _lora_expand_kernel(
+    y_ptr, p_ptr, b_ptr, seed_ptr,
+    length, n, rank, tiles_l,
+    stride_yb, stride_yl, stride_yn, stride_bn, stride_br,
+    scaling, inverse_keep, threshold,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y += s mask (P B^T) in place, for plan blas, whose GEMM is the library's."""
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    batch = (pid_m // tiles_l).to(tl.int64)
+    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = batch * length + offs_l
+    ok_l, ok_n = offs_l < length, offs_n < n
+    low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_r in range(0, tl.cdiv(rank, BLOCK_R)):
+        offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        ok_r = offs_r < rank
+        p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+        p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_r[:, None] * stride_br
+        b = tl.load(b_ptrs, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(p.dtype)  # [BLOCK_R, BLOCK_N]
+        low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
+    keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
+    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(tl.int64)[:, None] * stride_yl + offs_n.to(tl.int64)[None, :] * stride_yn
+    ok = ok_l[:, None] & ok_n[None, :]
+    y = tl.load(y_ptrs, mask=ok, other=0.0).to(tl.float32)
+    y += tl.where(keep, low_rank * (scaling * inverse_keep), 0.0)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, out_ptr, elements, splits, scaling, BLOCK: tl.constexpr):
+    """out = scaling * sum over splits, always in the same order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = offs < elements
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(partial_ptr + offs, mask=ok, other=0.0)
+        partial_ptr += elements
+    tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def _rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tensor:
+    batch, length, _ = x.shape
+    if channels_first:
+        return x.new_empty((batch, width, length)).transpose(1, 2)
+    return x.new_empty((batch, length, width))
+
+
+def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
+    return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
+
+
+def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_p=False, drop_x=False, drop_p=False):
+    """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
+    (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
+    config = gemm_config(batch, length, n, rank, own_p, drop_p, x.dtype, target(x.device))
+    tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
+    launch(
+        _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
+        x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
+        length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
+        stride_xb=x.stride(0), stride_xl=x.stride(1), stride_xk=x.stride(2),
+        stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
+        stride_bn=b.stride(0), stride_br=b.stride(1),
+        stride_yb=y.stride(0), stride_yl=y.stride(1), stride_yn=y.stride(2),
+        scaling=scaling, **_dropout_arguments(seed, dropout_p),
+        OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, PRECISION=dot_precision(x.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=block_rank(rank) if own_p else min(block_rank(rank), 64), GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+    """P (M, R) = drop(x) a^T in x's dtype."""
+    (batch, length, k), rank = x.shape, a.shape[0]
+    config = shrink_config(batch, length, k, rank, x.dtype, target(x.device))
+    p = x.new_empty((batch * length, rank))
+    parts = p if config.splits == 1 else p.new_empty((config.splits, *p.shape), dtype=torch.float32)
+    tiles_l = triton.cdiv(length, config.block_m)
+    launch(
+        _lora_shrink_kernel, (batch * tiles_l, config.splits),
+        x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
+        steps=triton.cdiv(triton.cdiv(k, config.block_c), config.splits),
+        stride_xb=x.stride(0), stride_xl=x.stride(1), stride_xk=x.stride(2), stride_ar=a.stride(0), stride_ak=a.stride(1),
+        **_dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0, PRECISION=dot_precision(x.dtype),
+        BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if config.splits > 1:
+        _sum_partials(parts, p, 1.0)
+    return p
+
+
+def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
+    """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
+    (batch, length, columns), rank = t.shape, p.shape[1]
+    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device))
+    tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
+    steps = triton.cdiv(batch * tiles_l, config.splits)
+    parts = torch.empty((config.splits, *gradient.shape), dtype=torch.float32, device=t.device)
+    if gradient.stride(1) != 1:
+        parts = parts.view(config.splits, *gradient.shape[::-1]).transpose(1, 2)
+    q_parts = None if factor is None else parts.new_empty((tiles_c, batch * length, rank))
+    launch(
+        _lora_wgrad_kernel, (tiles_c, config.splits),
+        t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
+        length=length, rows_total=batch * length, columns=columns, rank=rank,
+        tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
+        stride_tb=t.stride(0), stride_tl=t.stride(1), stride_tc=t.stride(2),
+        stride_fc=0 if factor is None else factor.stride(0), stride_fr=0 if factor is None else factor.stride(1),
+        stride_gs=parts.stride(0), stride_gc=parts.stride(1), stride_gr=parts.stride(2),
+        **_dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, PRECISION=dot_precision(t.dtype),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    _sum_partials(parts, gradient, scaling)
+    if factor is None:
+        return None
+    q = t.new_empty((batch * length, rank))
+    _sum_partials(q_parts, q, 1.0)
+    return q
+
+
+def _sum_partials(parts: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
+    """out <- scaling parts.sum(0); both dense with the same order of elements."""
+    launch(
+        _sum_partials_kernel, (triton.cdiv(out.numel(), 1024),),
+        partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling, BLOCK=1024,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def lora_linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    channels_first: bool,
+    plan: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, L, N) and P (M, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
+    (batch, length, k), (n, rank) = x.shape, lora_b.shape
+    plan = _resolve(plan, batch * length, n, k, rank, dropout_p, x)
+    p = x.new_empty((batch * length if save else 0, rank))
+    if batch * length == 0:
+        return _rows_like(x, n, channels_first), p
+    with device_guard(x):
+        if plan == "blas":
+            p = _shrink(x, lora_a, seed, dropout_p)
+            y = _blas_product(x, weight, bias, channels_first)
+            _blas_add_(y, p, lora_b, scaling)
+        else:
+            y = _rows_like(x, n, channels_first)
+            own = plan == "one_launch"
+            if not own:
+                p = _shrink(x, lora_a, seed, dropout_p)
+            _gemm(
+                x, weight, lora_a, lora_b, bias, p, y, seed, scaling, dropout_p,
+                own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0,
+            )  # fmt: skip
+    return y, p if save else x.new_empty((0, rank))
+
+
+def lora_linear_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    p: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    channels_first: bool,
+    plan: str,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
+    (batch, length, n), (rank, k) = dy.shape, lora_a.shape
+    plan = _resolve(plan, batch * length, k, n, rank, dropout_p, dy)
+    dx = _rows_like(dy, k, channels_first) if need_dx else dy.new_empty(0)
+    da = lora_a.new_empty((rank, k)) if need_da else lora_a.new_empty(0)
+    db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
+    if batch * length == 0:
+        return dx, da.zero_(), db.zero_()
+    with device_guard(dy):
+        own = plan == "one_launch" and need_dx
+        need_q = need_da or need_dx
+        q = None
+        if own:
+            q = dy.new_empty((batch * length, rank))
+        elif need_q and not need_db:
+            q = _shrink(dy, lora_b.t(), None, 0.0)
+        if need_db:
+            made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if need_q and not own else None)
+            q = q if made is None else made
+        if need_dx and plan == "blas":
+            dx = _blas_product(dy, weight.t(), None, channels_first)
+            if dropout_p > 0.0:
+                _expand_(dx, q, lora_a.t(), seed, scaling, dropout_p)
+            else:
+                _blas_add_(dx, q, lora_a.t(), scaling)
+        elif need_dx:
+            _gemm(
+                dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling, dropout_p,
+                own_p=own, save_p=own and need_da, drop_p=dropout_p > 0.0,
+            )  # fmt: skip
+        if need_da:
+            _wgrad(x, q, da.t(), seed, scaling, dropout_p)
+    return dx, da, db
+
+
+def _resolve(plan: str, m: int, n: int, k: int, rank: int, dropout_p: float, x: torch.Tensor) -> str:
+    return choose_plan(m, n, k, rank, dropout_p, x.dtype, target(x.device))[0] if plan == "auto" else plan
+
+
+def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
+    weight = weight.to(x.dtype)
+    if channels_first:
+        batched = weight.expand(x.shape[0], *weight.shape)
+        y = torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
+        return y if bias is None else y.add_(bias)
+    y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:2], -1)
+
+
+def _blas_add_(y, p, b, scaling) -> None:
+    b = b.to(y.dtype)
+    if y.stride(2) == 1:
+        y.view(-1, y.shape[-1]).addmm_(p, b.t(), alpha=scaling)
+    else:
+        y.transpose(1, 2).baddbmm_(b.expand(y.shape[0], *b.shape), p.view(*y.shape[:2], -1).transpose(1, 2), alpha=scaling)
+
+
+def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
+    """y += scaling mask (p b^T)."""
+    (batch, length, n), rank = y.shape, p.shape[1]
+    block = 32 if target(y.device) == INTERPRETER else 128
+    tiles_l = triton.cdiv(length, block)
+    launch(
+        _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
+        y_ptr=y, p_ptr=p, b_ptr=b, length=length, n=n, rank=rank, tiles_l=tiles_l,
+        stride_yb=y.stride(0), stride_yl=y.stride(1), stride_yn=y.stride(2), stride_bn=b.stride(0), stride_br=b.stride(1),
+        scaling=scaling, **_dropout_arguments(seed, dropout_p), PRECISION=dot_precision(y.dtype),
+        BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), 64), num_warps=8, num_stages=2,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Plans and launch configurations of ``lora_linear``: pure functions of shape, dtype and target.
+
+No row has been timed on a GPU yet. Tile shapes come from compiling ahead of time (`pyfused.kernels.audit`: no spills,
+shared memory within the limit) and from counting waves and bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pyfused.kernels.launch import INTERPRETER, Target
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Launch configuration of the base GEMM with its rank-r term."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """Launch configuration of a pass over one tall matrix; ``splits`` cuts the dimension that is summed over."""
+
+    block_m: int
+    block_c: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def block_rank(rank: int) -> int:
+    """The rank padded to what a matrix instruction takes: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def choose_plan(m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, target: Target) -> tuple[str, str]:
+    """(plan, reason) for y (M, N) = x (M, K) W^T and its low-rank term."""
+    if target == INTERPRETER:
+        return "one_launch", "interpreter: one launch is the cheapest to interpret"
+    if dtype == torch.float32:
+        return "blas", "float32: the library's GEMM has no peer in Triton"
+    padded = block_rank(rank)
+    if padded > 64:
+        return "shrink_expand", f"rank {rank}: P of every tile would not fit beside the accumulator"
+    if dropout_p > 0.0:
+        return "shrink_expand", "dropout: the mask is drawn once, not once per column of tiles"
+    # Every tile computes its own P, r / BLOCK_N extra work; a separate pass reads x once more. Equal near this line
+    # by arithmetic at 790 TFLOP/s and 4.3 TB/s with BLOCK_N = 256.
+    limit = 184 * 256 // padded
+    if n < limit:
+        return "one_launch", f"N = {n} < {limit}: recomputing P costs less than another pass over x"
+    return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
+
+
+_GEMM_TILES = (
+    GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
+    GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
+)
+
+
+def gemm_config(
+    batch: int, length: int, n: int, rank: int, own_p: bool, masked: bool, dtype: torch.dtype, target: Target
+) -> GemmConfig:
+    """The tile whose waves over the multiprocessors waste least; ``masked``: a second accumulator for dropout."""
+    if target == INTERPRETER:
+        return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
+    padded = block_rank(rank)
+
+    def fits(tile: GemmConfig) -> bool:
+        size = dtype.itemsize
+        stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k * size
+        epilogue = (tile.block_m + tile.block_n) * min(padded, 64) * size
+        if max(stage * tile.num_stages, epilogue) > target.shared_memory - 2048:
+            return False
+        # Accumulators in registers of one thread; 255 is the most there is and addresses need their share.
+        per_thread = tile.block_m * (tile.block_n * (2 if masked else 1) + (padded if own_p else 0))
+        return per_thread // (32 * tile.num_warps) <= 168
+
+    def cost(tile: GemmConfig) -> float:
+        tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
+        waves = -(-tiles // target.multiprocessors)
+        # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
+        return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
+
+    return min(filter(fits, _GEMM_TILES), key=cost)
+
+
+def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
+    """P = drop(x) A^T: ``splits`` cut K when there are too few row tiles to fill the GPU."""
+    if target == INTERPRETER:
+        return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
+    padded = block_rank(rank)
+    block_m, block_k = (64, 64) if padded <= 128 else (64, 32)
+    tiles = batch * -(-length // block_m)
+    splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
+    return PassConfig(block_m, block_k, splits, num_warps=4, num_stages=4 if dtype.itemsize == 2 else 2)
+
+
+def wgrad_config(batch: int, length: int, columns: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
+    """The sum over rows of dA and dB: ``splits`` cut the rows."""
+    if target == INTERPRETER:
+        return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
+    padded = block_rank(rank)
+    block_c = 128 if padded <= 64 else 64
+    block_m = 64 if dtype.itemsize == 2 else 32
+    tiles = -(-columns // block_c)
+    row_tiles = batch * -(-length // block_m)
+    splits = max(1, min(row_tiles, -(-4 * target.multiprocessors // tiles), 64))
+    return PassConfig(block_m, block_c, splits, num_warps=4 if padded <= 128 else 8, num_stages=3 if dtype.itemsize == 2 else 2)
