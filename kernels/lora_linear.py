@@ -15,8 +15,10 @@ from pyfused.kernels.device import dropout_keep_mask, swizzle
 from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, target
 from pyfused.kernels.lora_linear_plan import block_rank, choose_plan, gemm_config, shrink_config, wgrad_config
 
+# Sizes that change with the batch are not specialised: another number of rows must not compile another kernel.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
@@ -101,7 +103,7 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "steps"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
@@ -140,7 +142,7 @@ def _lora_shrink_kernel(
     tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "tiles_m", "steps"])
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
@@ -187,7 +189,7 @@ def _lora_wgrad_kernel(
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "tiles_l"])
 def _lora_expand_kernel(
     y_ptr, p_ptr, b_ptr, seed_ptr,
     length, n, rank, tiles_l,
@@ -220,7 +222,7 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements", "splits"])
 def _sum_partials_kernel(partial_ptr, out_ptr, elements, splits, scaling, BLOCK: tl.constexpr):
     """out = scaling * sum over splits, always in the same order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -246,7 +248,9 @@ def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]
 def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_p=False, drop_x=False, drop_p=False):
     """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
-    config = gemm_config(batch, length, n, rank, own_p, drop_p, x.dtype, target(x.device))
+    config = gemm_config(
+        batch, length, n, rank, x.dtype, target(x.device), own_p=own_p, drop_x=drop_x, drop_p=drop_p
+    )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
@@ -288,7 +292,9 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
 def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
     """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
-    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device))
+    # Vectors of 16 bytes along whichever dimension is dense.
+    vectorised = all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
+    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=vectorised)
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     parts = torch.empty((config.splits, *gradient.shape), dtype=torch.float32, device=t.device)

@@ -60,33 +60,46 @@ def choose_plan(m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torc
     return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
 
 
-_GEMM_TILES = (
-    GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
-    GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
-    GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
-    GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
-    GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
-)
+_GEMM_TILES = {
+    2: (
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+        GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
+        GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
+        GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
+        GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
+    ),
+    # Exact float32 has no matrix instruction: operands pass through registers and larger tiles spill.
+    4: (GemmConfig(64, 64, 16, num_warps=8, num_stages=2),),
+}
 
 
 def gemm_config(
-    batch: int, length: int, n: int, rank: int, own_p: bool, masked: bool, dtype: torch.dtype, target: Target
+    batch: int,
+    length: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    own_p: bool,
+    drop_x: bool,
+    drop_p: bool,
 ) -> GemmConfig:
-    """The tile whose waves over the multiprocessors waste least; ``masked``: a second accumulator for dropout."""
+    """The tile whose waves over the multiprocessors waste least, among those that fit."""
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
     padded = block_rank(rank)
 
     def fits(tile: GemmConfig) -> bool:
-        size = dtype.itemsize
-        stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k * size
-        epilogue = (tile.block_m + tile.block_n) * min(padded, 64) * size
-        if max(stage * tile.num_stages, epilogue) > target.shared_memory - 2048:
+        stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k
+        epilogue = (tile.block_m + tile.block_n) * min(padded, 64)
+        if max(stage * tile.num_stages, epilogue) * dtype.itemsize > target.shared_memory - 2048:
             return False
-        # Accumulators in registers of one thread; 255 is the most there is and addresses need their share.
-        per_thread = tile.block_m * (tile.block_n * (2 if masked else 1) + (padded if own_p else 0))
-        return per_thread // (32 * tile.num_warps) <= 168
+        # Accumulators of one thread, a second one for a masked rank-r term, and what drawing a mask takes: of the 255
+        # registers that there are, addresses need the rest.
+        accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
+        return accumulators // (32 * tile.num_warps) + (16 if drop_x else 0) <= 168
 
     def cost(tile: GemmConfig) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
@@ -94,28 +107,30 @@ def gemm_config(
         # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
         return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
 
-    return min(filter(fits, _GEMM_TILES), key=cost)
+    return min(filter(fits, _GEMM_TILES[dtype.itemsize]), key=cost)
 
 
 def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
-    """P = drop(x) A^T: ``splits`` cut K when there are too few row tiles to fill the GPU."""
+    """P = drop(x) A^T: ``splits`` cut K when there are too few tiles of rows to fill the GPU."""
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
-    block_m, block_k = (64, 64) if padded <= 128 else (64, 32)
-    tiles = batch * -(-length // block_m)
+    block_k = 64 if padded <= 64 and dtype.itemsize == 2 else 32
+    tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
-    return PassConfig(block_m, block_k, splits, num_warps=4, num_stages=4 if dtype.itemsize == 2 else 2)
+    return PassConfig(64, block_k, splits, num_warps=4 if padded <= 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2)
 
 
-def wgrad_config(batch: int, length: int, columns: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
-    """The sum over rows of dA and dB: ``splits`` cut the rows."""
+def wgrad_config(
+    batch: int, length: int, columns: int, rank: int, dtype: torch.dtype, target: Target, *, vectorised: bool
+) -> PassConfig:
+    """The sum over rows of dA and dB: ``splits`` cut the rows. Loads that do not vectorise need more threads."""
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
     block_c = 128 if padded <= 64 else 64
     block_m = 64 if dtype.itemsize == 2 else 32
     tiles = -(-columns // block_c)
-    row_tiles = batch * -(-length // block_m)
-    splits = max(1, min(row_tiles, -(-4 * target.multiprocessors // tiles), 64))
-    return PassConfig(block_m, block_c, splits, num_warps=4 if padded <= 128 else 8, num_stages=3 if dtype.itemsize == 2 else 2)
+    splits = max(1, min(batch * -(-length // block_m), -(-4 * target.multiprocessors // tiles), 64))
+    warps = 4 if vectorised and padded <= 128 else 8
+    return PassConfig(block_m, block_c, splits, num_warps=warps, num_stages=3 if dtype.itemsize == 2 else 2)

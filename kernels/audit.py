@@ -1,0 +1,210 @@
+"""Compiles every kernel ahead of time, for GPUs that are not there, in the configurations that ship.
+
+``python -m pyfused.kernels.audit`` records the launches of representative calls on meta tensors, compiles each
+distinct one for its target with Triton's own compiler, and reads the machine code. It fails on a register spill, on
+shared memory over the target's limit, and on a 16-bit matrix kernel without tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from pyfused.kernels import lora_linear
+from pyfused.kernels.launch import SHARED_MEMORY, Launch, Target, record
+
+# Multiprocessors of a representative card: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
+TARGETS = tuple(
+    Target(capability, multiprocessors, SHARED_MEMORY[capability])
+    for capability, multiprocessors in (
+        ((8, 0), 108), ((8, 6), 82), ((8, 9), 128), ((9, 0), 132), ((10, 0), 148), ((12, 0), 170),
+    )
+)  # fmt: skip
+
+# Tensor-core instructions in SASS: warp-level, warpgroup-level on Hopper, and tcgen05 on Blackwell.
+_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration for one target, and what the compiler made of it."""
+
+    target: Target
+    label: str
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Finding:
+    case_label: str
+    kernel: str
+    capability: tuple[int, int]
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: str
+    faults: tuple[str, ...]
+
+
+def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
+    """(label, function that makes the launches) at the shapes and ranks that pick each row of the configuration."""
+    shapes = [(1, 8192, 4096, 4096), (1, 2740, 1024, 1024), (32, 49, 80, 76)]
+    ranks, dtypes = [16, 64, 100, 256], [torch.bfloat16]
+    if full:
+        shapes += [(1, 6304, 768, 3072), (1, 6304, 3072, 768), (1, 8192, 4096, 14336), (1, 50, 768, 768)]
+        ranks, dtypes = [1, 8, 16, 32, 64, 100, 128, 256], [torch.bfloat16, torch.float16]
+    for (batch, length, k, n), rank, dtype, p in itertools.product(shapes, ranks, dtypes, (0.0, 0.1)):
+        for plan in ("one_launch", "shrink_expand"):
+            if plan == "one_launch" and lora_linear.block_rank(rank) > 64:
+                continue
+            name = f"{plan} {batch * length}x{k}->{n} r{rank} p{p} {str(dtype)[6:]}"
+            yield name, _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first=batch > 1)
+    yield "fp32 blas p0.1 r16", _lora_linear_call(1, 2740, 1024, 1024, 16, torch.float32, 0.1, "blas", False)
+    yield "fp32 one_launch r16", _lora_linear_call(1, 2740, 1024, 1024, 16, torch.float32, 0.0, "one_launch", False)
+
+
+def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first):
+    def call() -> None:
+        def rows(width):
+            if channels_first:
+                return torch.empty((batch, width, length), dtype=dtype, device="meta").transpose(1, 2)
+            return torch.empty((batch, length, width), dtype=dtype, device="meta")
+
+        def parameter(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, dy, weight = rows(k), rows(n), parameter(n, k)
+        lora_a, lora_b = parameter(rank, k, dtype=torch.float32), parameter(n, rank, dtype=torch.float32)
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0.0 else None
+        _, saved = lora_linear.lora_linear_fwd(
+            x, weight, lora_a, lora_b, parameter(n), seed, 2.0, p, channels_first, plan, True
+        )
+        lora_linear.lora_linear_bwd(
+            dy, x, weight, lora_a, lora_b, saved, seed, 2.0, p, channels_first, plan, True, True, True
+        )
+
+    return call
+
+
+def cases(targets: tuple[Target, ...], full: bool) -> list[Case]:
+    """Every distinct compilation that the representative calls need."""
+    found: dict[tuple, Case] = {}
+    for target in targets:
+        for label, call in representative_calls(full):
+            with record(target) as launches:
+                call()
+            for launch in launches:
+                found.setdefault((target.capability, *_signature(launch, target)[1]), Case(target, label, launch))
+    return list(found.values())
+
+
+def _signature(launch: Launch, target: Target):
+    """The source and options that Triton's launcher would compile, and a key that identifies them."""
+    gpu = GPUTarget("cuda", target.capability[0] * 10 + target.capability[1], 32)
+    backend = make_backend(gpu)
+    function = launch.kernel
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, extra = bind(**launch.arguments, **options)
+    parsed, signature, constants, attributes = function._pack_args(backend, extra, bound, specialization, options)
+    source = ASTSource(function, signature, constants, attributes)
+    key = function.__name__, str(signature), str(constants), str(attributes), str(options)
+    return (gpu, source, parsed), key
+
+
+def compile_case(case: Case) -> Finding:
+    (gpu, source, options), _ = _signature(case.launch, case.target)
+    faults: list[str] = []
+    name = case.launch.kernel.__name__
+    try:
+        compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    except Exception as error:  # the compiler's own failure is a finding like any other
+        return Finding(case.label, name, case.target.capability, 0, 0, 0, 0, "", (f"does not compile: {error}",))
+    usage, sass = _read_cubin(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    shared = compiled.metadata.shared
+    instructions = sorted(set(_TENSOR_CORE.findall(sass)))
+    if spills or stack:
+        faults.append(f"spills: {spills} local accesses, {stack} bytes of stack")
+    if shared > case.target.shared_memory:
+        faults.append(f"shared memory {shared} > {case.target.shared_memory}")
+    sixteen_bit = any(getattr(v, "dtype", None) in (torch.float16, torch.bfloat16) for v in case.launch.arguments.values())
+    if "tt.dot" in compiled.asm["ttir"] and sixteen_bit and not instructions:
+        faults.append("no tensor-core instruction")
+    if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:
+        faults.append("the GEMM does not use wgmma")
+    return Finding(
+        case.label, name, case.target.capability, registers, stack, spills, shared, ",".join(instructions), tuple(faults)
+    )  # fmt: skip
+
+
+def _read_cubin(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, SASS) by the disassembler in Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return tuple(
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pyfused.kernels.audit", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="sweep more shapes, ranks and dtypes")
+    parser.add_argument("--target", action="append", type=int, help="only this capability, for example 90; repeatable")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at work at once")
+    options = parser.parse_args(arguments)
+    targets = tuple(t for t in TARGETS if not options.target or t.capability[0] * 10 + t.capability[1] in options.target)
+    if not targets:
+        parser.error(f"--target must be one of {[t.capability[0] * 10 + t.capability[1] for t in TARGETS]}")
+    work = cases(targets, options.full)
+    bad = 0
+    print(f"{len(work)} compilations for {len(targets)} targets")
+    print(f"{'sm':>4} {'kernel':26} {'regs':>4} {'stack':>5} {'spills':>6} {'shared':>7}  {'tensor cores':14} call")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+        for finding in pool.map(_compile_index, itertools.repeat((targets, options.full)), range(len(work))):
+            sm = finding.capability[0] * 10 + finding.capability[1]
+            print(
+                f"{sm:>4} {finding.kernel:26} {finding.registers:>4} {finding.stack:>5} {finding.spills:>6} "
+                f"{finding.shared:>7}  {finding.instructions:14} {finding.case_label}",
+                flush=True,
+            )
+            for fault in finding.faults:
+                print(f"     FAULT {fault}", flush=True)
+            bad += bool(finding.faults)
+    print(f"{len(work) - bad} passed, {bad} failed")
+    return 1 if bad else 0
+
+
+_work: list[Case] | None = None
+
+
+def _compile_index(what: tuple[tuple[Target, ...], bool], index: int) -> Finding:
+    # Launches hold compiled functions and meta tensors, which do not travel between processes: each lists them anew.
+    global _work
+    if _work is None:
+        _work = cases(*what)
+    return compile_case(_work[index])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
