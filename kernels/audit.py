@@ -102,11 +102,13 @@ def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first)
     return call
 
 
-def cases(targets: tuple[Target, ...], full: bool) -> list[Case]:
-    """Every distinct compilation that the representative calls need."""
+def cases(targets: tuple[Target, ...], full: bool, text: str = "") -> list[Case]:
+    """Every distinct compilation that the representative calls need; only those whose label contains ``text``."""
     found: dict[tuple, Case] = {}
     for target in targets:
         for label, call in representative_calls(full):
+            if text not in label:
+                continue
             with record(target) as launches:
                 call()
             for launch in launches:
@@ -145,14 +147,15 @@ def compile_case(case: Case) -> Finding:
         faults.append(f"spills: {spills} local accesses, {stack} bytes of stack")
     if shared > case.target.shared_memory:
         faults.append(f"shared memory {shared} > {case.target.shared_memory}")
-    sixteen_bit = any(getattr(v, "dtype", None) in (torch.float16, torch.bfloat16) for v in case.launch.arguments.values())
+    sixteen_bit = any(
+        getattr(v, "dtype", None) in (torch.float16, torch.bfloat16) for v in case.launch.arguments.values()
+    )
     if "tt.dot" in compiled.asm["ttir"] and sixteen_bit and not instructions:
         faults.append("no tensor-core instruction")
     if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:
         faults.append("the GEMM does not use wgmma")
-    return Finding(
-        case.label, name, case.target.capability, registers, stack, spills, shared, ",".join(instructions), tuple(faults)
-    )  # fmt: skip
+    found = ",".join(instructions)
+    return Finding(case.label, name, case.target.capability, registers, stack, spills, shared, found, tuple(faults))
 
 
 def _read_cubin(cubin: bytes) -> tuple[str, str]:
@@ -170,18 +173,22 @@ def _read_cubin(cubin: bytes) -> tuple[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyfused.kernels.audit", description=__doc__)
     parser.add_argument("--full", action="store_true", help="sweep more shapes, ranks and dtypes")
+    parser.add_argument("--call", default="", help="only calls whose description contains this text")
     parser.add_argument("--target", action="append", type=int, help="only this capability, for example 90; repeatable")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at work at once")
     options = parser.parse_args(arguments)
-    targets = tuple(t for t in TARGETS if not options.target or t.capability[0] * 10 + t.capability[1] in options.target)
+    targets = tuple(
+        t for t in TARGETS if not options.target or t.capability[0] * 10 + t.capability[1] in options.target
+    )
     if not targets:
         parser.error(f"--target must be one of {[t.capability[0] * 10 + t.capability[1] for t in TARGETS]}")
-    work = cases(targets, options.full)
+    selection = targets, options.full, options.call
+    work = cases(*selection)
     bad = 0
     print(f"{len(work)} compilations for {len(targets)} targets")
     print(f"{'sm':>4} {'kernel':26} {'regs':>4} {'stack':>5} {'spills':>6} {'shared':>7}  {'tensor cores':14} call")
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        for finding in pool.map(_compile_index, itertools.repeat((targets, options.full)), range(len(work))):
+        for finding in pool.map(_compile_index, itertools.repeat(selection), range(len(work))):
             sm = finding.capability[0] * 10 + finding.capability[1]
             print(
                 f"{sm:>4} {finding.kernel:26} {finding.registers:>4} {finding.stack:>5} {finding.spills:>6} "
@@ -198,11 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
 _work: list[Case] | None = None
 
 
-def _compile_index(what: tuple[tuple[Target, ...], bool], index: int) -> Finding:
+def _compile_index(selection: tuple[tuple[Target, ...], bool, str], index: int) -> Finding:
     # Launches hold compiled functions and meta tensors, which do not travel between processes: each lists them anew.
     global _work
     if _work is None:
-        _work = cases(*what)
+        _work = cases(*selection)
     return compile_case(_work[index])
 
 

@@ -31,7 +31,7 @@ def dropout_keep_mask(seed, rows, column_start, threshold, BLOCK_ROWS: tl.conste
 
 @triton.jit
 def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of program ``pid``: groups of GROUP_M rows of tiles go together, so that their operands stay in L2."""
+    """Tile (m, n) of program ``pid``: GROUP_M rows of tiles go together, so that their operands stay in L2."""
     per_group = GROUP_M * tiles_n
     first = (pid // per_group) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 
 # Largest shared memory of one block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability: the opt-in maximum per block).
@@ -90,3 +91,17 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: for float32, torch's own setting for matrix products."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def offset_type(*tensors: torch.Tensor) -> tl.dtype:
+    """The integer that holds every offset inside these tensors: 64 bits cost registers, so only where needed."""
+    for tensor in tensors:
+        if sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
+            return tl.int64
+    return tl.int32
+
+
+def strides(name: str, dimensions: str, tensor: torch.Tensor | None) -> dict[str, int]:
+    """``strides("x", "blk", x)`` -> {"stride_xb": ..., "stride_xl": ..., "stride_xk": ...}; zeros for None."""
+    values = (0,) * len(dimensions) if tensor is None else tensor.stride()
+    return {f"stride_{name}{letter}": value for letter, value in zip(dimensions, values, strict=True)}

@@ -12,8 +12,16 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.device import dropout_keep_mask, swizzle
-from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, target
-from pyfused.kernels.lora_linear_plan import block_rank, choose_plan, gemm_config, shrink_config, wgrad_config
+from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, offset_type, strides, target
+from pyfused.kernels.lora_linear_plan import (
+    EXPAND_BLOCK_R,
+    block_rank,
+    choose_plan,
+    gemm_config,
+    shares_pass,
+    shrink_config,
+    wgrad_config,
+)
 
 # Sizes that change with the batch are not specialised: another number of rows must not compile another kernel.
 
@@ -25,7 +33,8 @@ def _lora_gemm_kernel(
     stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_yb, stride_yl, stride_yn,
     scaling, inverse_keep, threshold,
-    OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, PRECISION: tl.constexpr,
+    OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
@@ -42,17 +51,17 @@ def _lora_gemm_kernel(
     dtype = x_ptr.dtype.element_ty
     step_k = tl.full((), BLOCK_K, tl.int64)
 
-    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(tl.int64)[:, None] * stride_xl + offs_k.to(tl.int64)[None, :] * stride_xk
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(OFFSET)[:, None] * stride_xl + offs_k.to(OFFSET)[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_n.to(OFFSET)[None, :] * stride_wn + offs_k.to(OFFSET)[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if OWN_P:
         offs_r = tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
-        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
+        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
         p_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X or DROP_P:
         seed = tl.load(seed_ptr)
-    for start in range(0, tl.cdiv(k, BLOCK_K)):
+    for start in range(tl.cdiv(k, BLOCK_K)):
         ok_k = offs_k < k - start * BLOCK_K
         x = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
@@ -69,13 +78,13 @@ def _lora_gemm_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=ok_n, other=0.0).to(tl.float32)[None, :]
-    b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
+    b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn
     if OWN_P:
         if DROP_X:
             p_acc *= inverse_keep
-        if SAVE_P:
+        if SAVE_P:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
             if pid_n == 0:
-                p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+                p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
                 tl.store(p_ptrs, p_acc.to(dtype), mask=ok_l[:, None] & ok_r[None, :])
         b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
         p = (p_acc * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
@@ -85,10 +94,10 @@ def _lora_gemm_kernel(
             acc = tl.dot(p, b, acc, input_precision=PRECISION)
     else:
         low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) if DROP_P else acc
-        for start_r in range(0, tl.cdiv(rank, BLOCK_R)):
+        for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
             offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
             ok_r = offs_r < rank
-            p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+            p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
             p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)
             p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
             b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
@@ -99,7 +108,7 @@ def _lora_gemm_kernel(
         keep = dropout_keep_mask(seed, rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
         acc += tl.where(keep, low_rank * inverse_keep, 0.0)
 
-    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(tl.int64)[:, None] * stride_yl + offs_n.to(tl.int64)[None, :] * stride_yn
+    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(OFFSET)[:, None] * stride_yl + offs_n.to(OFFSET)[None, :] * stride_yn
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
 
 
@@ -109,7 +118,7 @@ def _lora_shrink_kernel(
     length, rows_total, k, rank, tiles_l, steps,
     stride_xb, stride_xl, stride_xk, stride_ar, stride_ak,
     inverse_keep, threshold,
-    DROP_X: tl.constexpr, PRECISION: tl.constexpr,
+    DROP_X: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """P[split] (M, R) = drop(x) A^T over the split's ``steps`` blocks of K."""
@@ -119,18 +128,18 @@ def _lora_shrink_kernel(
     rows = batch * length + offs_l
     offs_r = tl.arange(0, BLOCK_R)
     ok_l, ok_r = offs_l < length, offs_r < rank
-    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(tl.int64)[:, None] * stride_xl
+    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(OFFSET)[:, None] * stride_xl
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X:
         seed = tl.load(seed_ptr)
-    for step in range(0, steps):
+    for step in range(steps):
         start = (split * steps + step) * BLOCK_K
         offs_k = start + tl.arange(0, BLOCK_K)
         ok_k = offs_k < k
         x = tl.load(
-            x_ptrs + offs_k.to(tl.int64)[None, :] * stride_xk, mask=ok_l[:, None] & ok_k[None, :], other=0.0
+            x_ptrs + offs_k.to(OFFSET)[None, :] * stride_xk, mask=ok_l[:, None] & ok_k[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
-        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(tl.int64)[:, None] * stride_ak
+        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
         a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         if DROP_X:
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
@@ -138,7 +147,8 @@ def _lora_shrink_kernel(
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
     if DROP_X:
         acc *= inverse_keep
-    p_ptrs = p_ptr + (split.to(tl.int64) * rows_total + rows[:, None]) * rank + offs_r[None, :]
+    p_ptrs = p_ptr + (split.to(tl.int64) * rows_total + batch * length) * rank
+    p_ptrs = p_ptrs + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
     tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
 
 
@@ -148,7 +158,7 @@ def _lora_wgrad_kernel(
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
     stride_tb, stride_tl, stride_tc, stride_fc, stride_fr, stride_gs, stride_gc, stride_gr,
     inverse_keep, threshold,
-    DROP_T: tl.constexpr, PRECISION: tl.constexpr,
+    DROP_T: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows.
@@ -163,21 +173,24 @@ def _lora_wgrad_kernel(
     if DROP_T:
         seed = tl.load(seed_ptr)
     if f_ptr is not None:
-        f_ptrs = f_ptr + offs_c.to(tl.int64)[:, None] * stride_fc + offs_r[None, :] * stride_fr
+        f_ptrs = f_ptr + offs_c.to(OFFSET)[:, None] * stride_fc + offs_r[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=ok_c[:, None] & ok_r[None, :], other=0.0).to(t_ptr.dtype.element_ty)
-    for step in range(0, steps):
+    for step in range(steps):
         tile = split * steps + step
         batch = (tile // tiles_l).to(tl.int64)
         offs_l = (tile % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
         rows = batch * length + offs_l
         ok_l = (offs_l < length) & (tile < tiles_m)
-        t_ptrs = t_ptr + batch * stride_tb + offs_l.to(tl.int64)[:, None] * stride_tl + offs_c.to(tl.int64)[None, :] * stride_tc
+        t_ptrs = (
+            t_ptr + batch * stride_tb + offs_l.to(OFFSET)[:, None] * stride_tl + offs_c.to(OFFSET)[None, :] * stride_tc
+        )
         t = tl.load(t_ptrs, mask=ok_l[:, None] & ok_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
-        p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+        p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
         p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if f_ptr is not None:
             q = tl.dot(t, f, input_precision=PRECISION)
-            q_ptrs = q_ptr + (pid_c.to(tl.int64) * rows_total + rows[:, None]) * rank + offs_r[None, :]
+            q_ptrs = q_ptr + (pid_c.to(tl.int64) * rows_total + batch * length) * rank
+            q_ptrs = q_ptrs + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
             tl.store(q_ptrs, q, mask=ok_l[:, None] & ok_r[None, :])
         if DROP_T:
             keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
@@ -185,7 +198,9 @@ def _lora_wgrad_kernel(
         acc = tl.dot(tl.trans(t), p, acc, input_precision=PRECISION)
     if DROP_T:
         acc *= inverse_keep
-    g_ptrs = g_ptr + split.to(tl.int64) * stride_gs + offs_c.to(tl.int64)[:, None] * stride_gc + offs_r[None, :] * stride_gr
+    g_ptrs = (
+        g_ptr + split.to(tl.int64) * stride_gs + offs_c.to(OFFSET)[:, None] * stride_gc + offs_r[None, :] * stride_gr
+    )
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
@@ -195,7 +210,7 @@ def _lora_expand_kernel(
     length, n, rank, tiles_l,
     stride_yb, stride_yl, stride_yn, stride_bn, stride_br,
     scaling, inverse_keep, threshold,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y += s mask (P B^T) in place, for plan blas, whose GEMM is the library's."""
@@ -206,16 +221,16 @@ def _lora_expand_kernel(
     rows = batch * length + offs_l
     ok_l, ok_n = offs_l < length, offs_n < n
     low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start_r in range(0, tl.cdiv(rank, BLOCK_R)):
+    for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
         offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
-        p_ptrs = p_ptr + rows[:, None] * rank + offs_r[None, :]
+        p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
         p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn + offs_r[:, None] * stride_br
+        b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn + offs_r[:, None] * stride_br
         b = tl.load(b_ptrs, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(p.dtype)  # [BLOCK_R, BLOCK_N]
         low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
     keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
-    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(tl.int64)[:, None] * stride_yl + offs_n.to(tl.int64)[None, :] * stride_yn
+    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(OFFSET)[:, None] * stride_yl + offs_n.to(OFFSET)[None, :] * stride_yn
     ok = ok_l[:, None] & ok_n[None, :]
     y = tl.load(y_ptrs, mask=ok, other=0.0).to(tl.float32)
     y += tl.where(keep, low_rank * (scaling * inverse_keep), 0.0)
@@ -228,7 +243,7 @@ def _sum_partials_kernel(partial_ptr, out_ptr, elements, splits, scaling, BLOCK:
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = offs < elements
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(0, splits):
+    for _ in range(splits):
         total += tl.load(partial_ptr + offs, mask=ok, other=0.0)
         partial_ptr += elements
     tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
@@ -241,6 +256,11 @@ def _rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tenso
     return x.new_empty((batch, length, width))
 
 
+def _vectorised(x: torch.Tensor) -> bool:
+    """Whether x can be loaded 16 bytes at a time, along whichever dimension is dense."""
+    return all(stride == 1 or stride * x.itemsize % 16 == 0 for stride in x.stride())
+
+
 def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
     return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
 
@@ -249,21 +269,21 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
     """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     config = gemm_config(
-        batch, length, n, rank, x.dtype, target(x.device), own_p=own_p, drop_x=drop_x, drop_p=drop_p
+        batch, length, n, rank, x.dtype, target(x.device),
+        vectorised=_vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
         length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
-        stride_xb=x.stride(0), stride_xl=x.stride(1), stride_xk=x.stride(2),
-        stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_ar=a.stride(0), stride_ak=a.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1),
-        stride_yb=y.stride(0), stride_yl=y.stride(1), stride_yn=y.stride(2),
+        **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
+        **strides("y", "bln", y),
         scaling=scaling, **_dropout_arguments(seed, dropout_p),
-        OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, PRECISION=dot_precision(x.dtype),
+        OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p,
+        PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=block_rank(rank) if own_p else min(block_rank(rank), 64), GROUP_M=config.group_m,
+        BLOCK_R=block_rank(rank) if own_p else min(block_rank(rank), EXPAND_BLOCK_R), GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -279,8 +299,9 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
         _lora_shrink_kernel, (batch * tiles_l, config.splits),
         x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
         steps=triton.cdiv(triton.cdiv(k, config.block_c), config.splits),
-        stride_xb=x.stride(0), stride_xl=x.stride(1), stride_xk=x.stride(2), stride_ar=a.stride(0), stride_ak=a.stride(1),
-        **_dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0, PRECISION=dot_precision(x.dtype),
+        **strides("x", "blk", x), **strides("a", "rk", a),
+        **_dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
+        PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -292,9 +313,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
 def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
     """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
-    # Vectors of 16 bytes along whichever dimension is dense.
-    vectorised = all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
-    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=vectorised)
+    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=_vectorised(t))
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     parts = torch.empty((config.splits, *gradient.shape), dtype=torch.float32, device=t.device)
@@ -306,10 +325,9 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         length=length, rows_total=batch * length, columns=columns, rank=rank,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
-        stride_tb=t.stride(0), stride_tl=t.stride(1), stride_tc=t.stride(2),
-        stride_fc=0 if factor is None else factor.stride(0), stride_fr=0 if factor is None else factor.stride(1),
-        stride_gs=parts.stride(0), stride_gc=parts.stride(1), stride_gr=parts.stride(2),
-        **_dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, PRECISION=dot_precision(t.dtype),
+        **strides("t", "blc", t), **strides("f", "cr", factor), **strides("g", "scr", parts),
+        **_dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0,
+        PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -393,13 +411,14 @@ def lora_linear_bwd(
     with device_guard(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
+        share = need_db and need_q and not own and shares_pass(rank)
         q = None
         if own:
             q = dy.new_empty((batch * length, rank))
-        elif need_q and not need_db:
+        elif need_q and not share:
             q = _shrink(dy, lora_b.t(), None, 0.0)
         if need_db:
-            made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if need_q and not own else None)
+            made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if share else None)
             q = q if made is None else made
         if need_dx and plan == "blas":
             dx = _blas_product(dy, weight.t(), None, channels_first)
@@ -436,7 +455,9 @@ def _blas_add_(y, p, b, scaling) -> None:
     if y.stride(2) == 1:
         y.view(-1, y.shape[-1]).addmm_(p, b.t(), alpha=scaling)
     else:
-        y.transpose(1, 2).baddbmm_(b.expand(y.shape[0], *b.shape), p.view(*y.shape[:2], -1).transpose(1, 2), alpha=scaling)
+        y.transpose(1, 2).baddbmm_(
+            b.expand(y.shape[0], *b.shape), p.view(*y.shape[:2], -1).transpose(1, 2), alpha=scaling
+        )
 
 
 def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
@@ -447,7 +468,8 @@ def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
         y_ptr=y, p_ptr=p, b_ptr=b, length=length, n=n, rank=rank, tiles_l=tiles_l,
-        stride_yb=y.stride(0), stride_yl=y.stride(1), stride_yn=y.stride(2), stride_bn=b.stride(0), stride_br=b.stride(1),
-        scaling=scaling, **_dropout_arguments(seed, dropout_p), PRECISION=dot_precision(y.dtype),
-        BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), 64), num_warps=8, num_stages=2,
+        **strides("y", "bln", y), **strides("b", "nr", b),
+        scaling=scaling, **_dropout_arguments(seed, dropout_p),
+        PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, b, p),
+        BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -6,7 +6,7 @@ shared memory within the limit) and from counting waves and bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,12 +36,18 @@ class PassConfig:
     num_stages: int
 
 
+# Columns of P that the epilogue takes at a time when P comes from memory.
+EXPAND_BLOCK_R = 32
+
+
 def block_rank(rank: int) -> int:
     """The rank padded to what a matrix instruction takes: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def choose_plan(m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, target: Target) -> tuple[str, str]:
+def choose_plan(
+    m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, target: Target
+) -> tuple[str, str]:
     """(plan, reason) for y (M, N) = x (M, K) W^T and its low-rank term."""
     if target == INTERPRETER:
         return "one_launch", "interpreter: one launch is the cheapest to interpret"
@@ -60,18 +66,25 @@ def choose_plan(m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torc
     return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
 
 
-_GEMM_TILES = {
-    2: (
-        GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
-        GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-        GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
-        GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
-        GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
-        GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
-    ),
-    # Exact float32 has no matrix instruction: operands pass through registers and larger tiles spill.
-    4: (GemmConfig(64, 64, 16, num_warps=8, num_stages=2),),
-}
+# Hopper and data-centre Blackwell feed their matrix units from shared memory, so that large tiles leave registers free.
+_GEMM_TILES_ASYNC = (
+    GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
+    GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
+)
+# Elsewhere the operands of mma.sync pass through registers too.
+_GEMM_TILES_SYNC = (
+    GemmConfig(128, 128, 32, num_warps=8, num_stages=4),
+    GemmConfig(64, 128, 32, num_warps=8, num_stages=4),
+    GemmConfig(64, 64, 32, num_warps=8, num_stages=4),
+)
+# Exact float32 has no matrix instruction at all.
+_GEMM_TILES_FLOAT32 = (GemmConfig(64, 64, 16, num_warps=4, num_stages=2),)
+
+
+def _asynchronous(target: Target) -> bool:
+    return target.capability[0] in (9, 10)
 
 
 def gemm_config(
@@ -82,24 +95,29 @@ def gemm_config(
     dtype: torch.dtype,
     target: Target,
     *,
+    vectorised: bool,
     own_p: bool,
     drop_x: bool,
     drop_p: bool,
 ) -> GemmConfig:
-    """The tile whose waves over the multiprocessors waste least, among those that fit."""
+    """The tile whose waves over the multiprocessors waste least, among those that fit.
+
+    ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads share the addresses.
+    """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
     padded = block_rank(rank)
 
     def fits(tile: GemmConfig) -> bool:
         stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k
-        epilogue = (tile.block_m + tile.block_n) * min(padded, 64)
+        epilogue = (tile.block_m + tile.block_n) * min(padded, EXPAND_BLOCK_R)
         if max(stage * tile.num_stages, epilogue) * dtype.itemsize > target.shared_memory - 2048:
             return False
         # Accumulators of one thread, a second one for a masked rank-r term, and what drawing a mask takes: of the 255
-        # registers that there are, addresses need the rest.
+        # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
-        return accumulators // (32 * tile.num_warps) + (16 if drop_x else 0) <= 168
+        drawing = 16 if drop_x or drop_p else 0
+        return accumulators // (32 * tile.num_warps) + drawing <= (168 if _asynchronous(target) else 88)
 
     def cost(tile: GemmConfig) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
@@ -107,7 +125,13 @@ def gemm_config(
         # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
         return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
 
-    return min(filter(fits, _GEMM_TILES[dtype.itemsize]), key=cost)
+    if dtype == torch.float32:
+        tiles = _GEMM_TILES_FLOAT32
+    else:
+        tiles = _GEMM_TILES_ASYNC if _asynchronous(target) else _GEMM_TILES_SYNC
+    if not vectorised:
+        tiles = tuple(replace(tile, num_warps=8) for tile in tiles)
+    return min(filter(fits, tiles), key=cost)
 
 
 def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
@@ -115,10 +139,12 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
-    block_k = 64 if padded <= 64 and dtype.itemsize == 2 else 32
+    block_k = 16 if padded > 128 else 64 if padded <= 64 and dtype.itemsize == 2 else 32
     tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
-    return PassConfig(64, block_k, splits, num_warps=4 if padded <= 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2)
+    return PassConfig(
+        64, block_k, splits, num_warps=4 if padded <= 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2
+    )
 
 
 def wgrad_config(
@@ -132,5 +158,14 @@ def wgrad_config(
     block_m = 64 if dtype.itemsize == 2 else 32
     tiles = -(-columns // block_c)
     splits = max(1, min(batch * -(-length // block_m), -(-4 * target.multiprocessors // tiles), 64))
-    warps = 4 if vectorised and padded <= 128 else 8
+    warps = 4 if vectorised and padded < 64 else 8
     return PassConfig(block_m, block_c, splits, num_warps=warps, num_stages=3 if dtype.itemsize == 2 else 2)
+
+
+def shares_pass(rank: int) -> bool:
+    """Whether one pass over dy makes dB and Q together.
+
+    Each tile of 128 columns writes its part of Q in float32 and a sum reads it: 8 R bytes a row, where a second pass
+    would read the tile's row of dy again, 256 bytes.
+    """
+    return rank <= 16
