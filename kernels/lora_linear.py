@@ -31,7 +31,7 @@ def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
     stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    stride_yb, stride_yl, stride_yn,
+    stride_bias, stride_yb, stride_yl, stride_yn,
     scaling, inverse_keep, threshold,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -77,7 +77,7 @@ def _lora_gemm_kernel(
         w_ptrs += step_k * stride_wk
 
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=ok_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n.to(OFFSET) * stride_bias, mask=ok_n, other=0.0).to(tl.float32)[None, :]
     b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn
     if OWN_P:
         if DROP_X:
@@ -278,7 +278,7 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
         length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
-        **strides("y", "bln", y),
+        stride_bias=0 if bias is None else bias.stride(0), **strides("y", "bln", y),
         scaling=scaling, **_dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
@@ -447,7 +447,7 @@ def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
         y = torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
         return y if bias is None else y.add_(bias)
     y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:2], -1)
+    return y.view(*x.shape[:2], weight.shape[0])
 
 
 def _blas_add_(y, p, b, scaling) -> None:
@@ -456,7 +456,7 @@ def _blas_add_(y, p, b, scaling) -> None:
         y.view(-1, y.shape[-1]).addmm_(p, b.t(), alpha=scaling)
     else:
         y.transpose(1, 2).baddbmm_(
-            b.expand(y.shape[0], *b.shape), p.view(*y.shape[:2], -1).transpose(1, 2), alpha=scaling
+            b.expand(y.shape[0], *b.shape), p.view(*y.shape[:2], p.shape[1]).transpose(1, 2), alpha=scaling
         )
 
 

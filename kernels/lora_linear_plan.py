@@ -116,7 +116,7 @@ def gemm_config(
         # Accumulators of one thread, a second one for a masked rank-r term, and what drawing a mask takes: of the 255
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
-        drawing = 16 if drop_x or drop_p else 0
+        drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
         return accumulators // (32 * tile.num_warps) + drawing <= (168 if _asynchronous(target) else 88)
 
     def cost(tile: GemmConfig) -> float:

@@ -35,14 +35,14 @@ def same_device(operator: str, name: str, value: torch.Tensor, device: torch.dev
         raise ValueError(f"{operator}: {name} must be on {device} like x, got {value.device}")
 
 
-def finite(operator: str, name: str, value: object) -> None:
+def finite(operator: str, name: str, value: float) -> None:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{operator}: {name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{operator}: {name} must be finite, got {value}")
 
 
-def probability(operator: str, name: str, value: object) -> None:
+def probability(operator: str, name: str, value: float) -> None:
     finite(operator, name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{operator}: {name} must be in [0, 1), got {value}")

@@ -35,7 +35,9 @@ def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channel
     return _rows_like(x, weight.shape[0], channels_first), x.new_empty((rows, lora_a.shape[0]))
 
 
-def _fake_bwd(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db):
+def _fake_bwd(
+    dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db
+):
     dx = _rows_like(dy, lora_a.shape[1], channels_first) if need_dx else dy.new_empty(0)
     da = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else lora_a.new_empty(0)
     db = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_db else lora_b.new_empty(0)
@@ -63,7 +65,7 @@ _bwd = registry.define(
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backend):
-        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+        need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
         y, p = _fwd[backend](
             x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b
         )  # fmt: skip
@@ -158,10 +160,9 @@ def lora_linear(
             checks.dtype(name, "bias", bias, (dtype,))
     chosen = backends.choose(backend, x.device, dtype)
     checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
+    dropout_p = float(dropout_p) if training else 0.0
     if observe.observers:
         observe.notify(name, backend=chosen, plan=plan, x=x, weight=weight, lora_a=lora_a, dropout_p=dropout_p)
-
-    dropout_p = float(dropout_p) if training else 0.0
     seed = _seed(name, seed, x.device) if dropout_p > 0.0 else None
     rows, channels_first = _as_rows(x, channel_dim)
     grad = torch.is_grad_enabled() and (
@@ -199,13 +200,11 @@ def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_di
     checks.tensor(name, "lora_b", lora_b)
     rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
     if not 1 <= rank <= MAX_RANK:
-        raise ValueError(
-            f"{name}: lora_a must have shape (R, K) with 1 <= R <= {MAX_RANK}, got {tuple(lora_a.shape)}"
-        )
+        raise ValueError(f"{name}: lora_a must have shape (R, K) with 1 <= R <= {MAX_RANK}, got {tuple(lora_a.shape)}")
     checks.shape(name, "lora_a", lora_a, (rank, k), "(R, K)")
     checks.shape(name, "lora_b", lora_b, (n, rank), "(N, R)")
     checks.dtype(name, "weight", weight, checks.FLOATING)
-    allowed = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     if torch.is_autocast_enabled(x.device.type):
         allowed = checks.FLOATING
     for parameter, value in (("lora_a", lora_a), ("lora_b", lora_b)):
@@ -225,11 +224,12 @@ def _seed(name: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
     """The dropout key as a one-element int64 tensor on ``device``; drawing it there needs no synchronisation."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if type(seed) is int:
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{name}: seed must fit a signed 64-bit integer, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)
-    checks.tensor(name, "seed", seed)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{name}: seed must be an int or a torch.Tensor, got {type(seed).__name__}")
     checks.dtype(name, "seed", seed, (torch.int64,))
     if seed.numel() != 1:
         raise ValueError(f"{name}: seed must have one element, got shape {tuple(seed.shape)}")

@@ -34,7 +34,7 @@ def lora_linear_fwd(
         p = _product(_dropped(x, seed, dropout_p), lora_a, channels_first)
         y = _product(x, weight, channels_first, bias)
         _add_product_(y, p, lora_b, scaling, channels_first)
-    return y, p.reshape(-1, p.shape[-1]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
+    return y, p.reshape(-1, lora_a.shape[0]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
 
 
 def lora_linear_bwd(
@@ -70,7 +70,7 @@ def lora_linear_bwd(
         if need_da:
             da = _sum_outer(q, _dropped(x, seed, dropout_p), lora_a.dtype)
         if need_db:
-            db = _sum_outer(dy, p.view(*dy.shape[:2], -1), lora_b.dtype).mul_(scaling)
+            db = _sum_outer(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
     return dx, da, db
 
 
@@ -83,7 +83,7 @@ def _product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | Non
         return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
     rows = x.reshape(-1, x.shape[-1])
     y = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.view(*x.shape[:2], -1)
+    return y.view(*x.shape[:2], weight.shape[0])
 
 
 def _add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float, channels_first: bool) -> None:
