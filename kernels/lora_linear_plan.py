@@ -66,25 +66,26 @@ def choose_plan(
     return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
 
 
-# Hopper and data-centre Blackwell feed their matrix units from shared memory, so that large tiles leave registers free.
-_GEMM_TILES_ASYNC = (
+_GEMM_TILES_WGMMA = (
     GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
     GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
     GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
     GemmConfig(64, 64, 64, num_warps=4, num_stages=3),
 )
-# Elsewhere the operands of mma.sync pass through registers too.
-_GEMM_TILES_SYNC = (
+_GEMM_TILES_TCGEN05 = (
+    GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
+)
+_GEMM_TILES_MMA_SYNC = (
     GemmConfig(128, 128, 32, num_warps=8, num_stages=4),
     GemmConfig(64, 128, 32, num_warps=8, num_stages=4),
     GemmConfig(64, 64, 32, num_warps=8, num_stages=4),
 )
 # Exact float32 has no matrix instruction at all.
 _GEMM_TILES_FLOAT32 = (GemmConfig(64, 64, 16, num_warps=4, num_stages=2),)
-
-
-def _asynchronous(target: Target) -> bool:
-    return target.capability[0] in (9, 10)
+# Major compute capability -> tiles, and how many registers a thread may give to accumulators and the like. wgmma and
+# tcgen05 read operands from shared memory; mma.sync, everywhere else, passes them through registers too.
+_GEMM_TILES = {9: (_GEMM_TILES_WGMMA, 168), 10: (_GEMM_TILES_TCGEN05, 168)}
 
 
 def gemm_config(
@@ -107,6 +108,9 @@ def gemm_config(
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
     padded = block_rank(rank)
+    tiles, registers = _GEMM_TILES.get(target.capability[0], (_GEMM_TILES_MMA_SYNC, 88))
+    if dtype == torch.float32:
+        tiles = _GEMM_TILES_FLOAT32
 
     def fits(tile: GemmConfig) -> bool:
         stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k
@@ -117,7 +121,9 @@ def gemm_config(
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
-        return accumulators // (32 * tile.num_warps) + drawing <= (168 if _asynchronous(target) else 88)
+        # Rows of P that are no multiple of 16 elements apart are loaded one element at a time.
+        scattered = 48 if rank % 16 and not own_p else 0
+        return accumulators // (32 * tile.num_warps) + drawing + scattered <= registers
 
     def cost(tile: GemmConfig) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
@@ -125,12 +131,9 @@ def gemm_config(
         # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
         return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
 
-    if dtype == torch.float32:
-        tiles = _GEMM_TILES_FLOAT32
-    else:
-        tiles = _GEMM_TILES_ASYNC if _asynchronous(target) else _GEMM_TILES_SYNC
     if not vectorised:
-        tiles = tuple(replace(tile, num_warps=8) for tile in tiles)
+        # Single elements of 2 bytes cannot be copied asynchronously: fewer stages lose nothing.
+        tiles = tuple(replace(tile, num_warps=8, num_stages=2) for tile in tiles)
     return min(filter(fits, tiles), key=cost)
 
 
@@ -143,7 +146,7 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
     return PassConfig(
-        64, block_k, splits, num_warps=4 if padded <= 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2
+        64, block_k, splits, num_warps=4 if padded < 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2
     )
 
 
@@ -158,7 +161,9 @@ def wgrad_config(
     block_m = 64 if dtype.itemsize == 2 else 32
     tiles = -(-columns // block_c)
     splits = max(1, min(batch * -(-length // block_m), -(-4 * target.multiprocessors // tiles), 64))
-    warps = 4 if vectorised and padded < 64 else 8
+    # With 8 warps tcgen05 spills at padded ranks 64 and 128, where every other matrix unit needs them.
+    few = 128 if target.capability[0] == 10 else 32
+    warps = 4 if vectorised and padded <= few else 8
     return PassConfig(block_m, block_c, splits, num_warps=warps, num_stages=3 if dtype.itemsize == 2 else 2)
 
 
