@@ -51,3 +51,11 @@ def probability(operator: str, name: str, value: float) -> None:
 def one_of(operator: str, name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{operator}: {name} must be one of {allowed}, got {value!r}")
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast turns x into; None when it is off or leaves x alone, as it does float64."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

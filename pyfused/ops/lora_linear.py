@@ -150,14 +150,14 @@ def lora_linear(
     """
     name = "lora_linear"
     _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-    else:
+    dtype = checks.autocast_dtype(x)
+    if dtype is None:
+        dtype = x.dtype
         checks.dtype(name, "weight", weight, (dtype,))
         if bias is not None:
             checks.dtype(name, "bias", bias, (dtype,))
+    else:
+        x = x.to(dtype)
     chosen = backends.choose(backend, x.device, dtype)
     checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
     dropout_p = float(dropout_p) if training else 0.0
@@ -205,7 +205,7 @@ def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_di
     checks.shape(name, "lora_b", lora_b, (n, rank), "(N, R)")
     checks.dtype(name, "weight", weight, checks.FLOATING)
     allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    if torch.is_autocast_enabled(x.device.type):
+    if checks.autocast_dtype(x) is not None:
         allowed = checks.FLOATING
     for parameter, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         checks.dtype(name, parameter, value, allowed)

@@ -10,6 +10,7 @@ import torch
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 _HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in _HOMES}
 
 
@@ -47,5 +48,6 @@ def _refuse_gradient(overload, keyset, *args, **kwargs):
                     f"{overload}: {argument.name} requires grad, but a raw operator has no derivative; "
                     "call the public function of pyfused, or run under torch.no_grad()"
                 )
-    with torch._C._AutoDispatchBelowAutograd():
+    # Backends build y from views of it; tracked as such, y could not be changed in place by what follows.
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)

@@ -8,7 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused.portable.philox import dropout_
 
-# Frozen weights in the dtype that autocast asked for: weight -> ((version, address, dtype), cast copy).
+# Frozen weights in the dtype that autocast asked for: weight -> {part of it: ((version, address), cast copy)}.
 _casts = WeakTensorKeyDictionary()
 # Rows handled at a time where a float32 copy of a 16-bit activation is needed.
 _ROWS = 1024
@@ -125,9 +125,10 @@ def _cast_frozen(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight
     if weight.requires_grad or weight.is_inference():
         return weight.to(dtype)
-    state = weight._version, weight.data_ptr(), dtype
-    kept = _casts.get(weight)
-    if kept is None or kept[0] != state:
-        kept = state, weight.to(dtype)
-        _casts[weight] = kept
-    return kept[1]
+    owner = weight if weight._base is None else weight._base
+    part = weight.storage_offset(), weight.shape, weight.stride(), dtype
+    state = weight._version, weight.data_ptr()
+    kept = _casts.setdefault(owner, {})
+    if part not in kept or kept[part][0] != state:
+        kept[part] = state, weight.to(dtype)
+    return kept[part][1]
