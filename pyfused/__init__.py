@@ -1,8 +1,27 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
 from pyfused.backend import available_backends
+from pyfused.explain import explain
+from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from pyfused.modules import LoRAConv2d, LoRALinear, LoRAMultiheadAttention
+from pyfused.modules.lora import LoRAModule
+from pyfused.modules.report import LoRAReport
 from pyfused.ops import lora_linear
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "available_backends", "lora_linear"]
+__all__ = [
+    "LoRAConv2d",
+    "LoRALinear",
+    "LoRAModule",
+    "LoRAMultiheadAttention",
+    "LoRAReport",
+    "__version__",
+    "available_backends",
+    "explain",
+    "inject_lora",
+    "load_lora_state_dict",
+    "lora_linear",
+    "lora_state_dict",
+    "remove_lora",
+]

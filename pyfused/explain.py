@@ -1,0 +1,227 @@
+"""``explain``: which backend and plan every operator call of a model gets, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfused import backend as backends
+from pyfused import observe
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """One call of an operator.
+
+    Attributes:
+        module: path of the module that made the call, "" for the one that was explained or for a plain function.
+        operator: the operator's name.
+        shapes: the operator's letters and their sizes, such as ``(("M", 400), ("K", 768), ("N", 3072), ("R", 16))``.
+        dtype: dtype the call computes in.
+        device: device of its input.
+        backend: the backend that served it.
+        plan: the plan it ran, "auto" resolved.
+        why: reason for the plan, then for each backend that comes before the chosen one why it was not taken.
+        saved_bytes: what a training step keeps for backward, in bytes, beyond the call's own inputs.
+    """
+
+    module: str
+    operator: str
+    shapes: tuple[tuple[str, int], ...]
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    plan: str
+    why: tuple[str, ...]
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: the operator calls in the order they were made.
+
+    ``print`` shows them as a table, with calls that differ only in numbers of their paths on one line.
+    """
+
+    calls: list[OperatorCall] = field(default_factory=list)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Sum over all calls of what a training step keeps for backward, in bytes, beyond the calls' own inputs."""
+        return sum(call.saved_bytes for call in self.calls)
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no operator of pyfused was called"
+        alike: dict[OperatorCall, list[OperatorCall]] = {}
+        for call in self.calls:
+            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", call.module)
+            alike.setdefault(replace(call, module=pattern), []).append(call)
+        notes: dict[tuple[str, ...], int] = {}
+        rows = [("module", "operator", "calls", "shapes", "dtype", "backend", "plan", "saved", "why")]
+        for call, calls in alike.items():
+            rows.append(
+                (
+                    (call if len(calls) > 1 else calls[0]).module or "-",
+                    call.operator,
+                    str(len(calls)),
+                    " ".join(f"{letter}={size}" for letter, size in call.shapes),
+                    str(call.dtype).removeprefix("torch."),
+                    call.backend,
+                    call.plan,
+                    _bytes(len(calls) * call.saved_bytes),
+                    f"[{notes.setdefault(call.why, len(notes) + 1)}]",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines += ["", f"{len(self.calls)} calls; a training step saves {_bytes(self.saved_bytes)} beyond their inputs"]
+        lines += [f"[{number}] {'; '.join(why)}" for why, number in notes.items()]
+        return "\n".join(lines)
+
+
+def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) -> Explanation:
+    """Run one call under ``no_grad`` and report the backend and plan of every pyfused operator inside it.
+
+    The model stays as it was: its mode is kept, its buffers (a BatchNorm's running statistics in train mode) are
+    copies during the call, and torch's random generators are put back afterwards. What was compiled with
+    ``torch.compile`` runs eagerly meanwhile.
+
+    Args:
+        model_or_function: a module, a bound method of a module (``model.encode_image``) or any callable.
+        *example_inputs, **kwargs: passed on; tensors of the shapes, dtypes and device to be explained. Call it under
+            ``torch.autocast`` to see what autocast gives.
+
+    Returns:
+        An `Explanation`: ``.calls``, ``.saved_bytes``; it prints as a table.
+
+    Raises:
+        TypeError: ``model_or_function`` cannot be called.
+        Exception: whatever the call itself raises.
+
+    Example:
+        ``print(pyfused.explain(model, images))``
+    """
+    if not callable(model_or_function):
+        raise TypeError(
+            f"explain: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
+        )
+    runner = _Runner(model_or_function)
+    explanation = Explanation()
+    path: list[str] = []
+
+    def observer(operator: str, **facts: Any) -> None:
+        explanation.calls.append(_DESCRIBE[operator](path[-1] if path else "", operator, facts))
+
+    buffers = {name: buffer.clone() for name, buffer in runner.named_buffers()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_random_state_kept(runner, example_inputs, kwargs))
+        # Compiled code would run without calling the observer; nothing is compiled before Dynamo is imported.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_path_tracked(runner.target, path))
+        observe.observers.append(observer)
+        stack.callback(observe.observers.remove, observer)
+        torch.func.functional_call(runner, buffers, example_inputs, kwargs)
+    return explanation
+
+
+class _Runner(nn.Module):
+    """A callable together with the module it belongs to, so that its buffers can be replaced for one call."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        # What torch.compile returns is a wrapper that users do not count as part of the path.
+        owner = getattr(owner, "_orig_mod", owner)
+        self.target = owner if isinstance(owner, nn.Module) else None
+        # A list hides a module from nn.Module's registration: it is already here as ``target``.
+        self._function = [function]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function[0](*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _path_tracked(model: nn.Module | None, path: list[str]) -> Iterator[None]:
+    """Keeps the path of the module that is running at the end of ``path``."""
+    handles = []
+    try:
+        for name, module in model.named_modules() if model is not None else ():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: _drop_last(path), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop_last(path: list[str]) -> None:
+    # Not `path.pop` itself: what a forward hook returns replaces the module's output.
+    path.pop()
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
+    tensors = [*model.parameters(), *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCall:
+    x, weight, chosen, plan = facts["x"], facts["weight"], facts["backend"], facts["plan"]
+    rank, k = facts["lora_a"].shape
+    n = weight.shape[0]
+    m = x.numel() // k if k else 0
+    if plan != "auto":
+        reason = "plan asked for by name"
+    elif chosen == "triton":
+        from pyfused.kernels.launch import target
+        from pyfused.kernels.lora_linear_plan import choose_plan
+
+        plan, reason = choose_plan(m, n, k, rank, facts["dropout_p"], x.dtype, target(x.device))
+    else:
+        plan, reason = "blas", f"the only plan of backend {chosen!r}"
+    return OperatorCall(
+        module=module,
+        operator=operator,
+        shapes=(("M", m), ("K", k), ("N", n), ("R", rank)),
+        dtype=x.dtype,
+        device=x.device,
+        backend=chosen,
+        plan=plan,
+        why=(reason, *_not_taken(chosen, x.device, x.dtype)),
+        saved_bytes=m * rank * x.element_size(),
+    )
+
+
+_DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {"lora_linear": _describe_lora_linear}
+
+
+def _not_taken(chosen: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """For each backend that is preferred to the chosen one, why it did not serve the call."""
+    reasons = []
+    for name in backends.PREFERENCE[: backends.PREFERENCE.index(chosen)]:
+        reason = backends.refusal(name, device, dtype)
+        if reason is None:
+            # The interpreter serves a CPU tensor only on request; elsewhere somebody asked for another backend.
+            reason = "on a CPU it is interpreted, and used only by name" if device.type == "cpu" else "not asked for"
+        reasons.append(f"not {name}: {reason}")
+    return reasons
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,8 @@
+"""``nn.Module``s that hold parameters and call an operator."""
+
+from pyfused.modules.attention import LoRAMultiheadAttention
+from pyfused.modules.conv import LoRAConv2d
+from pyfused.modules.linear import LoRALinear
+from pyfused.modules.lora import LoRAModule
+
+__all__ = ["LoRAConv2d", "LoRALinear", "LoRAModule", "LoRAMultiheadAttention"]

@@ -1,0 +1,112 @@
+"""``LoRAConv2d``: an ``nn.Conv2d`` with a low-rank update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyfused.modules.lora import LoRAModule
+from pyfused.ops.lora_linear import lora_linear
+
+
+class LoRAConv2d(LoRAModule, nn.Conv2d):
+    """``y = conv(x) + s B(A(drop(x)))``: a frozen convolution plus a trained low-rank one. Made by `from_conv`.
+
+    A is a dense convolution to R channels with the base's kernel, stride, padding and dilation, whatever the base's
+    groups; B is 1x1. They are kept as ``lora_a`` (R, C_in * kh * kw), Kaiming-uniform, and ``lora_b`` (C_out, R), zero.
+    A 1x1 convolution without stride, padding or groups is a linear layer over channels and goes through
+    `pyfused.lora_linear` without permuting.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, and its published code.
+    """
+
+    base_class = nn.Conv2d
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("LoRAConv2d is made from a convolution: LoRAConv2d.from_conv(conv, rank, alpha, ...)")
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        freeze: bool = True,
+    ) -> LoRAConv2d:
+        """A LoRAConv2d on ``conv``'s own parameters, which it shares and, with ``freeze``, sets not to train.
+
+        Args:
+            conv: any nn.Conv2d: kernel, stride, padding (numbers or "same"), padding_mode, dilation, groups.
+            rank: R, 1 to 256. Default 16.
+            alpha: the low-rank term is scaled by alpha / R. Default 32.
+            dropout: probability of zeroing an element of the low-rank term's input, in [0, 1). Default 0.
+            use_rslora: scale by alpha / sqrt(R) instead. Default False.
+            lora_dtype: of A and B. Default: float32 for a float16 or bfloat16 weight, else the weight's.
+            freeze: whether conv's parameters stop training. Default True.
+
+        Raises:
+            TypeError: not an nn.Conv2d, or a subclass with another forward.
+            ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
+        """
+        module = cls._adopt("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype)
+        height, width = conv.kernel_size
+        module._add_pair("", conv.out_channels, conv.in_channels * height * width, conv.weight, lora_dtype)
+        module.reset_lora_parameters()
+        if freeze:
+            module._freeze_base()
+        return module
+
+    def _deltas(self) -> dict[str, Tensor]:
+        if self.groups != 1:
+            raise RuntimeError(
+                f"LoRAConv2d: merging needs groups = 1, got groups = {self.groups}: the low-rank term mixes channels "
+                "across groups, which the grouped weight cannot hold"
+            )
+        return {"weight": self._delta(self.lora_a, self.lora_b)}
+
+    def reset_parameters(self) -> None:
+        """Draw the base's parameters and A and B anew, as deferred initialisation asks of every module."""
+        super().reset_parameters()
+        self.reset_lora_parameters()
+
+    def _is_linear(self) -> bool:
+        padded = self.padding not in ((0, 0), "valid", "same")
+        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1 and not padded
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C_in, H, W) or (C_in, H, W) -> the same with C_out and the convolution's output size."""
+        if self._base_weights:
+            self._refuse_merged_training()
+            return super().forward(input)
+        if self._is_linear():
+            y = lora_linear(
+                input if input.dim() == 4 else input.unsqueeze(0),
+                self.weight.flatten(1),
+                self.lora_a,
+                self.lora_b,
+                self.bias,
+                scaling=self.scaling,
+                dropout_p=self.lora_dropout,
+                training=self.training,
+                channel_dim=1,
+            )
+            return y if input.dim() == 4 else y.squeeze(0)
+        lora_a = self.lora_a.view(self.rank, self.in_channels, *self.kernel_size).to(input.dtype)
+        lora_b = self.lora_b.view(self.out_channels, self.rank, 1, 1).to(input.dtype)
+        down = self._convolve(F.dropout(input, self.lora_dropout, self.training), lora_a)
+        return torch.add(super().forward(input), F.conv2d(down, lora_b), alpha=self.scaling)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """An ungrouped convolution with the base's stride, padding and dilation."""
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return F.conv2d(padded, weight, None, self.stride, 0, self.dilation)

@@ -1,0 +1,116 @@
+"""``LoRALinear``: an ``nn.Linear`` with a low-rank update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyfused.modules.lora import LoRAModule, check_settings
+from pyfused.ops.lora_linear import lora_linear
+
+
+class LoRALinear(LoRAModule, nn.Linear):
+    """``y = x W^T + b + s (drop(x) A^T) B^T`` with W (N, K) and b (N,) frozen, A (R, K) and B (N, R) trained.
+
+    A starts Kaiming-uniform and B zero, so that the module starts as its base. It is an ``nn.Linear``, with parameters
+    ``weight`` and ``bias`` under their names, beside ``lora_a`` and ``lora_b``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: R, 1 to 256. Default 16.
+        alpha: the low-rank term is scaled by alpha / R. Default 32.
+        dropout: probability of zeroing an element of the low-rank term's input, in [0, 1). Default 0.
+        bias: whether there is a b. Default True.
+        use_rslora: scale by alpha / sqrt(R) instead (Kalajdzievski, "A Rank Stabilization Scaling Factor for
+            Fine-Tuning with LoRA", 2023). Default False.
+        device: of all parameters. Default torch's.
+        dtype: of W and b. Default torch's.
+        lora_dtype: of A and B. Default: float32 for a float16 or bfloat16 W, else W's.
+
+    Raises:
+        TypeError, ValueError: a setting has the wrong type or is out of range.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+
+    base_class = nn.Linear
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_settings("LoRALinear", rank, alpha, dropout, lora_dtype)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._configure(rank, alpha, dropout, use_rslora, nn.Linear)
+        self._add_pair("", out_features, in_features, self.weight, lora_dtype)
+        self.reset_lora_parameters()
+        self._freeze_base()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        freeze: bool = True,
+    ) -> LoRALinear:
+        """A LoRALinear on ``linear``'s own parameters, which it shares and, with ``freeze``, sets not to train.
+
+        Hooks, mode, device and any further attributes are those of ``linear``; settings as for the class.
+
+        Raises:
+            TypeError: not an nn.Linear, or a subclass with another forward (a quantised one, say).
+            ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
+        """
+        module = cls._adopt("LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype)
+        module._add_pair("", linear.weight.shape[0], linear.weight.shape[1], linear.weight, lora_dtype)
+        module.reset_lora_parameters()
+        if freeze:
+            module._freeze_base()
+        return module
+
+    def _deltas(self) -> dict[str, Tensor]:
+        return {"weight": self._delta(self.lora_a, self.lora_b)}
+
+    def reset_parameters(self) -> None:
+        """Draw W, b, A and B anew, as deferred initialisation asks of every module."""
+        super().reset_parameters()
+        # nn.Linear's constructor calls this before A and B exist.
+        if "lora_a" in self._parameters:
+            self.reset_lora_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if self._base_weights:
+            self._refuse_merged_training()
+            return super().forward(input)
+        if input.is_nested:
+            raise TypeError(
+                "LoRALinear: input must be a dense tensor, got a nested one; inside nn.TransformerEncoder set "
+                "use_nested_tensor = False on the encoder, as inject_lora does"
+            )
+        return lora_linear(
+            input,
+            self.weight,
+            self.lora_a,
+            self.lora_b,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )

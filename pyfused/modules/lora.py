@@ -1,0 +1,287 @@
+"""What every LoRA module shares: its settings, its pairs of low-rank parameters, merging, and its state.
+
+A LoRA module *is* the module it adapts (``LoRALinear`` is an ``nn.Linear``), with the same parameter names and the
+same submodules: code that asks for the type, reads ``weight.dtype`` or casts layer by layer finds what it expects.
+The price: a tool that swaps every ``nn.Linear`` for a class of its own swaps these too, and loses A and B. Quantise
+first, or `remove_lora` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pyfused.ops import checks
+from pyfused.ops.lora_linear import MAX_RANK
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_SETTINGS = ("rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class")
+
+
+def check_settings(caller: str, rank: int, alpha: float, dropout: float, lora_dtype: torch.dtype | None = None) -> None:
+    """Refuse LoRA settings that are out of range, in the name of ``caller``.
+
+    Raises:
+        TypeError: a setting has the wrong type, or ``lora_dtype`` is no floating dtype.
+        ValueError: rank not in 1..256, alpha not finite and positive, or dropout not in [0, 1).
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"{caller}: rank must be an int, got {type(rank).__name__}")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{caller}: rank must be in 1..{MAX_RANK}, got {rank}")
+    checks.finite(caller, "alpha", alpha)
+    if alpha <= 0:
+        raise ValueError(f"{caller}: alpha must be positive, got {alpha}")
+    checks.probability(caller, "dropout", dropout)
+    if lora_dtype is not None and lora_dtype not in checks.FLOATING:
+        raise TypeError(f"{caller}: lora_dtype must be None or one of {checks.FLOATING}, got {lora_dtype!r}")
+
+
+def _bar_fast_paths(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook that does nothing: ``nn.TransformerEncoderLayer``'s inference path, which reads the weights of
+    its submodules and never calls them, declines as soon as one of them has a hook."""
+
+
+def _shallow_copy(module: nn.Module) -> dict:
+    return {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+
+
+class LoRAModule(nn.Module):
+    """Base class of the LoRA modules; ``isinstance(m, LoRAModule)`` finds them all in a model.
+
+    Attributes:
+        rank: R. alpha: numerator of the scaling. use_rslora: rank-stabilised scaling.
+        scaling: alpha / R, or alpha / sqrt(R) with ``use_rslora``; multiplies the low-rank term.
+        lora_dropout: probability of zeroing an element of the low-rank term's input, in training.
+    """
+
+    base_class: type[nn.Module]
+
+    @staticmethod
+    def _weight_names(base: Any) -> tuple[str, ...]:
+        """The weights of ``base`` that low-rank terms are added to."""
+        return ("weight",)
+
+    @classmethod
+    def _adopt(
+        cls,
+        caller: str,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        lora_dtype: torch.dtype | None,
+    ) -> Self:
+        """A ``cls`` that shares base's parameters and submodules, and copies its settings, hooks and mode."""
+        check_settings(caller, rank, alpha, dropout, lora_dtype)
+        check_base(caller, base, cls)
+        module = object.__new__(cls)
+        module.__dict__.update(_shallow_copy(base))
+        module._configure(rank, alpha, dropout, use_rslora, type(base))
+        return module
+
+    def _configure(
+        self, rank: int, alpha: float, dropout: float, use_rslora: bool, base_class: type[nn.Module]
+    ) -> None:
+        self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), bool(use_rslora)
+        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        self._base_weights: dict[str, nn.Parameter] = {}
+        self._base_class = base_class
+        self.register_forward_pre_hook(_bar_fast_paths)
+
+    def _add_pair(
+        self, prefix: str, out_features: int, in_features: int, like: Tensor, lora_dtype: torch.dtype | None
+    ) -> None:
+        """Parameters ``<prefix>lora_a`` (R, K) and ``<prefix>lora_b`` (N, R) on like's device."""
+        if lora_dtype is None:
+            # A young delta and its optimiser state are below the resolution of 16-bit numbers.
+            lora_dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+        lora_a = torch.empty((self.rank, in_features), dtype=lora_dtype, device=like.device)
+        lora_b = torch.empty((out_features, self.rank), dtype=lora_dtype, device=like.device)
+        self.register_parameter(f"{prefix}lora_a", nn.Parameter(lora_a))
+        self.register_parameter(f"{prefix}lora_b", nn.Parameter(lora_b))
+
+    def own_lora_parameters(self) -> dict[str, nn.Parameter]:
+        """This module's low-rank parameters by name, without those of its submodules."""
+        return {
+            name: p for name, p in self._parameters.items() if p is not None and name.endswith(("lora_a", "lora_b"))
+        }
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """A from the Kaiming-uniform distribution with a = sqrt(5), B zero: the adapted module equals the base.
+
+        A is drawn on the CPU in float32, so that one seed gives the same adapter on every device and in every dtype.
+        """
+        LoRAModule.unmerge(self)
+        for name, parameter in self.own_lora_parameters().items():
+            if name.endswith("lora_b"):
+                parameter.zero_()
+                continue
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+
+    def _freeze_base(self) -> None:
+        for name, parameter in self.named_parameters():
+            if not name.endswith(("lora_a", "lora_b")):
+                parameter.requires_grad_(False)
+
+    # ---- merging
+
+    def _deltas(self) -> dict[str, Tensor]:
+        """Own weight name -> what the low-rank term adds to that weight, in float32 or wider."""
+        raise NotImplementedError
+
+    def _delta(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        dtype = torch.promote_types(lora_a.dtype, torch.float32)
+        return (lora_b.to(dtype) @ lora_a.to(dtype)).mul_(self.scaling)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the low-rank term now is part of the weight."""
+        return bool(self._base_weights)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put ``W + scaling B A`` in the weight's place: inference then costs what the base module costs.
+
+        The merged weight is a new parameter and the base weight is kept beside it until `unmerge` puts that very
+        parameter back, bit for bit in every dtype; tied weights elsewhere never see the merge. The price is one more
+        copy of the weight while merged; `to_base` gives a merged module without it. The sum is formed in float32
+        (float64 for float64) and rounded once: exact to that rounding in float32, while in bfloat16 or float16 the
+        part of B A below half a unit in the last place of W is lost, so a merged output differs from the unmerged one
+        by about eps(dtype) of the base output, which for a young adapter can be most of its effect.
+
+        Merging twice does nothing. A state dict of a merged module is that of the unmerged one, and loading, moving or
+        casting a merged module merges again afterwards. In training mode with gradients on, a merged module's forward
+        raises.
+
+        Raises:
+            RuntimeError: the low-rank term is no change of the weight (a convolution with groups).
+        """
+        if self._base_weights:
+            return
+        deltas = self._deltas()
+        for name, delta in deltas.items():
+            base = self.get_parameter(name)
+            merged = base.to(torch.promote_types(base.dtype, delta.dtype)).add(delta.view_as(base)).to(base.dtype)
+            self._base_weights[name] = base
+            self._parameters[name] = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit. Does nothing when not merged."""
+        self._parameters.update(self._base_weights)
+        self._base_weights.clear()
+
+    def _refuse_merged_training(self) -> None:
+        if not (self._base_weights and self.training and torch.is_grad_enabled()):
+            return
+        if any(p.requires_grad for p in (*self.own_lora_parameters().values(), *self._base_weights.values())):
+            raise RuntimeError(
+                f"{type(self).__name__}: a merged module cannot train, its low-rank parameters would get no gradient; "
+                "call unmerge() first, or eval() for inference"
+            )
+
+    def to_base(self, merge: bool = True) -> nn.Module:
+        """A plain module of the type that was adapted, sharing everything but the LoRA parameters.
+
+        Args:
+            merge: with the low-rank term merged into new weights (the default), or left out.
+        """
+        with self._held(merged=merge):
+            module: nn.Module = object.__new__(self._base_class)
+            module.__dict__.update(_shallow_copy(self))
+        for name in _SETTINGS:
+            del module.__dict__[name]
+        for name in self.own_lora_parameters():
+            del module._parameters[name]
+        for key, hook in self._forward_pre_hooks.items():
+            if hook is _bar_fast_paths:
+                del module._forward_pre_hooks[key]
+        return module
+
+    # ---- state
+
+    @contextlib.contextmanager
+    def _held(self, merged: bool) -> Iterator[None]:
+        """This module's own weights merged or not for a while, then as they were."""
+        before = bool(self._base_weights)
+        (LoRAModule.merge if merged else LoRAModule.unmerge)(self)
+        try:
+            yield
+        finally:
+            (LoRAModule.merge if before else LoRAModule.unmerge)(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with self._held(merged=False):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._held(merged=False):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, base in self._base_weights.items():
+            destination[prefix + name] = base if keep_vars else base.detach()
+
+    def extra_repr(self) -> str:
+        inherited = super().extra_repr()
+        lora = f"rank={self.rank}, alpha={self.alpha:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+        return f"{inherited}, {lora}" if inherited else lora
+
+
+def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
+    """Refuse a module that ``cls`` cannot stand in for.
+
+    Raises:
+        TypeError: another kind of module, or one whose forward is its own.
+        ValueError: already adapted, or its weights are no plain floating parameters.
+    """
+    kind = cls.base_class
+    if isinstance(base, LoRAModule):
+        raise ValueError(f"{caller}: expected a plain nn.{kind.__name__}, got a {type(base).__name__}: already wrapped")
+    if not isinstance(base, kind):
+        raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(base).__name__}")
+    if type(base).forward is not kind.forward or "forward" in base.__dict__:
+        raise TypeError(
+            f"{caller}: expected an nn.{kind.__name__} with its own forward, got {type(base).__name__} "
+            "with a forward that replaces it"
+        )
+    for name in cls._weight_names(base):
+        weight = base._parameters.get(name)
+        if weight is None:
+            raise ValueError(
+                f"{caller}: {name} must be a parameter of the module, got a computed one; remove its parametrization"
+            )
+        if is_lazy(weight):
+            raise ValueError(f"{caller}: {name} must have a shape, got an uninitialized parameter; run one forward")
+        if weight.dtype not in checks.FLOATING:
+            raise TypeError(f"{caller}: {name} must have dtype {checks.FLOATING}, got {weight.dtype}")
+
+
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module at every path it has, not going into attentions and LoRA modules, which are replaced whole."""
+    yield path, model
+    if not isinstance(model, nn.MultiheadAttention | LoRAModule):
+        for name, child in model._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def places(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each module once, with all its paths."""
+    places: dict[int, tuple[nn.Module, list[str]]] = {}
+    for path, module in walk(model):
+        places.setdefault(id(module), (module, []))[1].append(path)
+    return list(places.values())

@@ -1,0 +1,52 @@
+"""Models with random weights that several test files share; conftest.py makes open_clip importable beside CPU torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Classifier(nn.Module):
+    """A CLIP's image tower with a linear head on its features; the text tower is carried along."""
+
+    def __init__(self, clip: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.clip = clip
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.clip.encode_image(images))
+
+
+def vit_b_32(device: str = "cpu", classes: int = 102) -> Classifier:
+    """open_clip's ViT-B-32, whole; on "meta" it is there to be counted."""
+    import open_clip
+
+    with torch.device(device):
+        return Classifier(open_clip.create_model("ViT-B-32", pretrained=None, device=device), 512, classes)
+
+
+def small_vit(width: int = 32, layers: int = 2) -> nn.Module:
+    """open_clip's vision tower at 16x16 pixels: (B, 3, 16, 16) -> (B, 8)."""
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(
+        image_size=16, patch_size=8, width=width, layers=layers, heads=4, mlp_ratio=2.0, output_dim=8
+    )
+
+
+def small_clip() -> nn.Module:
+    import open_clip
+
+    vision = {"image_size": 16, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 7, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+
+
+@torch.no_grad()
+def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
+    """``module`` with B no longer zero, so that LoRA acts."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.copy_(torch.randn(parameter.shape) * scale)
+    return module
