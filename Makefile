@@ -1,0 +1,43 @@
+# Every target but `gpu` makes .venv first, once: the stamp is renewed when the declared dependencies change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: test bench check audit gpu clean
+.DELETE_ON_ERROR:
+
+# The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --timeout 600 --benchmark-disable $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/pyfused bench $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+audit: $(STAMP)
+	$(BIN)/python -m pyfused.kernels.audit $(ARGS)
+
+# For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+gpu:
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
+	$(PYTHON) -m pytest -q tests -m 'not host'
+	if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q tests -m sanitize; \
+	else echo 'compute-sanitizer is not on PATH: not run'; fi
+	$(PYTHON) -m pyfused.cli bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

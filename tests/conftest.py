@@ -1,0 +1,71 @@
+"""Set-up that every test shares; the top of this file runs before pyfused or triton is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import types
+
+# One thread in each of several workers; two when there is one process. Child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Deterministic cuBLAS, which the poisoning below switches on, wants a workspace of its own.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# torchvision registers shapes for compiled operators that it lacks beside a CPU build of torch; no test calls them.
+sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+
+from pyfused.backend import BACKENDS, available_backends  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    # The same examples on every run; a first call that compiles or interprets a kernel has no useful deadline.
+    hypothesis.settings.register_profile("pyfused", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("pyfused")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    """Every backend in turn; one that is missing here is skipped with its reason."""
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations():
+    """Uninitialised tensors hold NaN (integers: their largest value), so that reading one shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # Only the filling is wanted here: an operator without a deterministic form may still run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

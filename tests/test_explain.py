@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pyfused
+from pyfused import backend as backends
+from pyfused import observe
+from pyfused.explain import _DESCRIBE, _bytes, explain
+
+
+class Layer(nn.Module):
+    def __init__(self, k: int, n: int, rank: int, **options):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, k), requires_grad=False)
+        self.lora_a = nn.Parameter(torch.randn(rank, k))
+        self.lora_b = nn.Parameter(torch.randn(n, rank))
+        self.options = options
+
+    def forward(self, x):
+        return pyfused.lora_linear(
+            x, self.weight, self.lora_a, self.lora_b, training=self.training, backend="portable", **self.options
+        )
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = Layer(16, 32, 4, dropout_p=0.25)
+        self.norm = nn.BatchNorm1d(32)
+        self.rest = nn.Sequential(nn.GELU(), Layer(32, 8, 3))
+
+    def forward(self, x):
+        return self.rest(self.norm(self.first(x)))
+
+    def encode(self, x):
+        return self.first(x)
+
+
+def test_every_call_is_listed_with_its_module_sizes_backend_and_plan():
+    calls = explain(Net(), torch.randn(5, 16)).calls
+    assert [(call.module, call.operator, call.shapes, call.plan, call.backend) for call in calls] == [
+        ("first", "lora_linear", (("M", 5), ("K", 16), ("N", 32), ("R", 4)), "blas", "portable"),
+        ("rest.1", "lora_linear", (("M", 5), ("K", 32), ("N", 8), ("R", 3)), "blas", "portable"),
+    ]
+    assert {call.dtype for call in calls} == {torch.float32}
+
+
+def test_saved_bytes_are_what_autograd_saves_beyond_the_inputs():
+    layer, x = Layer(16, 32, 4), torch.randn(3, 5, 16, requires_grad=True)
+    own = {x.data_ptr(), *(parameter.data_ptr() for parameter in layer.parameters())}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert explain(layer, x).saved_bytes == sum(saved.values()) == 15 * 4 * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_buffers_hooks_mode_and_generator_are_left_as_they_were(training):
+    net = Net().train(training)
+    with torch.no_grad():
+        net.norm.running_mean.fill_(7.0)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    versions = {name: buffer._version for name, buffer in net.named_buffers()}
+    generator = torch.get_rng_state()
+
+    explain(net, torch.randn(5, 16, generator=torch.Generator().manual_seed(1)))
+
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert versions == {name: buffer._version for name, buffer in net.named_buffers()}
+    assert all(module.training is training for module in net.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert observe.observers == []
+
+
+def test_a_failing_call_raises_its_own_error_and_leaves_nothing_behind():
+    net = Net()
+    with pytest.raises(ValueError, match="lora_linear: x must have"):
+        explain(net, torch.randn(5, 17))
+    assert observe.observers == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert len(explain(net, torch.randn(5, 16)).calls) == 2
+
+
+def test_bound_method_and_plain_function():
+    net, x = Net(), torch.randn(5, 16)
+    assert [call.module for call in explain(net.encode, x).calls] == ["first"]
+    layer = net.first
+    calls = explain(lambda x, scaling: layer.forward(x) * scaling, x, scaling=2.0).calls
+    assert [call.module for call in calls] == [""]
+
+
+def test_compiled_model_is_explained_without_being_compiled():
+    net, x = Net(), torch.randn(5, 16)
+
+    def never(graph, inputs):
+        raise AssertionError("compiled")
+
+    calls = explain(torch.compile(net, backend=never), x).calls
+    assert [call.module for call in calls] == ["first", "rest.1"]
+
+
+def test_autocast_dtype_is_reported():
+    with torch.autocast("cpu", torch.bfloat16):
+        (call,) = explain(Layer(16, 32, 4), torch.randn(5, 16)).calls
+    assert call.dtype == torch.bfloat16
+    assert call.saved_bytes == 5 * 4 * 2
+
+
+def test_why_names_each_refused_backend(monkeypatch):
+    layer, x = Layer(16, 32, 4), torch.randn(5, 16)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
+    (call,) = explain(layer, x).calls
+    assert call.why == (
+        "the only plan of backend 'portable'",
+        "not cuda: this build has no CUDA C++ kernels",
+        f"not triton: {backends.refusal('triton', x.device, x.dtype)}",
+    )
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
+    monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
+    (call,) = explain(layer, x).calls
+    assert call.why[-1] == "not triton: on a CPU it is interpreted, and used only by name"
+
+
+def test_plan_asked_for_by_name():
+    (call,) = explain(Layer(16, 32, 4, plan="blas"), torch.randn(5, 16)).calls
+    assert call.plan == "blas"
+    assert call.why[0] == "plan asked for by name"
+
+
+def test_triton_plan_is_the_launchers_own():
+    from pyfused.kernels.launch import target
+    from pyfused.kernels.lora_linear_plan import choose_plan
+
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    facts = {"x": x, "weight": torch.empty(32, 16), "lora_a": torch.empty(4, 16), "dropout_p": 0.0, "plan": "auto"}
+    call = _DESCRIBE["lora_linear"]("", "lora_linear", facts | {"backend": "triton"})
+    assert (call.plan, call.why[0]) == choose_plan(5, 32, 16, 4, 0.0, torch.bfloat16, target(x.device))
+    assert call.why[1:] == ("not cuda: this build has no CUDA C++ kernels",)
+
+
+def test_empty_input_and_no_operator():
+    (call,) = explain(Layer(16, 32, 4), torch.randn(0, 16)).calls
+    assert (call.shapes[0], call.saved_bytes) == (("M", 0), 0)
+    assert str(explain(nn.Linear(3, 4), torch.randn(2, 3))) == "no operator of pyfused was called"
+
+
+def test_table_lists_calls_and_each_reason_once():
+    lines = str(explain(Net(), torch.randn(5, 16))).splitlines()
+    assert lines[0].split() == ["module", "operator", "calls", "shapes", "dtype", "backend", "plan", "saved", "why"]
+    assert " ".join(lines[2].split()) == "first lora_linear 1 M=5 K=16 N=32 R=4 float32 portable blas 80 B [1]"
+    assert " ".join(lines[3].split()) == "rest.1 lora_linear 1 M=5 K=32 N=8 R=3 float32 portable blas 60 B [1]"
+    assert lines[5] == "2 calls; a training step saves 140 B beyond their inputs"
+    assert [line for line in lines if line.startswith("[")] == [lines[6]]
+
+
+def test_table_folds_alike_calls_of_numbered_modules():
+    net = nn.Sequential(*(Layer(16, 16, 4) for _ in range(12)), Layer(16, 8, 4))
+    lines = str(explain(net, torch.randn(5, 16))).splitlines()
+    assert " ".join(lines[2].split()) == "* lora_linear 12 M=5 K=16 N=16 R=4 float32 portable blas 960 B [1]"
+    assert lines[3].split()[:3] == ["12", "lora_linear", "1"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB")])
+def test_byte_units(count, text):
+    assert _bytes(count) == text
+
+
+def test_not_callable():
+    with pytest.raises(TypeError, match="explain: model_or_function must be a module or a callable, got int"):
+        explain(3)
+
+
+def test_every_operator_can_be_explained():
+    from pyfused import ops
+
+    assert set(_DESCRIBE) == set(ops.__all__)

@@ -1,0 +1,134 @@
+"""Every kind of installation carries the whole package, also when Python starts in the repository root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import pyfused
+
+pytestmark = pytest.mark.host
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+
+# Where the parts of the package come from, and every module file that is loaded under more than one name.
+MODULES = """
+import collections, json, os, sys
+import pyfused, pyfused.bench, pyfused.kernels
+import pyfused.kernels.launch, pyfused.bench.cases
+where = {name: os.path.realpath(sys.modules[name].__file__) for name in ("pyfused", "pyfused.kernels", "pyfused.bench")}
+names = collections.defaultdict(list)
+for name, module in list(sys.modules.items()):
+    if name != "__main__" and getattr(module, "__file__", None):
+        names[os.path.realpath(module.__file__)].append(name)
+double = [group for group in names.values() if len(group) > 1 and any("pyfused" in name for name in group)]
+print(json.dumps({"where": where, "double": double}))
+"""
+METADATA = """
+import importlib.metadata, json
+about = importlib.metadata.metadata("pyfused")
+print(json.dumps({
+    "licence": about["License-Expression"],
+    "version": about["Version"],
+    "files": [str(file) for file in importlib.metadata.files("pyfused")],
+    "console": [entry.value for entry in importlib.metadata.entry_points(group="console_scripts", name="pyfused")],
+    "needs": [line for line in importlib.metadata.requires("pyfused") if "extra" not in line],
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def modules(package: Path) -> set[str]:
+    """Files of a package directory, links followed."""
+    return {
+        os.path.relpath(Path(folder, file), package)
+        for folder, _, files in os.walk(package, followlinks=True)
+        for file in files
+        if file.endswith((".py", ".typed"))
+    }
+
+
+def clone(copy: Path) -> Path:
+    """A copy of what a clone holds: builds leave folders behind, and editable installs point into it."""
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=skip)
+    return copy
+
+
+def installation(kind: str, home: Path) -> tuple[Path, Path, Path]:
+    """(checkout, python, site-packages) of a virtual environment with pyfused in that kind of installation."""
+    checkout = clone(home / "clone")
+    venv.create(home / "venv", with_pip=False, symlinks=True)
+    python = home / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).strip())
+    # torch and setuptools come from the environment that runs the tests. A .pth file's folder is searched after the
+    # new environment's own, and the .pth files inside it, an editable pyfused among them, are not read.
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def pip(*arguments: str | Path) -> None:
+        run(sys.executable, "-m", "pip", "--python", python, *arguments, cwd=home)
+
+    def install(*arguments: str | Path) -> None:
+        # The outer environment's pyfused is visible here, and must not count as installed.
+        pip("install", *OFFLINE, "--ignore-installed", *arguments)
+
+    if kind == "editable":
+        install("-e", checkout)
+    elif kind == "editable-compat":
+        install("--config-settings", "editable_mode=compat", "-e", checkout)
+    elif kind == "plain":
+        install(checkout)
+    else:
+        source = checkout
+        if kind == "sdist-wheel":
+            build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+            run(sys.executable, "-c", build, home, cwd=checkout)
+            (source,) = home.glob("pyfused-*.tar.gz")
+        pip("wheel", *OFFLINE, "--wheel-dir", home, source)
+        (wheel,) = home.glob("pyfused-*.whl")
+        install(wheel)
+    return checkout, python, site
+
+
+@pytest.mark.parametrize("name", ["kernels", "bench"])
+def test_links_are_relative(name):
+    assert os.readlink(ROOT / "pyfused" / name) == f"../{name}"
+
+
+@pytest.mark.parametrize("kind", ["editable", "editable-compat", "plain", "wheel", "sdist-wheel"])
+def test_installation(kind, tmp_path):
+    checkout, python, site = installation(kind, tmp_path)
+    editable = kind.startswith("editable")
+    for cwd in (checkout, tmp_path):
+        report = json.loads(run(python, "-c", MODULES, cwd=cwd))
+        assert report["double"] == []
+        # `python -c` puts its folder first: in the repository root the checkout itself is imported, whatever the kind.
+        from_checkout = editable or cwd == checkout
+        parts = {"pyfused": "pyfused", "pyfused.kernels": "kernels", "pyfused.bench": "bench"}
+        for name, folder in parts.items():
+            home = checkout / folder if from_checkout else site / name.replace(".", "/")
+            assert report["where"][name] == os.path.realpath(home / "__init__.py")
+    if not editable:
+        assert modules(site / "pyfused") == modules(checkout / "pyfused")
+
+    about = json.loads(run(python, "-c", METADATA, cwd=tmp_path))
+    assert about["licence"] == "MIT"
+    assert any(file.endswith("licenses/LICENSE") for file in about["files"])
+    assert about["version"] == pyfused.__version__
+    assert set(about["console"]) == {"pyfused.cli:main"}
+    assert about["needs"] == ["torch>=2.10"]
