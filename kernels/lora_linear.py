@@ -15,6 +15,7 @@ from pyfused.kernels.device import dropout_keep_mask, swizzle
 from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, offset_type, strides, target
 from pyfused.kernels.lora_linear_plan import (
     EXPAND_BLOCK_R,
+    ONE_LAUNCH_MAX_RANK,
     block_rank,
     choose_plan,
     gemm_config,
@@ -437,7 +438,11 @@ def lora_linear_bwd(
 
 
 def _resolve(plan: str, m: int, n: int, k: int, rank: int, dropout_p: float, x: torch.Tensor) -> str:
-    return choose_plan(m, n, k, rank, dropout_p, x.dtype, target(x.device))[0] if plan == "auto" else plan
+    if plan == "auto":
+        return choose_plan(m, n, k, rank, dropout_p, x.dtype, target(x.device))[0]
+    if plan == "one_launch" and rank > ONE_LAUNCH_MAX_RANK:
+        raise ValueError(f"lora_linear: plan 'one_launch' takes a rank of at most {ONE_LAUNCH_MAX_RANK}, got {rank}")
+    return plan
 
 
 def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:

@@ -36,6 +36,8 @@ class PassConfig:
     num_stages: int
 
 
+# Beyond it P of every tile does not fit beside the tile's accumulator.
+ONE_LAUNCH_MAX_RANK = 64
 # Columns of P that the epilogue takes at a time when P comes from memory.
 EXPAND_BLOCK_R = 32
 
@@ -49,13 +51,13 @@ def choose_plan(
     m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, target: Target
 ) -> tuple[str, str]:
     """(plan, reason) for y (M, N) = x (M, K) W^T and its low-rank term."""
-    if target == INTERPRETER:
+    if target == INTERPRETER and rank <= ONE_LAUNCH_MAX_RANK:
         return "one_launch", "interpreter: one launch is the cheapest to interpret"
     if dtype == torch.float32:
         return "blas", "float32: the library's GEMM has no peer in Triton"
     padded = block_rank(rank)
-    if padded > 64:
-        return "shrink_expand", f"rank {rank}: P of every tile would not fit beside the accumulator"
+    if rank > ONE_LAUNCH_MAX_RANK:
+        return "shrink_expand", f"rank {rank} > {ONE_LAUNCH_MAX_RANK}: P does not fit beside a tile's accumulator"
     if dropout_p > 0.0:
         return "shrink_expand", "dropout: the mask is drawn once, not once per column of tiles"
     # Every tile computes its own P, r / BLOCK_N extra work; a separate pass reads x once more. Equal near this line
@@ -74,7 +76,7 @@ _GEMM_TILES_WGMMA = (
 )
 _GEMM_TILES_TCGEN05 = (
     GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    GemmConfig(64, 128, 64, num_warps=4, num_stages=3),
+    GemmConfig(64, 128, 64, num_warps=8, num_stages=3),
 )
 _GEMM_TILES_MMA_SYNC = (
     GemmConfig(128, 128, 32, num_warps=8, num_stages=4),
@@ -101,7 +103,7 @@ def gemm_config(
     drop_x: bool,
     drop_p: bool,
 ) -> GemmConfig:
-    """The tile whose waves over the multiprocessors waste least, among those that fit.
+    """The tile whose waves over the multiprocessors waste least, among those that fit, or else the smallest.
 
     ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads share the addresses.
     """
@@ -134,7 +136,7 @@ def gemm_config(
     if not vectorised:
         # Single elements of 2 bytes cannot be copied asynchronously: fewer stages lose nothing.
         tiles = tuple(replace(tile, num_warps=8, num_stages=2) for tile in tiles)
-    return min(filter(fits, tiles), key=cost)
+    return min(filter(fits, tiles), key=cost, default=tiles[-1])
 
 
 def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:

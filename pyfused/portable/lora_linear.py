@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyfused.portable.gemm import matmul, sum_outer
 from pyfused.portable.philox import dropout_
 
 # Frozen weights in the dtype that autocast asked for: weight -> {part of it: ((version, address), cast copy)}.
@@ -81,8 +82,7 @@ def _product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | Non
         if bias is None:
             return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
         return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows.mm(weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    y = matmul(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:2], weight.shape[0])
 
 
@@ -98,7 +98,7 @@ def _sum_outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     if left.dtype == dtype:
-        return left.t().mm(right)
+        return sum_outer(left, right)
     if left.is_cuda:
         return torch.mm(left.t(), right, out_dtype=dtype)
     total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
