@@ -144,7 +144,7 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
-    block_k = 16 if padded > 128 else 64 if padded <= 64 and dtype.itemsize == 2 else 32
+    block_k = 16 if padded > 128 else 64 if padded < 64 and dtype.itemsize == 2 else 32
     tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
     return PassConfig(
