@@ -75,8 +75,15 @@ def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
                 continue
             name = f"{plan} {batch * length}x{k}->{n} r{rank} p{p} {str(dtype)[6:]}"
             yield name, _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first=batch > 1)
-    yield "fp32 blas p0.1 r16", _lora_linear_call(1, 2740, 1024, 1024, 16, torch.float32, 0.1, "blas", False)
-    yield "fp32 one_launch r16", _lora_linear_call(1, 2740, 1024, 1024, 16, torch.float32, 0.0, "one_launch", False)
+    # The corners: library GEMM with dropout, exact float32, everything of size 1, offsets beyond 32 bits.
+    for label, batch, length, k, n, rank, dtype, p, plan in (
+        ("blas", 1, 2740, 1024, 1024, 16, torch.bfloat16, 0.1, "blas"),
+        ("float32 blas", 1, 2740, 1024, 1024, 16, torch.float32, 0.1, "blas"),
+        ("float32", 1, 2740, 1024, 1024, 16, torch.float32, 0.0, "one_launch"),
+        ("size 1", 1, 1, 1, 1, 1, torch.bfloat16, 0.6, "one_launch"),
+        ("over 2^31 elements", 1, 1 << 20, 4096, 4096, 16, torch.bfloat16, 0.0, "one_launch"),
+    ):
+        yield f"{label} {plan}", _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, False)
 
 
 def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first):

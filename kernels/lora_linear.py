@@ -27,7 +27,7 @@ from pyfused.kernels.lora_linear_plan import (
 # Sizes that change with the batch are not specialised: another number of rows must not compile another kernel.
 
 
-@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
@@ -113,7 +113,7 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "steps"])
+@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
@@ -153,7 +153,7 @@ def _lora_shrink_kernel(
     tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "tiles_m", "steps"])
+@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
@@ -205,7 +205,7 @@ def _lora_wgrad_kernel(
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "tiles_l"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "threshold"])
 def _lora_expand_kernel(
     y_ptr, p_ptr, b_ptr, seed_ptr,
     length, n, rank, tiles_l,

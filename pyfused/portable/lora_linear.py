@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,7 +33,7 @@ def lora_linear_fwd(
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     weight, bias = _cast_frozen(weight, x.dtype), None if bias is None else bias.to(x.dtype)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         p = _product(_dropped(x, seed, dropout_p), lora_a, channels_first)
         y = _product(x, weight, channels_first, bias)
         _add_product_(y, p, lora_b, scaling, channels_first)
@@ -56,7 +58,7 @@ def lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy.device.type):
         if need_dx or need_da:
             q = _product(dy, lora_b.to(dy.dtype).t(), channels_first).mul_(scaling)
         if need_dx:
@@ -73,6 +75,13 @@ def lora_linear_bwd(
         if need_db:
             db = _sum_outer(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
     return dx, da, db
+
+
+def _no_autocast(kind: str) -> contextlib.AbstractContextManager:
+    # Products of float32 gradients must stay float32. Entering the context costs 0.07 ms, so only where it acts.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks: parity first, then time and memory against the baselines. `pyfused bench` or `pytest bench` runs them."""

@@ -1,0 +1,124 @@
+"""The gate before every clock: is the result as close to float64 as plain torch in the same dtype would be?
+
+    error <= 2 x (error of plain torch) + floor(dtype) x scale
+
+in Frobenius norm and in maximum norm, for the output and every gradient; scale is the exact tensor's own norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import pyfused
+from pyfused import reference
+from pyfused.bench.cases import LoRACase
+
+# Roundings of the accumulator that a sum of a thousand terms in another order may cost.
+_SUM = 16
+SEED = 20_240_607
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one tensor is from its float64 value.
+
+    Attributes:
+        tensor: its name, "y" or "d<argument>".
+        norm: "Frobenius" or "maximum".
+        error: norm of the difference, in units of the exact tensor's norm.
+        plain: the same for plain torch in the same dtype.
+        limit: the largest error that passes.
+    """
+
+    tensor: str
+    norm: str
+    error: float
+    plain: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        # NaN compares false: written so that it fails.
+        return self.error <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor} ({self.norm}): error {self.error:.2e}, plain torch {self.plain:.2e}, limit {self.limit:.2e}"
+        )
+
+
+def floor(dtype: torch.dtype) -> float:
+    """What is forgiven where plain torch happens to err little: one rounding of the result and those of its sums."""
+    return torch.finfo(dtype).eps + _SUM * torch.finfo(torch.float32).eps
+
+
+def deviations(
+    ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[Deviation]:
+    """Two figures (Frobenius, maximum) for each tensor of ``exact``.
+
+    Args:
+        ours, plain, exact: tensors by name: the candidate's, plain torch's and the float64 ones, of equal shapes.
+        dtype: that the products are made in, 32 bits or fewer.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    found = []
+    for name, expected in exact.items():
+        for label, results in (("ours", ours), ("plain", plain)):
+            if name not in results or results[name].shape != expected.shape:
+                got = tuple(results[name].shape) if name in results else "nothing"
+                raise ValueError(f"{label}[{name!r}] must have shape {tuple(expected.shape)}, got {got}")
+        for norm, measure in (("Frobenius", torch.linalg.vector_norm), ("maximum", _largest)):
+            scale = measure(expected).item() or 1.0
+            error = measure(ours[name].double() - expected).item() / scale
+            unit = measure(plain[name].double() - expected).item() / scale
+            found.append(Deviation(name, norm, error, unit, 2 * unit + floor(dtype)))
+    return found
+
+
+def strain(item: Deviation) -> float:
+    """Error in units of its limit; infinite for NaN, so that the worst sorts last."""
+    ratio = item.error / item.limit
+    return ratio if ratio == ratio else float("inf")
+
+
+def lora_results(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], *, double: bool = False, **options
+) -> dict[str, Tensor]:
+    """y, dx, dlora_a and dlora_b of ``function`` on the tensors of `LoRACase.tensors`, in float64 if ``double``."""
+    values = {name: value.double() if double else value for name, value in tensors.items()}
+    leaves = {name: values[name].detach().requires_grad_() for name in ("x", "lora_a", "lora_b")}
+    y = function(
+        leaves["x"], values["weight"], leaves["lora_a"], leaves["lora_b"], values["bias"], **options
+    )  # fmt: skip
+    gradients = torch.autograd.grad(y, list(leaves.values()), values["dy"])
+    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def check_lora_linear(
+    case: LoRACase,
+    device: torch.device,
+    *,
+    backend: str = "auto",
+    plan: str = "auto",
+    function: Callable[..., Tensor] = pyfused.lora_linear,
+) -> list[Deviation]:
+    """``function`` at one case against the reference in float64 and in the case's dtype, dropout mask included."""
+    tensors = case.tensors(device)
+    options: dict = {"scaling": case.scaling, "dropout_p": case.dropout_p}
+    if case.dropout_p:
+        options["seed"] = torch.tensor([SEED], device=device)
+    ours = lora_results(function, tensors, backend=backend, plan=plan, **options)
+    plain = lora_results(reference.lora_linear, tensors, **options)
+    exact = lora_results(reference.lora_linear, tensors, double=True, **options)
+    return deviations(ours, plain, exact, case.dtype)
+
+
+def _largest(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value, float("inf"))

@@ -1,0 +1,153 @@
+"""The pytest side: the `compare` fixture that makes a timed row, and the table at the end of `pytest bench`.
+
+Rows of your own: put `from pyfused.bench.plugin import *` into a conftest.py beside them, and write
+
+    def test_mine(compare):
+        compare("my layer", {"pyfused": [fast], "eager": [slow]})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from pyfused.bench import parity, timing
+from pyfused.bench.rows import Row
+from pyfused.bench.session import Session, Settings
+
+__all__ = [
+    "Compare",
+    "bench_session",
+    "compare",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_terminal_summary",
+]
+
+SESSION = pytest.StashKey[Session]()
+_RECORDED_DEVIATIONS = 16
+
+Contenders = Mapping[str, Sequence[Callable[[], object]]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `pyfused bench` has put its own session there already.
+    if SESSION not in config.stash:
+        config.stash[SESSION] = Session(Settings())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "compare" in getattr(item, "fixturenames", ()) and item.get_closest_marker("benchmark") is None:
+            item.add_marker(pytest.mark.benchmark(timer=timing.subject_clock))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if session.rows:
+        from pyfused.bench.report import print_report
+
+        terminalreporter.section("pyfused")
+        print_report(session.rows, sys.stdout)
+        for path in (session.file.path, *session.draw()):
+            terminalreporter.write_line(f"written: {path}")
+
+
+@pytest.fixture(scope="session")
+def bench_session(pytestconfig: pytest.Config) -> Session:
+    """The run: its settings (device, time per row) and the rows so far."""
+    return pytestconfig.stash[SESSION]
+
+
+class Compare:
+    """Times contenders in interleaved rounds under pytest-benchmark and records the row."""
+
+    def __init__(self, benchmark: object, session: Session) -> None:
+        self._benchmark, self._session = benchmark, session
+
+    def __call__(
+        self,
+        name: str,
+        contenders: Contenders,
+        *,
+        subject: str = "pyfused",
+        kind: str = "operator",
+        measured: str = "call",
+        deviations: Sequence[parity.Deviation] = (),
+        graph: bool = False,
+        rounds: int | None = None,
+        complete: Callable[[Row], None] = lambda row: None,
+        **row: object,
+    ) -> Row:
+        """Gate on parity, time, record.
+
+        Args:
+            name: what the table calls the row.
+            contenders: name -> calls that take no argument, one for each input set (one is enough).
+            subject: the contender that the ratios compare with.
+            kind, measured: as in `Row`.
+            deviations: the parity figures; if one fails, the row is recorded without times and the test fails.
+            graph: on a GPU, capture each call as a CUDA graph and time its replay.
+            rounds: how many; None (the default): as many as fit in the time per row, 7 at least, after two that are not
+                counted. With a number, every round counts.
+            complete: fills in what is known only after the rounds, before the row is recorded.
+            row: further fields of `Row`, such as facts and peak_bytes.
+
+        Returns:
+            The row as recorded.
+        """
+        device = self._session.settings.device
+        modes = {"cpu": "wall clock", "cuda": "graph replay" if graph else "eager launches"}
+        # The gate is on all of them; a model has hundreds, of which the record keeps the ones nearest to their limit.
+        nearest = sorted(deviations, key=parity.strain, reverse=True)[:_RECORDED_DEVIATIONS]
+        figures = [dataclasses.asdict(item) for item in nearest]
+        result = Row(name, kind, measured, mode=modes[device.type], subject=subject, parity=figures, **row)
+        broken = [str(item) for item in nearest if not item.passed]
+        if broken:
+            result.passed = False
+            self._session.add(result)
+            pytest.fail(f"{name} is not close enough to float64:\n" + "\n".join(broken), pytrace=False)
+        if graph and device.type == "cuda":
+            contenders = _captured(contenders, result)
+
+        interleaved = timing.Interleaved(contenders, subject, timing.clock_for(device))
+        if rounds is None:
+            rounds = timing.rounds_within(self._session.settings.seconds_per_row, interleaved.warm_up())
+        before = timing.gpu_state(device)
+
+        def between_rounds() -> None:
+            self._session.on_round(f"{name}, {measured}", len(interleaved.seconds[subject]), rounds)
+
+        self._benchmark.pedantic(interleaved, setup=between_rounds, rounds=rounds)
+        result.seconds, result.ratios = interleaved.medians(), interleaved.ratios()
+        result.rounds = len(interleaved.seconds[subject])
+        result.gpu = {"before": before, "after": timing.gpu_state(device)} if before else {}
+        self._benchmark.extra_info.update(medians=result.seconds, ratios=result.ratios)
+        complete(result)
+        self._session.add(result)
+        return result
+
+
+def _captured(contenders: Contenders, row: Row) -> Contenders:
+    """Every contender as CUDA graphs; a baseline that cannot be captured is left out and the row says why."""
+    graphs = {name: _graphs(name, calls, row) for name, calls in contenders.items()}
+    return {name: calls for name, calls in graphs.items() if calls}
+
+
+def _graphs(name: str, calls: Sequence[Callable[[], object]], row: Row) -> Sequence[Callable[[], object]]:
+    try:
+        return [timing.captured(call) for call in calls]
+    except RuntimeError as error:
+        if name == row.subject:
+            raise
+        row.unavailable = row.unavailable | {f"{name} as a CUDA graph": str(error).partition("\n")[0]}
+        return ()
+
+
+@pytest.fixture
+def compare(benchmark: object, bench_session: Session) -> Compare:
+    """``compare(name, {"pyfused": [call], "eager": [call]})`` times the calls and records a row."""
+    return Compare(benchmark, bench_session)

@@ -1,0 +1,118 @@
+"""The table that a run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pyfused.bench.baselines import BASE
+from pyfused.bench.rows import Row
+from pyfused.bench.targets import verdicts
+
+
+def print_report(rows: Sequence[Row], stream: TextIO) -> None:
+    """The table, what its columns mean, the losses, then each number to reach as met or not met."""
+    console = Console(file=stream)
+    lines = table(rows)
+    # A table wider than the terminal is still easier to read than one whose columns are folded.
+    wanted = Console(width=10_000).measure(lines).maximum
+    if console.width < wanted:
+        console = Console(file=stream, width=wanted)
+    console.print(lines)
+    notes = [
+        "Ratios: median over interleaved rounds of (baseline's time / pyfused's); above 1 pyfused is faster. "
+        "x GEMM: pyfused's time over that of the frozen layer alone.",
+        "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
+    ]
+    variants = dict.fromkeys(tuple(_peft(row)) for row in rows)
+    notes += [f"vs PEFT, in order: {', '.join(names)}." for names in variants if len(names) > 1]
+    for row in rows:
+        last = {name: value[-1] if isinstance(value, list) else value for name, value in row.loss.items()}
+        if last:
+            losses = ", ".join(f"{name} {value:.6f}" for name, value in last.items())
+            notes.append(f"{row.name}: loss after {row.facts.get('steps')} steps: {losses}.")
+        how = row.facts.get("how")
+        notes += [f"  {name}: {text}." for name, text in how.items()] if isinstance(how, dict) else []
+    notes += sorted({f"not measured: {name}: {reason}" for row in rows for name, reason in row.unavailable.items()})
+    for note in notes:
+        console.print(note, style="dim", markup=False, highlight=False)
+    for verdict in verdicts(rows):
+        console.print(str(verdict), style="green" if verdict.met else "red", markup=False, highlight=False)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line for each row; columns that no row fills are left out."""
+    lines = [_cells(row) for row in rows]
+    filled = {name for cells in lines for name, value in cells.items() if value}
+    names = [name for name in _cells(Row("", "", "")) if name in filled]
+    result = Table(title=_title(rows), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        text = name in ("row", "measured")
+        result.add_column(
+            name, justify="left" if text else "right", no_wrap=not text, min_width=40 if name == "row" else None
+        )
+    for row, cells in zip(rows, lines, strict=True):
+        result.add_row(*(cells[name] for name in names), style=None if row.passed else "bold red")
+    return result
+
+
+def _title(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "pyfused: no rows"
+    facts = rows[0].provenance
+    commit = str(facts.get("commit") or "")[:9] + (" (with changes)" if facts.get("dirty") else "")
+    return (
+        f"pyfused {facts.get('pyfused')} {commit} on {facts.get('device')}, {facts.get('threads')} threads, "
+        f"torch {facts.get('torch')}, {facts.get('date')}"
+    )
+
+
+def _cells(row: Row) -> dict[str, str]:
+    own = row.seconds.get(row.subject)
+    floor = row.facts.get("floor_seconds")
+    loss = row.loss.get(row.subject)
+    return {
+        "row": row.name,
+        "measured": row.measured + ("" if row.mode == "wall clock" else f", {row.mode}"),
+        "parity": ("FAILED" if not row.passed else f"{_margin(row):.2f}" if row.parity else ""),
+        "pyfused": _time(own),
+        "vs eager": _ratio(row.ratios.get("eager", row.ratios.get("reference"))),
+        "vs compile": _ratio(row.ratios.get("torch.compile")),
+        "vs PEFT": " / ".join(_ratio(row.ratios[name]) for name in _peft(row)),
+        "x GEMM": _ratio(1 / row.ratios[BASE] if BASE in row.ratios else None),
+        "% floor": f"{100 * floor / own:.0f}" if isinstance(floor, float) and own else "",
+        "peak MiB\n/ eager / PEFT": _memory(row.peak_bytes, row.subject),
+        "loss": "" if loss is None else f"{loss[-1] if isinstance(loss, list) else loss:.4f}",
+    }
+
+
+def _peft(row: Row) -> list[str]:
+    return [name for name in row.ratios if name.startswith("PEFT")]
+
+
+def _margin(row: Row) -> float:
+    """The largest error in units of its limit."""
+    return max(float(item["error"]) / float(item["limit"]) for item in row.parity)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _memory(found: dict[str, int], subject: str) -> str:
+    if subject not in found:
+        return ""
+    beside = (found[subject], found.get("eager", found.get("reference")), found.get("PEFT"))
+    return " / ".join("-" if value is None else f"{value / 2**20:.1f}" for value in beside)

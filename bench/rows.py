@@ -1,0 +1,163 @@
+"""What one measurement is recorded as, where it was made, and the file that grows row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import pyfused
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Row:
+    """One line of the table and one object of rows.json.
+
+    Attributes:
+        name: what was measured, with its shape.
+        kind: "operator", "model" or "training".
+        measured: "forward", "forward+backward", "training step" or "training run".
+        mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU.
+        subject: the contender that the ratios compare with.
+        facts: shape, dtype and other settings.
+        parity: one entry for each tensor and norm: error, plain torch's error and limit, relative to the tensor's norm.
+        passed: whether parity holds; when False the row has no times.
+        seconds: contender -> median.
+        ratios: contender -> median over the rounds of its time / the subject's; above 1 the subject is faster.
+        rounds: how many rounds the medians are over.
+        peak_bytes: contender -> the most memory held at once during the call, beyond what was held before.
+        saved_bytes: contender -> what autograd keeps for backward beyond parameters and inputs.
+        loss: contender -> loss, or the losses of a run.
+        unavailable: contender -> why it did not run.
+        gpu: clocks and power before and after, as nvidia-smi gives them.
+        provenance: device, versions, commit, date, threads.
+    """
+
+    name: str
+    kind: str
+    measured: str
+    mode: str = "wall clock"
+    subject: str = "pyfused"
+    facts: dict[str, object] = field(default_factory=dict)
+    parity: list[dict[str, object]] = field(default_factory=list)
+    passed: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    saved_bytes: dict[str, int] = field(default_factory=dict)
+    loss: dict[str, object] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    gpu: dict[str, object] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
+
+
+class RowFile:
+    """rows.json in a directory that is made with the first row; whole and valid after every row."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "rows.json"
+        self.rows: list[Row] = []
+
+    def append(self, row: Row) -> None:
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([dataclasses.asdict(item) for item in self.rows], indent=1)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(self.path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a rows.json."""
+    return [Row(**item) for item in json.loads(path.read_text())]
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Where and with what a row is measured: device, driver, torch, triton, commit, date, threads."""
+    return _fixed_provenance(device) | {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model.group(1) if model else f"{platform.system()} {platform.machine()}"
+
+
+def default_output() -> Path:
+    """bench/results of the checkout that this file lies in; for an installed package ./pyfused-results."""
+    return _ROOT / "bench" / "results" if _in_checkout() else Path.cwd() / "pyfused-results"
+
+
+def run_directory(output: Path, device: torch.device) -> Path:
+    """``output``/<device>/<date>, the date to the second so that no run overwrites another."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    prefix = "" if device.type == "cuda" else f"cpu-{os.cpu_count()}x-"
+    return output / f"{prefix}{slug}" / datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M%S")
+
+
+def _in_checkout() -> bool:
+    return (_ROOT / "pyproject.toml").is_file() and (_ROOT / "bench").is_dir()
+
+
+@functools.cache
+def _fixed_provenance(device: torch.device) -> dict[str, object]:
+    facts: dict[str, object] = {
+        "device": device_name(device),
+        "driver": None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+        "open_clip": _version("open_clip_torch"),
+        "pyfused": pyfused.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **_commit(),
+    }
+    if device.type == "cuda":
+        facts["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        facts["cuda"] = torch.version.cuda
+        facts["capability"] = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+    return facts
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, object]:
+    """The checkout's commit, and whether files beside earlier results differ from it."""
+    if not _in_checkout():
+        return {"commit": None, "dirty": None}
+    commit = _run("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    changes = _run("git", "-C", str(_ROOT), "status", "--porcelain", "--", ".", ":!bench/results")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

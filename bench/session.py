@@ -1,0 +1,66 @@
+"""One run of the benchmarks: what it was asked for, the rows it makes, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pyfused.bench import rows as row_format
+from pyfused.bench.rows import Row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for.
+
+    Attributes:
+        device: where to measure; a GPU if there is one.
+        output: directory for the results; None means bench/results in a checkout, else ./pyfused-results.
+        threads: CPU threads that torch may use, pinned for the run; None keeps torch's own number.
+        seconds_per_row: how long the counted rounds of one row may take.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    output: Path | None = None
+    threads: int | None = None
+    seconds_per_row: float = 5.0
+
+
+class Session:
+    """Rows as they come, written at once; the pictures at the end.
+
+    Attributes:
+        on_row: called with each finished row.
+        on_round: called between rounds, never while a clock runs, with (row name, round, rounds).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        if settings.device.type == "cuda":
+            torch.cuda.set_device(settings.device)
+        self.directory = row_format.run_directory(settings.output or row_format.default_output(), settings.device)
+        self.file = row_format.RowFile(self.directory)
+        self.on_row: Callable[[Row], None] = lambda row: None
+        self.on_round: Callable[[str, int, int], None] = lambda name, number, total: None
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.file.rows
+
+    def add(self, row: Row) -> None:
+        """Stamps the row with its provenance and writes it."""
+        row.provenance = row_format.provenance(self.settings.device)
+        self.file.append(row)
+        self.on_row(row)
+
+    def draw(self) -> list[Path]:
+        """Writes ratios.png and curves.png for the rows there are; the files written."""
+        from pyfused.bench import figures
+
+        pictures = {"ratios.png": figures.draw_ratios, "curves.png": figures.draw_curves}
+        return [self.directory / name for name, draw in pictures.items() if draw(self.rows, self.directory / name)]

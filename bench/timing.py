@@ -1,0 +1,158 @@
+"""Clocks, and rounds in which every contender runs once, in one process."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+_subject_seconds = 0.0
+
+
+def subject_clock() -> float:
+    """A clock for pytest-benchmark that advances by the subject's time alone, although all contenders share a round."""
+    return _subject_seconds
+
+
+class WallClock:
+    """Times each call by the wall, for work that is done when the call returns."""
+
+    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of each call, in the order given."""
+        seconds = {}
+        for name, call in calls.items():
+            start = time.perf_counter()
+            result = call()
+            seconds[name] = time.perf_counter() - start
+            del result
+        return seconds
+
+
+class CudaClock:
+    """Times each call by CUDA events, after a write of four times the L2 cache has emptied it of the inputs.
+
+    The host runs ahead during that write, as it does in a training loop: launches count only where the GPU waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(4 * cache, dtype=torch.int8, device=device)
+
+    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of each call on the GPU, in the order given; one synchronisation, at the end."""
+        events = {}
+        for name, call in calls.items():
+            self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            events[name] = start, end
+        torch.cuda.synchronize(self._flush.device)
+        return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
+
+
+def clock_for(device: torch.device) -> WallClock | CudaClock:
+    return CudaClock(device) if device.type == "cuda" else WallClock()
+
+
+def captured(call: Call) -> Call:
+    """``call`` as a CUDA graph, captured after three runs on a side stream; calling it replays the graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        # Held, so that the memory the graph writes to stays its own.
+        return kept
+
+    return replay
+
+
+class Interleaved:
+    """Rounds of all contenders, each round in a random order that is the same in every run.
+
+    In a fixed order a contender would always inherit the cache and the freed memory of the same neighbour, which was
+    seen to move ratios by several percent on a CPU.
+
+    Args:
+        contenders: name -> one call per input set; round i uses set i modulo their number.
+        subject: the contender that the others are compared with.
+        clock: `WallClock` or `CudaClock`.
+    """
+
+    def __init__(self, contenders: Mapping[str, Sequence[Call]], subject: str, clock: WallClock | CudaClock) -> None:
+        if subject not in contenders:
+            raise ValueError(f"subject must be one of {tuple(contenders)}, got {subject!r}")
+        self.contenders, self.subject, self.clock = contenders, subject, clock
+        self.seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        self._count = 0
+        self._random = random.Random(0)
+
+    def _round(self) -> dict[str, float]:
+        calls = {}
+        for name in self._random.sample(list(self.contenders), len(self.contenders)):
+            sets = self.contenders[name]
+            calls[name] = sets[self._count % len(sets)]
+        self._count += 1
+        return self.clock.round(calls)
+
+    def warm_up(self, rounds: int = 2) -> float:
+        """Runs rounds that are not counted; the wall-clock seconds of the last one."""
+        elapsed = 0.0
+        for _ in range(rounds):
+            start = time.perf_counter()
+            self._round()
+            elapsed = time.perf_counter() - start
+        return elapsed
+
+    def __call__(self) -> None:
+        """One counted round."""
+        global _subject_seconds
+        for name, seconds in self._round().items():
+            self.seconds[name].append(seconds)
+        _subject_seconds += self.seconds[self.subject][-1]
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.seconds.items()}
+
+    def ratios(self) -> dict[str, float]:
+        """Median over the rounds of (contender's time / subject's time); above 1 the subject is faster."""
+        own = self.seconds[self.subject]
+        return {
+            name: statistics.median(other / mine for other, mine in zip(values, own, strict=True))
+            for name, values in self.seconds.items()
+            if name != self.subject
+        }
+
+
+def rounds_within(budget_seconds: float, seconds_per_round: float, least: int = 7, most: int = 200) -> int:
+    return max(least, min(most, int(budget_seconds / max(seconds_per_round, 1e-6))))
+
+
+def gpu_state(device: torch.device) -> dict[str, str] | None:
+    """Clocks, power and temperature of a GPU as nvidia-smi reports them now; None on a CPU or without nvidia-smi."""
+    if device.type != "cuda":
+        return None
+    fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    identifier = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    command = ["nvidia-smi", f"--id={identifier}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in output.split(",")), strict=False))

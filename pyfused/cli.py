@@ -1,0 +1,156 @@
+"""The command ``pyfused``: ``info``, ``check`` and ``bench``. The first two need torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import pyfused
+
+# Distribution -> why somebody would want it.
+_OPTIONAL = {
+    "triton": "the triton backend",
+    "peft": "a baseline of the benchmarks",
+    "open_clip_torch": "the models of the benchmarks",
+    "timm": "models",
+}
+# Module -> distribution: without these `pyfused bench` does not start; every other package costs its own rows only.
+_BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich", "matplotlib": "matplotlib"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None (the default) takes the process's own.
+
+    Returns:
+        The exit status: 0 when all is well, 1 when a row failed, 2 for wrong arguments or an interruption.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except KeyboardInterrupt:
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyfused", description=pyfused.__doc__)
+    parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, devices, and each backend with the reason if it is missing")
+    info.set_defaults(function=_info)
+
+    check = commands.add_parser("check", help="compare every backend here with float64, at the benchmarks' shapes")
+    check.set_defaults(function=_check)
+
+    bench = commands.add_parser("bench", help="parity, time and memory against plain torch, torch.compile and PEFT")
+    bench.set_defaults(function=_bench)
+    bench.add_argument("paths", nargs="*", help="files or directories with rows of your own (pytest files)")
+    bench.add_argument("-k", dest="select", metavar="EXPRESSION", help="only rows with these names, as pytest's -k")
+    bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
+    bench.add_argument(
+        "--seconds", type=_positive_seconds, default=5.0, help="how long each row is timed (default 5)"
+    )  # fmt: skip
+    for command in (check, bench):
+        command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
+        command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
+    return parser
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return seconds
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print("\n".join(f"{name:12s}{value}" for name, value in _facts()))
+    print("\nbackends")
+    for name, reason in pyfused.available_backends().items():
+        print(f"  {name:10s}{'available' if reason is None else f'not available: {reason}'}")
+    return 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    yield "pyfused", f"{pyfused.__version__} ({Path(pyfused.__file__).parent})"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
+    if not torch.cuda.is_available():
+        yield "device", "cpu: torch sees no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}", f"{properties.name}, capability {properties.major}.{properties.minor}, {memory}"
+    for distribution, purpose in _OPTIONAL.items():
+        yield distribution.removesuffix("_torch"), _version(distribution) or f"not installed ({purpose})"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pyfused.bench import check
+
+    return check.run(arguments.device, arguments.threads)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    missing = [name for module, name in _BENCH_NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(
+            f'pyfused bench needs {", ".join(missing)}; pip install "pyfused[bench]" brings all it uses',
+            file=sys.stderr,
+        )
+        return 2
+    for path in arguments.paths:
+        if not Path(path.partition("::")[0]).exists():
+            print(f"pyfused bench: paths must exist, got {path!r}", file=sys.stderr)
+            return 2
+    from pyfused.bench.run import run
+    from pyfused.bench.session import Settings
+
+    settings = Settings(arguments.device, arguments.output, arguments.threads, arguments.seconds)
+    return run(settings, arguments.select, arguments.paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""The benchmarks themselves: the gate, the interleaving, the counting of memory, the record and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfused
+from pyfused import observe
+from pyfused.bench import cases, check, memory, parity, rows, targets, timing
+from pyfused.bench.cases import LoRACase
+from pyfused.bench.rows import Row
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = LoRACase(33, 40, 24, rank=3)
+
+
+def _row(name: str = "lora_linear 400x768->2304", **changes) -> Row:
+    fields = {
+        "kind": "operator",
+        "measured": "forward+backward",
+        "seconds": {"pyfused": 0.010, "eager": 0.012, "PEFT": 0.015, "base GEMM": 0.008},
+        "ratios": {"eager": 1.2, "PEFT": 1.5, "base GEMM": 0.8},
+        "parity": [{"tensor": "y", "norm": "maximum", "error": 1e-7, "plain": 1e-7, "limit": 1e-6}],
+        "provenance": {"device": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "pyfused": "0.1.0"},
+        "rounds": 7,
+    }
+    return Row(name, **(fields | changes))
+
+
+# ---- the gate
+
+
+@pytest.mark.parametrize("case", [SMALL, LoRACase(33, 40, 24, 3, torch.bfloat16, torch.float32, dropout_p=0.3)])
+def test_the_gate_passes_the_operator(case):
+    assert all(item.passed for item in parity.check_lora_linear(case, CPU))
+
+
+def _flipped(x, weight, lora_a, lora_b, bias, *, scaling, **rest):
+    return pyfused.lora_linear(x, weight, lora_a, lora_b, bias, scaling=-scaling, **rest)
+
+
+def _slightly_scaled(x, weight, lora_a, lora_b, bias, *, scaling, **rest):
+    return pyfused.lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling * 1.00005, **rest)
+
+
+def _one_nan(x, *arguments, **options):
+    y = pyfused.lora_linear(x, *arguments, **options)
+    return y + torch.zeros_like(y).index_fill(0, torch.tensor([5]), float("nan"))
+
+
+def _other_mask(*arguments, seed=None, **options):
+    return pyfused.lora_linear(*arguments, seed=None if seed is None else seed + 1, **options)
+
+
+@pytest.mark.parametrize("wrong", [_flipped, _slightly_scaled, _one_nan])
+def test_the_gate_rejects_a_wrong_result(wrong):
+    assert not all(item.passed for item in parity.check_lora_linear(SMALL, CPU, function=wrong))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_rejects_another_dropout_mask(dtype):
+    case = LoRACase(33, 40, 24, rank=3, dtype=dtype, dropout_p=0.1)
+    assert not all(item.passed for item in parity.check_lora_linear(case, CPU, function=_other_mask))
+
+
+@pytest.mark.parametrize("lost", ["dx", "dlora_a", "dlora_b"])
+def test_the_gate_looks_at_every_gradient(lost):
+    tensors = SMALL.tensors(CPU)
+    exact = parity.lora_results(pyfused.reference.lora_linear, tensors, double=True, scaling=2.0)
+    plain = parity.lora_results(pyfused.reference.lora_linear, tensors, scaling=2.0)
+    assert all(item.passed for item in parity.deviations(plain, plain, exact, torch.float32))
+    broken = plain | {lost: torch.zeros_like(plain[lost])}
+    failed = {item.tensor for item in parity.deviations(broken, plain, exact, torch.float32) if not item.passed}
+    assert failed == {lost}
+
+
+def test_the_limit_is_twice_torchs_error_and_the_floor():
+    exact = {"y": torch.tensor([4.0, 0.0], dtype=torch.float64)}
+    plain = {"y": torch.tensor([4.0, 0.4])}
+    (_, largest) = parity.deviations({"y": torch.tensor([4.0, 0.8])}, plain, exact, torch.float32)
+    assert largest.plain == pytest.approx(0.1)
+    assert largest.limit == pytest.approx(0.2 + parity.floor(torch.float32), abs=1e-7)
+    assert largest.passed
+    assert not parity.deviations({"y": torch.tensor([4.0, 0.81])}, plain, exact, torch.float32)[1].passed
+
+
+def test_the_gate_refuses_results_that_do_not_match():
+    exact = {"y": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"ours\['y'\] must have shape \(2, 3\), got \(3, 2\)"):
+        parity.deviations({"y": torch.zeros(3, 2)}, exact, exact, torch.float32)
+    with pytest.raises(ValueError, match=r"plain\['y'\] must have shape \(2, 3\), got nothing"):
+        parity.deviations(exact, {}, exact, torch.float32)
+
+
+def test_check_reports_a_wrong_backend(monkeypatch, capsys):
+    assert check.run(CPU, cases=[SMALL]) == 0
+    assert "1 of 1 as close" in capsys.readouterr().out
+    right = parity.check_lora_linear
+    monkeypatch.setattr(parity, "check_lora_linear", lambda *a, **k: right(*a, **k, function=_flipped))
+    assert check.run(CPU, cases=[SMALL]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "0 of 1 as close" in printed
+
+
+# ---- cases
+
+
+def test_benchmark_inputs_give_nonzero_gradients_and_a_visible_low_rank_term():
+    tensors = SMALL.tensors(CPU)
+    full = parity.lora_results(pyfused.lora_linear, tensors, scaling=SMALL.scaling)
+    assert all(value.abs().max() > 0.1 for value in full.values())
+    without = parity.lora_results(pyfused.lora_linear, tensors, scaling=0.0)
+    assert (full["y"] - without["y"]).norm() > 0.3 * without["y"].norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [
+        ((8192, 4096, 4096), 351, 353),
+        ((8192, 4096, 14336), 1224, 1230),
+        ((6304, 768, 3072), 38.6, 39.6),
+        ((2740, 1024, 1024), 7.5, 7.7),
+    ],
+)
+def test_floors_in_microseconds(shape, forward, backward):
+    floor = LoRACase(*shape, dtype=torch.bfloat16).floor_seconds()
+    assert floor["forward"] * 1e6 == pytest.approx(forward, rel=0.01)
+    assert (floor["forward+backward"] - floor["forward"]) * 1e6 == pytest.approx(backward, rel=0.01)
+
+
+def test_timed_cases_are_those_of_the_targets():
+    on_cpu = {(c.rows, c.in_features, c.out_features) for c in cases.timed_cases(CPU)}
+    assert {(400, 768, 2304), (400, 768, 768), (400, 768, 3072), (400, 3072, 768)} < on_cpu
+    on_gpu = cases.timed_cases(torch.device("cuda"))
+    assert {(c.rows, c.in_features, c.out_features) for c in on_gpu} == set(targets.H200_TARGETS)
+    assert {c.dropout_p for c in on_gpu} == {0.0, 0.1}
+    assert {c.dtype for c in on_gpu} == {torch.bfloat16}
+
+
+# ---- clocks
+
+
+class _FakeClock:
+    """Every call takes as long as it says, and the machine gets slower from round to round."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def round(self, calls):
+        self.rounds.append(list(calls))
+        return {name: call() * 2.0 ** len(self.rounds) for name, call in calls.items()}
+
+
+def test_contenders_take_turns_and_ratios_are_paired():
+    clock = _FakeClock()
+    calls = {"pyfused": [lambda: 1.0], "eager": [lambda: 1.5], "slow": [lambda: 4.0]}
+    interleaved = timing.Interleaved(calls, "pyfused", clock)
+    before = timing.subject_clock()
+    for _ in range(30):
+        interleaved()
+    assert all(sorted(order) == ["eager", "pyfused", "slow"] for order in clock.rounds)
+    assert len({tuple(order) for order in clock.rounds}) == 6
+    assert interleaved.ratios() == {"eager": 1.5, "slow": 4.0}
+    assert timing.subject_clock() - before == pytest.approx(sum(interleaved.seconds["pyfused"]))
+
+
+def test_input_sets_take_turns():
+    seen = []
+    interleaved = timing.Interleaved(
+        {"pyfused": [lambda i=i: seen.append(i) for i in range(3)]}, "pyfused", timing.WallClock()
+    )
+    interleaved.warm_up(3)
+    assert seen == [0, 1, 2]
+    assert interleaved.seconds == {"pyfused": []}
+
+
+def test_wall_clock_measures_the_call():
+    import time
+
+    assert timing.WallClock().round({"nap": lambda: time.sleep(0.02)})["nap"] >= 0.02
+
+
+def test_an_unknown_subject_is_refused():
+    with pytest.raises(ValueError, match=r"subject must be one of \('eager',\), got 'pyfused'"):
+        timing.Interleaved({"eager": [lambda: None]}, "pyfused", timing.WallClock())
+
+
+def test_rounds_within_a_budget():
+    assert timing.rounds_within(5.0, 0.1) == 50
+    assert timing.rounds_within(5.0, 10.0) == 7
+    assert timing.rounds_within(5.0, 1e-9) == 200
+
+
+# ---- memory
+
+
+def test_peak_bytes_counts_what_is_held_at_once():
+    size = 1 << 20
+
+    def call():
+        first = torch.ones(size)
+        second = first + 1
+        del first
+        return second + 1
+
+    # Beside them torch makes the two ones that are added.
+    assert memory.peak_bytes(call, CPU) == pytest.approx(8 * size, abs=64)
+
+
+def test_peak_bytes_of_a_call_that_replaces_what_it_keeps():
+    kept = {}
+
+    def call():
+        kept["tensor"] = torch.ones(1 << 20)
+
+    call()
+    assert memory.peak_bytes(call, CPU) == 4 << 20
+
+
+def test_saved_bytes_of_lora_linear_is_the_narrow_product():
+    tensors = SMALL.tensors(CPU)
+    leaves = {name: tensors[name].requires_grad_() for name in ("x", "lora_a", "lora_b")}
+
+    def forward(function):
+        return function(leaves["x"], tensors["weight"], leaves["lora_a"], leaves["lora_b"], tensors["bias"])
+
+    assert memory.saved_bytes(lambda: forward(pyfused.lora_linear), tensors.values()) == 4 * SMALL.rows * SMALL.rank
+    wide = memory.saved_bytes(lambda: leaves["x"].exp().sin(), tensors.values())
+    assert wide == 2 * 4 * SMALL.rows * SMALL.in_features - 4 * SMALL.rows * SMALL.in_features
+
+
+# ---- the record
+
+
+def test_rows_survive_one_by_one(tmp_path):
+    file = rows.RowFile(tmp_path / "device" / "date")
+    assert not file.path.parent.exists()
+    for count, name in enumerate(("first", "second"), start=1):
+        file.append(_row(name))
+        assert [row.name for row in rows.read_rows(file.path)] == ["first", "second"][:count]
+    assert rows.read_rows(file.path) == file.rows
+    assert [path.name for path in file.path.parent.iterdir()] == ["rows.json"]
+
+
+def test_provenance_names_what_a_figure_needs():
+    facts = rows.provenance(CPU)
+    assert {"device", "driver", "torch", "triton", "commit", "dirty", "date", "threads", "pyfused"} <= facts.keys()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    json.dumps(facts)
+
+
+def test_run_directory_is_device_and_date(tmp_path):
+    directory = rows.run_directory(tmp_path, CPU)
+    assert directory.parent.parent == tmp_path
+    assert directory.parent.name.startswith(f"cpu-{os.cpu_count()}x-")
+    assert directory.name[:2] == "20"
+
+
+def _printed(found: list[Row]) -> str:
+    import io
+
+    from pyfused.bench.report import print_report
+
+    stream = io.StringIO()
+    print_report(found, stream)
+    return stream.getvalue()
+
+
+def test_the_table_shows_times_and_hides_those_of_a_failed_row():
+    failed = _row("broken row", passed=False, seconds={}, ratios={}, rounds=0)
+    text = _printed([_row(unavailable={"torch.compile": "no compiler"}), failed])
+    line = next(line for line in text.splitlines() if "400x768->2304" in line)
+    assert {"10.0", "ms", "1.20x", "1.50x", "1.25x"} <= set(line.split())
+    line = next(line for line in text.splitlines() if "broken row" in line)
+    assert "FAILED" in line
+    assert "ms" not in line
+    assert "not measured: torch.compile: no compiler" in text
+    assert "vs compile" not in text
+
+
+def test_numbers_to_reach_on_a_cpu():
+    slow = _row("lora_linear slow", ratios={"eager": 0.9})
+    model = _row(
+        "tower", kind="model", measured="training step", ratios={"PEFT": 1.01}, peak_bytes={"pyfused": 5, "PEFT": 6}
+    )
+    failed = _row("lora_linear failed", passed=False, ratios={})
+    found = {item.name: item for item in targets.verdicts([_row(), slow, model, failed])}
+    assert [item.met for item in found.values()] == [False, False, False, True]
+    mean, least, step, _ = found.values()
+    assert mean.measured == f"{(1.2 * 0.9) ** 0.5:.3f}x"
+    assert least.measured == "0.900x"
+    assert str(step).startswith("NOT MET")
+
+
+def test_numbers_to_reach_on_an_h200():
+    def row(measured, ratios, **changes):
+        facts = {"rows": 8192, "in_features": 4096, "out_features": 4096, "dropout_p": 0.0} | changes
+        where = {"device": "NVIDIA H200"}
+        return _row(measured=measured, mode="graph replay", ratios=ratios, facts=facts, provenance=where)
+
+    found = targets.verdicts(
+        [
+            row("forward", {"base GEMM": 1 / 1.04, "eager": 1.2}),
+            row("forward+backward", {"base GEMM": 0.9, "eager": 1.25}),
+            row("forward+backward", {"base GEMM": 0.9, "eager": 1.60}),
+            row("forward+backward", {"base GEMM": 0.9, "eager": 1.10}, dropout_p=0.1),
+        ]
+    )
+    assert [item.met for item in found] == [True, True, False]
+    assert "measuring error" in found[2].measured
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from pyfused.bench import figures
+
+    run = _row("run", kind="training", loss={"pyfused": [2.0, 1.0, 0.5], "reference": [2.0, 1.0, 0.6]})
+    assert figures.draw_ratios([_row(), run], tmp_path / "ratios.png")
+    assert figures.draw_curves([_row(), run], tmp_path / "curves.png")
+    for name in ("ratios.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).stat().st_size > 5000
+    assert not figures.draw_curves([_row()], tmp_path / "none.png")
+    assert not figures.draw_ratios([_row(ratios={})], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+# ---- models
+
+
+def test_the_reference_operator_replaces_the_modules_own():
+    from pyfused.bench.towers import reference_operator
+
+    layer = pyfused.modules.LoRALinear(8, 4, rank=2)
+    x = torch.randn(3, 8)
+    calls = []
+    observe.observers.append(lambda operator, **facts: calls.append(operator))
+    try:
+        with reference_operator():
+            plain = layer(x)
+        assert calls == []
+        assert torch.allclose(layer(x), plain)
+        assert calls == ["lora_linear"]
+    finally:
+        observe.observers.pop()
+
+
+# ---- the whole, on rows of a user's own
+
+
+_OWN_ROWS = """
+import torch
+from pyfused.bench.parity import Deviation
+
+def test_tiny_good(compare):
+    x = torch.ones(64, 64)
+    compare("tiny good", {"pyfused": [lambda: x + 1], "eager": [lambda: x * 2 + 1]}, measured="forward")
+
+def test_tiny_bad(compare):
+    wrong = Deviation("y", "maximum", error=0.5, plain=1e-7, limit=1e-6)
+    compare("tiny bad", {"pyfused": [lambda: None]}, deviations=[wrong])
+
+def test_tiny_crash(compare):
+    compare("tiny crash", {"pyfused": [lambda: 1 / 0]})
+"""
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    own = tmp_path / "test_own.py"
+    own.write_text(_OWN_ROWS)
+    arguments = ["bench", str(own), "-k", "tiny", "--device", "cpu", "--threads", "1", "--seconds", "0.05"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyfused.cli", *arguments, "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (record,) = (tmp_path / "out").glob("*/*/rows.json")
+    good, bad = rows.read_rows(record)
+    assert (good.name, good.passed, good.mode) == ("tiny good", True, "wall clock")
+    assert good.seconds.keys() == {"pyfused", "eager"}
+    assert good.rounds >= 7
+    assert good.provenance["threads"] == 1
+    assert (bad.name, bad.passed, bad.seconds, bad.rounds) == ("tiny bad", False, {}, 0)
+    assert "tiny bad is not close enough to float64" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert "tiny good" in done.stdout
+    assert (record.parent / "ratios.png").is_file()
+    assert {path.name for path in tmp_path.iterdir()} <= {"test_own.py", "out", "__pycache__"}
+
+
+def test_the_package_rows_are_collected_from_both_names(tmp_path):
+    """`pytest bench` in a checkout and `pytest --pyargs pyfused.bench` anywhere see the same rows."""
+    pytest.importorskip("pytest_benchmark")
+    collected = []
+    for place, arguments in ((ROOT, ["bench"]), (tmp_path, ["--pyargs", "pyfused.bench"])):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments],
+            capture_output=True, text=True, timeout=300, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        collected.append({line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line})
+    assert collected[0] == collected[1]
+    assert {"test_clip_vit_b32_training_step", "test_digits_training_run"} < collected[0]
+    assert sum(name.startswith("test_forward_backward") for name in collected[0]) >= 8

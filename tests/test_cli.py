@@ -1,0 +1,121 @@
+"""The command `pyfused`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfused
+from pyfused import cli
+from pyfused.bench import cases
+from pyfused.bench.cases import LoRACase
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_info_names_versions_and_every_backend_with_its_reason(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"pyfused     {pyfused.__version__}" in printed
+    assert torch.__version__ in printed
+    for name, reason in pyfused.available_backends().items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+        assert line.endswith("available" if reason is None else f"not available: {reason}")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"pyfused {pyfused.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: command"),
+        (["benchmark"], "invalid choice: 'benchmark'"),
+        (["bench", "--device", "tpu"], "expected cpu, cuda or cuda:N, got 'tpu'"),
+        (["check", "--device", "mps"], "expected cpu, cuda or cuda:N, got 'mps'"),
+        (["check", "--device", "cuda:99"], "'cuda:99' is not there"),
+        (["check", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
+        (["bench", "--seconds", "-1"], "expected a positive number of seconds, got '-1'"),
+        (["bench", "--seconds", "nan"], "expected a positive number of seconds, got 'nan'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_names_a_path_that_does_not_exist(capsys, tmp_path):
+    missing = str(tmp_path / "test_mine.py")
+    assert cli.main(["bench", missing]) == 2
+    assert f"paths must exist, got {missing!r}" in capsys.readouterr().err
+
+
+def test_bench_names_the_extra_that_is_missing(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    gone = ("rich", "pytest_benchmark")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest))
+    assert cli.main(["bench"]) == 2
+    error = capsys.readouterr().err
+    assert "needs pytest-benchmark, rich;" in error
+    assert 'pip install "pyfused[bench]"' in error
+
+
+def test_check_prints_a_line_for_each_case(monkeypatch, capsys):
+    small = [LoRACase(5, 16, 8, rank=2), LoRACase(5, 16, 8, rank=2, dropout_p=0.5)]
+    monkeypatch.setattr("pyfused.bench.check.parity_cases", lambda device: small)
+    threads = torch.get_num_threads()
+    assert cli.main(["check", "--device", "cpu", "--threads", str(threads)]) == 0
+    printed = capsys.readouterr().out
+    for case in small:
+        assert f"ok     {case.name}, portable blas: nearest " in printed
+    assert "skipped triton: " in printed
+    assert "2 of 2 as close to float64 as plain torch" in printed
+
+
+def test_check_covers_dropout_and_mixed_dtypes():
+    found = list(cases.parity_cases(torch.device("cpu")))
+    assert {case.dropout_p for case in found} == {0.0, 0.1}
+    assert any(case.dtype == torch.bfloat16 and case.adapter_dtype == torch.float32 for case in found)
+
+
+def test_info_and_check_need_torch_alone(tmp_path):
+    script = """
+import sys
+for name in ("rich", "pytest", "matplotlib", "peft", "open_clip", "timm", "sklearn", "transformers", "typer"):
+    sys.modules[name] = None
+import torch
+from pyfused import cli
+from pyfused.bench import check
+from pyfused.bench.cases import LoRACase
+check.parity_cases = lambda device: [LoRACase(5, 16, 8, rank=2)]
+sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 as close" in done.stdout
+
+
+def test_a_selection_without_rows_is_an_error(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    done = subprocess.run(
+        [sys.executable, "-m", "pyfused.cli", "bench", "-k", "nothing_like_it", "--output", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "no row is named by -k 'nothing_like_it'" in done.stderr
+    assert not (tmp_path / "out").exists()

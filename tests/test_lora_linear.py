@@ -1,0 +1,269 @@
+"""``lora_linear`` against float64: output and every gradient, on every backend and plan present."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_linear_cases import BACKENDS, DEVICE, check, draw, every_backend, every_plan, seed
+from oracle import randn
+
+import pyfused
+from pyfused import reference
+
+ROWS = (0, 1, 7, 50, 197, 1370)
+WIDTHS = [(k, n) for k in (1, 17, 96, 768) for n in (1, 17, 96, 768)]
+RANKS = (1, 3, 8, 16, 64, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_DTYPES = DTYPES[:3]
+
+
+def _grid():
+    """Every M with every (K, N); rank, dtype, dropout and bias rotate so that each meets each M and each (K, N)."""
+    for i, m in enumerate(ROWS):
+        for j, (k, n) in enumerate(WIDTHS):
+            r, dtype = RANKS[(j - i) % 6], DTYPES[(j + j // 4 + i) % 4]
+            p, bias = (0.0, 0.3)[(j // 2 + i) % 2], (j // 3 + i) % 2 == 0
+            name = f"{m}x{k}x{n}-r{r}-{str(dtype)[6:]}-p{p}" + "-bias" * bias
+            yield pytest.param(m, k, n, r, dtype, p, bias, id=name)
+
+
+@pytest.mark.parametrize(("m", "k", "n", "r", "dtype", "p", "bias"), list(_grid()))
+def test_portable_grid(m, k, n, r, dtype, p, bias):
+    check(draw((m, k), n, r, dtype, bias=bias), "portable", dropout_p=p, seed=seed())
+
+
+# M, K and N each several tiles of the interpreter's configuration and a tail.
+@pytest.mark.parametrize(("r", "p"), [(1, 0.3), (3, 0.0), (16, 0.3), (20, 0.0), (20, 0.3)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@every_plan
+def test_several_tiles_and_a_tail(backend, plan, dtype, r, p):
+    check(draw((70, 50), 90, r, dtype, bias=r != 3), backend, plan, dropout_p=p, seed=seed())
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"), [(1, 1, 1, 1), (1, 33, 2, 5), (37, 1, 3, 2), (2, 3, 37, 1), (0, 5, 6, 2)]
+)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@every_plan
+def test_smallest_shapes(backend, plan, m, k, n, r, p):
+    check(draw((m, k), n, r, torch.float16), backend, plan, dropout_p=p, seed=seed())
+
+
+@pytest.mark.parametrize(("r", "p"), [(33, 0.0), (64, 0.3), (100, 0.3), (256, 0.0), (256, 0.3)])
+@every_plan
+def test_large_ranks(backend, plan, r, p):
+    tensors = draw((35, 18), 34, r, torch.bfloat16)
+    if plan == "one_launch" and r > 64:
+        with pytest.raises(ValueError, match=f"plan 'one_launch' takes a rank of at most 64, got {r}"):
+            pyfused.lora_linear(**tensors, backend=backend, plan=plan)
+        plan = "auto"
+    check(tensors, backend, plan, dropout_p=p, seed=seed())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_plan
+def test_float32_adapters_over_a_16_bit_base(backend, plan, dtype, p):
+    # More rows where that costs nothing: they are summed piece by piece.
+    rows = 2100 if backend == "portable" else 70
+    tensors = draw((rows, 20), 34, 3, dtype, adapters=torch.float32)
+    results = check(tensors, backend, plan, dropout_p=p, seed=seed())
+    for name in ("dlora_a", "dlora_b"):
+        gradient = results[name]
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.to(dtype).float()), f"{name} went through {dtype}"
+
+
+IMAGE = (2, 20, 5, 7)
+LAYOUTS = {
+    "1-D": lambda: randn(20),
+    "3-D": lambda: randn(2, 5, 20),
+    "4-D": lambda: randn(2, 3, 4, 20),
+    "empty batch": lambda: randn(0, 3, 20),
+    "empty length": lambda: randn(3, 0, 20),
+    "[L, B, D] permuted to [B, L, D]": lambda: randn(5, 3, 20).transpose(0, 1),
+    "4-D permuted": lambda: randn(4, 3, 20, 2).permute(3, 1, 0, 2),
+    "expanded rows": lambda: randn(20).expand(2, 9, 20),
+    "expanded batch": lambda: randn(1, 9, 20).expand(3, 9, 20),
+    "expanded columns": lambda: randn(9, 1).expand(9, 20),
+    "every other column": lambda: randn(9, 40)[:, ::2],
+    "columns first": lambda: randn(20, 9).t(),
+    "slice with an offset": lambda: randn(4, 7, 23)[1:, 2:, 3:],
+}
+IMAGES = {
+    "NCHW": lambda: randn(*IMAGE),
+    "channels_last": lambda: randn(*IMAGE).to(memory_format=torch.channels_last),
+    "NCL": lambda: randn(2, 20, 9),
+    "NCDHW": lambda: randn(2, 20, 2, 3, 2),
+    "empty NCHW": lambda: randn(0, 20, 3, 4),
+    "empty channels_last": lambda: randn(0, 20, 3, 4).to(memory_format=torch.channels_last),
+    "crop": lambda: randn(2, 23, 6, 9)[:, 3:, 1:, 2:],
+    "crop of channels_last": lambda: randn(2, 23, 6, 9).to(memory_format=torch.channels_last)[:, 3:, 1:, 2:],
+    "expanded batch": lambda: randn(1, 20, 3, 4).expand(2, 20, 3, 4),
+}
+
+
+def _check_layout(x, channel_dim, backend, p, dtype=torch.bfloat16):
+    tensors = draw(tuple(x.shape), 34, 3, dtype, channel_dim=channel_dim)
+    # An elementwise cast would keep strides, but not those of an expanded tensor.
+    stored = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to(dtype).to(DEVICE)
+    tensors["x"] = stored.as_strided(x.shape, x.stride(), x.storage_offset())
+    return check(tensors, backend, dropout_p=p, seed=seed(), channel_dim=channel_dim)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_backend
+def test_layouts_of_x(backend, layout, p):
+    _check_layout(LAYOUTS[layout](), -1, backend, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("layout", IMAGES)
+@every_backend
+def test_layouts_of_images(backend, layout, p):
+    x = IMAGES[layout]()
+    results = _check_layout(x, 1, backend, p)
+    if x.dim() == 4 and x.is_contiguous() != x.is_contiguous(memory_format=torch.channels_last):
+        kept = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        assert results["output"].is_contiguous(memory_format=kept)
+        assert results["dx"].is_contiguous(memory_format=kept)
+
+
+STRIDED = {
+    "weight (K, N) transposed": ("weight", lambda w: w.t().contiguous().t()),
+    "weight expanded": ("weight", lambda w: w[:1].expand_as(w)),
+    "lora_a (K, R) transposed": ("lora_a", lambda a: a.t().contiguous().t()),
+    "lora_a every other column": ("lora_a", lambda a: a.repeat_interleave(2, dim=1)[:, ::2]),
+    "lora_b (R, N) transposed": ("lora_b", lambda b: b.t().contiguous().t()),
+    "bias every other element": ("bias", lambda b: b.repeat_interleave(2)[::2]),
+    "bias expanded": ("bias", lambda b: b[:1].expand_as(b)),
+}
+
+
+@pytest.mark.parametrize("strided", STRIDED)
+@every_plan
+def test_strided_parameters(backend, plan, strided):
+    tensors = draw((2, 9, 20), 34, 3)
+    name, restride = STRIDED[strided]
+    tensors[name] = restride(tensors[name])
+    check(tensors, backend, plan, dropout_p=0.3, seed=seed())
+
+
+COTANGENTS = {
+    "transposed": lambda y: randn(*y.shape[::-1], dtype=y.dtype, device=y.device).permute(*range(y.dim())[::-1]),
+    "expanded": lambda y: randn(1, dtype=y.dtype, device=y.device).expand(y.shape),
+    "sliced": lambda y: randn(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype, device=y.device)[..., ::2],
+    "channels_last": lambda y: randn(*y.shape, dtype=y.dtype, device=y.device).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+@pytest.mark.parametrize("dy", COTANGENTS)
+@every_plan
+def test_strided_cotangents(backend, plan, dy, channel_dim):
+    tensors = draw((2, 10, 3, 6), 34, 3, channel_dim=channel_dim)
+    check(tensors, backend, plan, dy=COTANGENTS[dy], channel_dim=channel_dim, dropout_p=0.3, seed=seed())
+
+
+@pytest.mark.parametrize("layout", ["rows far apart", "columns far apart"])
+@every_backend
+def test_offsets_beyond_32_bits(backend, layout, tmp_path):
+    """The elements of x lie over 2**31 elements apart, in a sparse file: only the pages that are touched exist."""
+    if DEVICE != "cpu":
+        pytest.skip("a sparse file is host memory; test_lora_linear_gpu.py allocates on the device")
+    far = 2**27
+    shape, strides = ((35, 20), (far, 1)) if layout == "rows far apart" else ((20, 35), (1, far))
+    storage = torch.from_file(str(tmp_path / "x"), shared=True, size=35 * far, dtype=torch.float16)
+    tensors = draw(shape, 34, 3, torch.float16)
+    tensors["x"] = storage.as_strided(shape, strides).copy_(tensors["x"])
+    check(tensors, backend, dropout_p=0.3, seed=seed())
+
+
+@every_plan
+def test_same_bits_every_run(backend, plan):
+    tensors = {name: value.requires_grad_() for name, value in draw((70, 50), 90, 16, torch.bfloat16).items()}
+    dy = randn(70, 90, dtype=torch.bfloat16, device=DEVICE)
+    runs = []
+    for _ in range(3):
+        y = pyfused.lora_linear(**tensors, dropout_p=0.2, seed=5, backend=backend, plan=plan)
+        runs.append((y, *torch.autograd.grad(y, list(tensors.values()), dy)))
+    for run in runs[1:]:
+        for first, again in zip(runs[0], run, strict=True):
+            assert torch.equal(first, again)
+
+
+@every_plan
+def test_the_rank_r_term_is_rounded_with_the_sum(backend, plan):
+    """1 + 2**-8 is a tie that bfloat16 rounds to 1; the low-rank term's 2**-12 decides it, if it arrives in time."""
+    if plan == "blas":
+        pytest.skip("the library's GEMM rounds before the rank-r term is added")
+    tensors = {
+        "x": torch.ones(1, 2, dtype=torch.bfloat16, device=DEVICE),
+        "weight": torch.tensor([[1.0, 2.0**-8]], dtype=torch.bfloat16, device=DEVICE),
+        "lora_a": torch.tensor([[2.0**-6, 0.0]], dtype=torch.bfloat16, device=DEVICE),
+        "lora_b": torch.tensor([[2.0**-6]], dtype=torch.bfloat16, device=DEVICE),
+    }
+    assert pyfused.lora_linear(**tensors, backend=backend, plan=plan).item() == 1 + 2.0**-7
+
+
+@st.composite
+def _calls(draw_from):
+    channel_dim = draw_from(st.sampled_from((-1, 1)))
+    least = 1 if channel_dim == -1 else 3
+    shape = draw_from(st.lists(st.integers(0, 5), min_size=least, max_size=4))
+    shape[channel_dim] = draw_from(st.integers(1, 40))
+    order = draw_from(st.permutations(range(len(shape))))
+    steps = draw_from(st.lists(st.sampled_from((1, 1, 2, 3)), min_size=len(shape), max_size=len(shape)))
+    expanded = draw_from(st.sampled_from((None, *range(len(shape)))))
+    return {
+        "shape": tuple(shape),
+        "channel_dim": channel_dim,
+        "order": order,
+        "steps": steps,
+        "expanded": expanded,
+        "n": draw_from(st.integers(1, 40)),
+        "r": draw_from(st.integers(1, 20)),
+        "dtype": draw_from(st.sampled_from(KERNEL_DTYPES)),
+        "float32_adapters": draw_from(st.booleans()),
+        "bias": draw_from(st.booleans()),
+        "p": draw_from(st.sampled_from((0.0, 0.1, 0.9))),
+    }
+
+
+def _strided(shape, order, steps, expanded, dtype):
+    """x of ``shape`` whose memory runs in ``order``, with ``steps`` between elements and one dimension repeated."""
+    stored = [1 if i == expanded else size * step for i, (size, step) in enumerate(zip(shape, steps, strict=True))]
+    x = randn(*(stored[i] for i in order), dtype=dtype, device=DEVICE)
+    x = x.permute([order.index(i) for i in range(len(shape))])
+    return x[tuple(slice(None, None, step) for step in steps)].expand(shape)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(call=_calls())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_call(backend, call):
+    shape, channel_dim, dtype = call["shape"], call["channel_dim"], call["dtype"]
+    adapters = torch.float32 if call["float32_adapters"] else None
+    tensors = draw(shape, call["n"], call["r"], dtype, bias=call["bias"], adapters=adapters, channel_dim=channel_dim)
+    tensors["x"] = _strided(shape, call["order"], call["steps"], call["expanded"], dtype)
+    check(tensors, backend, channel_dim=channel_dim, dropout_p=call["p"], seed=seed())
+
+
+def test_dropout_acts_in_training_only():
+    tensors = draw((50, 17), 9, 3)
+    plain = pyfused.lora_linear(**tensors)
+    assert torch.equal(pyfused.lora_linear(**tensors, dropout_p=0.5, training=False), plain)
+    assert not torch.equal(pyfused.lora_linear(**tensors, dropout_p=0.5), plain)
+
+
+def test_reference_is_the_formula():
+    """The oracle itself, against the formula written with matrix products."""
+    t = draw((6, 5), 4, 3, torch.float64)
+    expected = t["x"] @ t["weight"].T + t["bias"] + 0.7 * (t["x"] @ t["lora_a"].T) @ t["lora_b"].T
+    torch.testing.assert_close(reference.lora_linear(**t, scaling=0.7), expected)
+    image = t["x"].T.reshape(1, 5, 2, 3)
+    by_channel = reference.lora_linear(**(t | {"x": image}), scaling=0.7, channel_dim=1)
+    torch.testing.assert_close(by_channel.reshape(4, 6).T, expected)
