@@ -35,6 +35,7 @@ def test_portable_grid(m, k, n, r, dtype, p, bias):
 
 
 # M, K and N each several tiles of the interpreter's configuration and a tail.
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("r", "p"), [(1, 0.3), (3, 0.0), (16, 0.3), (20, 0.0), (20, 0.3)])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @every_plan

@@ -23,13 +23,27 @@ _onednn = _find_onednn()
 
 
 def _takes_onednn(x: Tensor) -> bool:
-    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled
+    return (
+        _onednn is not None
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """``matrix`` with rows or columns dense in memory: oneDNN refuses other strides, and reads a bias without them."""
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    if (column == 1 and row >= columns) or (row == 1 and column >= rows):
+        return matrix
+    return torch.empty(matrix.shape, dtype=matrix.dtype).copy_(matrix)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (M, K), (N, K), (N,) of any strides -> (M, N)."""
     if _takes_onednn(x):
-        return _onednn(x, weight, bias, "none", [], "")
+        return _onednn(_dense(x), _dense(weight), None if bias is None else bias.contiguous(), "none", [], "")
     return F.linear(x, weight, bias)
 
 

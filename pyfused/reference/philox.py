@@ -51,4 +51,4 @@ def dropout_keep_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> 
     key = (seed & _WORD, (seed >> 32) & _WORD)
     words = philox_4x32((quads, row & _WORD, row >> 32, zero), key)
     words = torch.stack([word.expand(rows, quads.shape[1]) for word in words], dim=-1)
-    return words.reshape(rows, -1)[:, :columns] >= int(p * 2**32)
+    return words.flatten(1)[:, :columns] >= int(p * 2**32)
