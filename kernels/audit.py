@@ -76,17 +76,23 @@ def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
             name = f"{plan} {batch * length}x{k}->{n} r{rank} p{p} {str(dtype)[6:]}"
             yield name, _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first=batch > 1)
     # The corners: library GEMM with dropout, exact float32, everything of size 1, offsets beyond 32 bits.
-    for label, batch, length, k, n, rank, dtype, p, plan in (
-        ("blas", 1, 2740, 1024, 1024, 16, torch.bfloat16, 0.1, "blas"),
-        ("float32 blas", 1, 2740, 1024, 1024, 16, torch.float32, 0.1, "blas"),
-        ("float32", 1, 2740, 1024, 1024, 16, torch.float32, 0.0, "one_launch"),
-        ("size 1", 1, 1, 1, 1, 1, torch.bfloat16, 0.6, "one_launch"),
-        ("over 2^31 elements", 1, 1 << 20, 4096, 4096, 16, torch.bfloat16, 0.0, "one_launch"),
+    rows, images = (1, 2740), (32, 3136)
+    for label, (batch, length), k, n, rank, dtype, p, plan in (
+        ("blas", rows, 1024, 1024, 16, torch.bfloat16, 0.1, "blas"),
+        ("float32 blas", rows, 1024, 1024, 16, torch.float32, 0.1, "blas"),
+        ("float32", rows, 1024, 1024, 16, torch.float32, 0.0, "one_launch"),
+        ("size 1", (1, 1), 1, 1, 1, torch.bfloat16, 0.6, "one_launch"),
+        ("over 2^31 elements", (1, 1 << 20), 4096, 4096, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("K no multiple of 16,", rows, 776, 768, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("56x56 images,", images, 64, 64, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("float32 weight,", rows, 1024, 512, 64, torch.bfloat16, 0.0, "one_launch"),
     ):
-        yield f"{label} {plan}", _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, False)
+        weight = torch.float32 if label.startswith("float32") else dtype
+        call = _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, batch > 1, weight)
+        yield f"{label} {plan}", call
 
 
-def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first):
+def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first, weight_dtype=None):
     def call() -> None:
         def rows(width):
             if channels_first:
@@ -96,7 +102,7 @@ def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first)
         def parameter(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        x, dy, weight = rows(k), rows(n), parameter(n, k)
+        x, dy, weight = rows(k), rows(n), parameter(n, k, dtype=weight_dtype or dtype)
         lora_a, lora_b = parameter(rank, k, dtype=torch.float32), parameter(n, rank, dtype=torch.float32)
         seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0.0 else None
         _, saved = lora_linear.lora_linear_fwd(

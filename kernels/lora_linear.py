@@ -27,7 +27,7 @@ from pyfused.kernels.lora_linear_plan import (
 # Sizes that change with the batch are not specialised: another number of rows must not compile another kernel.
 
 
-@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n", "threshold"])
+@triton.jit(do_not_specialize=["tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
@@ -58,7 +58,7 @@ def _lora_gemm_kernel(
     if OWN_P:
         offs_r = tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
-        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
+        a_ptrs = a_ptr + offs_r.to(OFFSET)[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
         p_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X or DROP_P:
         seed = tl.load(seed_ptr)
@@ -87,7 +87,9 @@ def _lora_gemm_kernel(
             if pid_n == 0:
                 p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
                 tl.store(p_ptrs, p_acc.to(dtype), mask=ok_l[:, None] & ok_r[None, :])
-        b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
+        b = tl.load(b_ptrs + offs_r.to(OFFSET)[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(
+            dtype
+        )
         p = (p_acc * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
         if DROP_P:
             low_rank = tl.dot(p, b, input_precision=PRECISION)
@@ -101,7 +103,9 @@ def _lora_gemm_kernel(
             p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
             p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)
             p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
-            b = tl.load(b_ptrs + offs_r[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(dtype)
+            b = tl.load(
+                b_ptrs + offs_r.to(OFFSET)[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0
+            ).to(dtype)
             low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
         if not DROP_P:
             acc = low_rank
@@ -113,7 +117,7 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "steps", "threshold"])
+@triton.jit(do_not_specialize=["rows_total", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
@@ -140,7 +144,7 @@ def _lora_shrink_kernel(
         x = tl.load(
             x_ptrs + offs_k.to(OFFSET)[None, :] * stride_xk, mask=ok_l[:, None] & ok_k[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
-        a_ptrs = a_ptr + offs_r[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
+        a_ptrs = a_ptr + offs_r.to(OFFSET)[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
         a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         if DROP_X:
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
@@ -153,7 +157,7 @@ def _lora_shrink_kernel(
     tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "tiles_l", "tiles_m", "steps", "threshold"])
+@triton.jit(do_not_specialize=["rows_total", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
@@ -174,7 +178,7 @@ def _lora_wgrad_kernel(
     if DROP_T:
         seed = tl.load(seed_ptr)
     if f_ptr is not None:
-        f_ptrs = f_ptr + offs_c.to(OFFSET)[:, None] * stride_fc + offs_r[None, :] * stride_fr
+        f_ptrs = f_ptr + offs_c.to(OFFSET)[:, None] * stride_fc + offs_r.to(OFFSET)[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=ok_c[:, None] & ok_r[None, :], other=0.0).to(t_ptr.dtype.element_ty)
     for step in range(steps):
         tile = split * steps + step
@@ -200,12 +204,15 @@ def _lora_wgrad_kernel(
     if DROP_T:
         acc *= inverse_keep
     g_ptrs = (
-        g_ptr + split.to(tl.int64) * stride_gs + offs_c.to(OFFSET)[:, None] * stride_gc + offs_r[None, :] * stride_gr
+        g_ptr
+        + split.to(tl.int64) * stride_gs
+        + offs_c.to(OFFSET)[:, None] * stride_gc
+        + offs_r.to(OFFSET)[None, :] * stride_gr
     )
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "tiles_l", "threshold"])
+@triton.jit(do_not_specialize=["tiles_l", "threshold"])
 def _lora_expand_kernel(
     y_ptr, p_ptr, b_ptr, seed_ptr,
     length, n, rank, tiles_l,
@@ -227,7 +234,7 @@ def _lora_expand_kernel(
         ok_r = offs_r < rank
         p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
         p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn + offs_r[:, None] * stride_br
+        b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn + offs_r.to(OFFSET)[:, None] * stride_br
         b = tl.load(b_ptrs, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(p.dtype)  # [BLOCK_R, BLOCK_N]
         low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
     keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
@@ -238,15 +245,22 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["elements", "splits"])
-def _sum_partials_kernel(partial_ptr, out_ptr, elements, splits, scaling, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, elements, splits, scaling, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):  # fmt: skip
     """out = scaling * sum over splits, always in the same order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = offs < elements
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial_ptr + offs, mask=ok, other=0.0)
-        partial_ptr += elements
+    for start in range(tl.cdiv(splits, BLOCK_SPLITS)):
+        split = start * BLOCK_SPLITS + tl.arange(0, BLOCK_SPLITS)
+        parts = tl.load(
+            partial_ptr + split.to(tl.int64)[:, None] * elements + offs[None, :],
+            mask=(split < splits)[:, None] & ok[None, :],
+            other=0.0,
+        )  # [BLOCK_SPLITS, BLOCK]
+        total += tl.sum(parts, axis=0)
     tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -258,8 +272,8 @@ def _rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tenso
 
 
 def _vectorised(x: torch.Tensor) -> bool:
-    """Whether x can be loaded 16 bytes at a time, along whichever dimension is dense."""
-    return all(stride == 1 or stride * x.itemsize % 16 == 0 for stride in x.stride())
+    """Whether Triton can load x by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
+    return 1 in x.stride() and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
 
 
 def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
@@ -271,7 +285,7 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     config = gemm_config(
         batch, length, n, rank, x.dtype, target(x.device),
-        vectorised=_vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
+        weight_bytes=weight.itemsize, vectorised=_vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
@@ -293,20 +307,22 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
     """P (M, R) = drop(x) a^T in x's dtype."""
     (batch, length, k), rank = x.shape, a.shape[0]
     config = shrink_config(batch, length, k, rank, x.dtype, target(x.device))
+    steps = triton.cdiv(triton.cdiv(k, config.block_c), config.splits)
+    splits = triton.cdiv(triton.cdiv(k, config.block_c), steps)
     p = x.new_empty((batch * length, rank))
-    parts = p if config.splits == 1 else p.new_empty((config.splits, *p.shape), dtype=torch.float32)
+    parts = p if splits == 1 else p.new_empty((splits, *p.shape), dtype=torch.float32)
     tiles_l = triton.cdiv(length, config.block_m)
     launch(
-        _lora_shrink_kernel, (batch * tiles_l, config.splits),
+        _lora_shrink_kernel, (batch * tiles_l, splits),
         x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
-        steps=triton.cdiv(triton.cdiv(k, config.block_c), config.splits),
+        steps=steps,
         **strides("x", "blk", x), **strides("a", "rk", a),
         **_dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if config.splits > 1:
+    if splits > 1:
         _sum_partials(parts, p, 1.0)
     return p
 
@@ -317,12 +333,13 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
     config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=_vectorised(t))
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
-    parts = torch.empty((config.splits, *gradient.shape), dtype=torch.float32, device=t.device)
+    splits = triton.cdiv(batch * tiles_l, steps)
+    parts = torch.empty((splits, *gradient.shape), dtype=torch.float32, device=t.device)
     if gradient.stride(1) != 1:
-        parts = parts.view(config.splits, *gradient.shape[::-1]).transpose(1, 2)
+        parts = parts.view(splits, *gradient.shape[::-1]).transpose(1, 2)
     q_parts = None if factor is None else parts.new_empty((tiles_c, batch * length, rank))
     launch(
-        _lora_wgrad_kernel, (tiles_c, config.splits),
+        _lora_wgrad_kernel, (tiles_c, splits),
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         length=length, rows_total=batch * length, columns=columns, rank=rank,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
@@ -343,8 +360,9 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
 def _sum_partials(parts: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
     """out <- scaling parts.sum(0); both dense with the same order of elements."""
     launch(
-        _sum_partials_kernel, (triton.cdiv(out.numel(), 1024),),
-        partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling, BLOCK=1024,
+        _sum_partials_kernel, (triton.cdiv(out.numel(), 128),),
+        partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling,
+        BLOCK=128, BLOCK_SPLITS=16,
         num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -415,7 +433,7 @@ def lora_linear_bwd(
         share = need_db and need_q and not own and shares_pass(rank)
         q = None
         if own:
-            q = dy.new_empty((batch * length, rank))
+            q = dy.new_empty((batch * length if need_da else 0, rank))
         elif need_q and not share:
             q = _shrink(dy, lora_b.t(), None, 0.0)
         if need_db:
@@ -449,8 +467,9 @@ def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
     weight = weight.to(x.dtype)
     if channels_first:
         batched = weight.expand(x.shape[0], *weight.shape)
-        y = torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
-        return y if bias is None else y.add_(bias)
+        if bias is None:
+            return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
+        return torch.baddbmm(bias.to(x.dtype)[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
     y = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:2], weight.shape[0])
 

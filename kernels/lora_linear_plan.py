@@ -98,6 +98,7 @@ def gemm_config(
     dtype: torch.dtype,
     target: Target,
     *,
+    weight_bytes: int,
     vectorised: bool,
     own_p: bool,
     drop_x: bool,
@@ -105,7 +106,8 @@ def gemm_config(
 ) -> GemmConfig:
     """The tile whose waves over the multiprocessors waste least, among those that fit, or else the smallest.
 
-    ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads share the addresses.
+    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x can be
+    loaded 16 bytes at a time; if not, more threads share the addresses.
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
@@ -115,9 +117,10 @@ def gemm_config(
         tiles = _GEMM_TILES_FLOAT32
 
     def fits(tile: GemmConfig) -> bool:
-        stage = (tile.block_m + tile.block_n + (padded if own_p else 0)) * tile.block_k
-        epilogue = (tile.block_m + tile.block_n) * min(padded, EXPAND_BLOCK_R)
-        if max(stage * tile.num_stages, epilogue) * dtype.itemsize > target.shared_memory - 2048:
+        # Adapters are usually float32.
+        row = tile.block_m * dtype.itemsize + tile.block_n * weight_bytes + (padded * 4 if own_p else 0)
+        epilogue = (tile.block_m * dtype.itemsize + tile.block_n * 4) * min(padded, EXPAND_BLOCK_R)
+        if max(row * tile.block_k * tile.num_stages, epilogue) > target.shared_memory - 2048:
             return False
         # Accumulators of one thread, a second one for a masked rank-r term, and what drawing a mask takes: of the 255
         # registers that there are, addresses and, with mma.sync, operands need the rest.

@@ -50,10 +50,11 @@ def test_configurations_fit_every_target(device):
             if own_p and rank > plan.ONE_LAUNCH_MAX_RANK:
                 continue
             tile = plan.gemm_config(
-                1, length, n, rank, dtype, device, vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop
-            )
-            stage = (tile.block_m + tile.block_n + (plan.block_rank(rank) if own_p else 0)) * tile.block_k
-            assert stage * tile.num_stages * dtype.itemsize <= device.shared_memory
+                1, length, n, rank, dtype, device,
+                weight_bytes=4, vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop,
+            )  # fmt: skip
+            row = tile.block_m * dtype.itemsize + 4 * (tile.block_n + (plan.block_rank(rank) if own_p else 0))
+            assert row * tile.block_k * tile.num_stages <= device.shared_memory
         shrink = plan.shrink_config(1, length, n, rank, dtype, device)
         wgrad = plan.wgrad_config(1, length, n, rank, dtype, device, vectorised=True)
         assert shrink.splits >= 1

@@ -421,3 +421,19 @@ def test_a_cast_weight_is_freed_with_the_weight(backend):
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (53, 37)]
     assert not alive
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+@every_plan
+def test_backward_under_autocast_keeps_the_forwards_precision(backend, plan, channel_dim):
+    shape = (37, 18) if channel_dim == -1 else (2, 18, 5, 7)
+
+    def gradients(autocast: bool) -> list[torch.Tensor]:
+        tensors = {name: t.requires_grad_() for name, t in draw(shape, 34, 3, channel_dim=channel_dim).items()}
+        y = pyfused.lora_linear(**tensors, channel_dim=channel_dim, backend=backend, plan=plan)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y.backward(torch.ones_like(y))
+        return [t.grad for t in tensors.values()]
+
+    for inside, outside in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(inside, outside)

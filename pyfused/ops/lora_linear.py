@@ -94,7 +94,8 @@ class _LoRALinear(torch.autograd.Function):
                 dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_x, need_a, need_b
             )
         if need_weight:
-            dw = torch.einsum("bln,blk->nk", dy, x).to(ctx.weight_dtype)
+            with torch.autocast(dy.device.type, enabled=False):
+                dw = torch.einsum("bln,blk->nk", dy, x).to(ctx.weight_dtype)
         if need_bias:
             dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
         return (
@@ -123,9 +124,12 @@ def lora_linear(
     Args:
         x: (..., K); with ``channel_dim=1`` (B, K, ...), as a 1x1 convolution sees it. float32, float16, bfloat16, and
             float64 on the portable backend. Any strides.
-        weight: (N, K), x's dtype. Under autocast any floating dtype: it is cast inside the operator.
+        weight: (N, K), x's dtype. Under autocast any floating dtype: it is cast inside the operator, and on a CPU the
+            cast copy of a frozen one is kept; change such a weight in place under ``torch.no_grad()``, not through
+            ``.data``, which would go unnoticed.
         lora_a: (R, K), 1 <= R <= 256; x's dtype or float32. A float32 parameter is cast to x's dtype for the products;
-            its gradient is accumulated and returned in float32. (PEFT computes that branch in float32 instead.)
+            its gradient is accumulated and returned in float32. (PEFT computes that branch in float32 instead; dA and
+            dB then differ by about 2e-3 relative in bfloat16.)
         lora_b: (N, R), as ``lora_a``.
         bias: (N,) or None, weight's dtype.
         scaling: factor of the low-rank term, usually alpha / R. Default 1.
@@ -134,7 +138,7 @@ def lora_linear(
         seed: int, or int64 tensor of one element on x's device: the key of the dropout mask. None (the default) draws
             one from torch's generator of that device. The same seed gives the same mask on every backend.
         channel_dim: -1 (the default) or 1.
-        plan: "auto" (the default), "blas", and on triton also "one_launch" or "shrink_expand".
+        plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand".
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:
@@ -207,6 +211,7 @@ def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_di
     allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     if checks.autocast_dtype(x) is not None:
         allowed = checks.FLOATING
+    allowed = tuple(dict.fromkeys(allowed))
     for parameter, value in (("lora_a", lora_a), ("lora_b", lora_b)):
         checks.dtype(name, parameter, value, allowed)
         checks.same_device(name, parameter, value, x.device)
@@ -240,11 +245,14 @@ def _seed(name: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
 def _as_rows(x: Tensor, channel_dim: int) -> tuple[Tensor, bool]:
     """x as (B, L, K), a view where strides allow it, and whether memory runs (B, K, L)."""
     if channel_dim == 1:
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        # Both formats describe the same memory when K or H W is 1: then the default one is meant.
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1]), False
         return x.flatten(2).transpose(1, 2), True
-    if x.dim() == 3 and not x.is_contiguous():
-        return x, False
+    if x.dim() >= 3 and not x.is_contiguous():
+        x = x.flatten(1, -2)
+        if x.stride(0) != x.shape[1] * x.stride(1):
+            return x, False
     return x.reshape(1, -1, x.shape[-1]), False
 
 

@@ -10,7 +10,13 @@ import torch
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 _HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# What must not act inside an implementation: view tracking (backends build y from views of it, and what follows could
+# not change it in place) and autocast (products of float32 gradients stay float32).
+_EXCLUDED = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+)
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in _HOMES}
 
 
@@ -48,6 +54,5 @@ def _refuse_gradient(overload, keyset, *args, **kwargs):
                     f"{overload}: {argument.name} requires grad, but a raw operator has no derivative; "
                     "call the public function of pyfused, or run under torch.no_grad()"
                 )
-    # Backends build y from views of it; tracked as such, y could not be changed in place by what follows.
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
