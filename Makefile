@@ -1,9 +1,10 @@
-# Every target but `gpu` makes .venv first, once: the stamp is renewed when the declared dependencies change.
+# Every target but `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 
 .PHONY: test bench check audit gpu clean
 .DELETE_ON_ERROR:
@@ -33,11 +34,13 @@ audit: $(STAMP)
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
-	$(PYTHON) -m pytest -q tests -m 'not host'
-	if command -v compute-sanitizer >/dev/null; then \
-		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q tests -m sanitize; \
-	else echo 'compute-sanitizer is not on PATH: not run'; fi
-	$(PYTHON) -m pyfused.cli bench
+	$(PYTHON) -m pytest -q -n $(GPU_WORKERS) --timeout 300 tests -m 'not host and not gpu'
+	$(PYTHON) -m pytest -q --timeout 300 tests -m gpu
+	$(PYTHON) -m pyfused.cli bench --seconds 2 $(ARGS)
+	@if ! command -v compute-sanitizer >/dev/null; then echo 'compute-sanitizer is not on PATH: not run'; \
+	elif ! compute-sanitizer --error-exitcode 1 $(PYTHON) -c 'import torch; torch.ones(1, device="cuda")'; then \
+		echo 'compute-sanitizer refuses this device: not run'; \
+	else compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q tests -m sanitize; fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

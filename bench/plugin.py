@@ -113,7 +113,7 @@ class Compare:
         if graph and device.type == "cuda":
             contenders = _captured(contenders, result)
 
-        interleaved = timing.Interleaved(contenders, subject, timing.clock_for(device))
+        interleaved = timing.Interleaved(contenders, subject, timing.clock_for(device, graph))
         if rounds is None:
             rounds = timing.rounds_within(self._session.settings.seconds_per_row, interleaved.warm_up())
         before = timing.gpu_state(device)

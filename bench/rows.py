@@ -6,13 +6,16 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +68,10 @@ class Row:
 
 
 class RowFile:
-    """rows.json in a directory that is made with the first row; whole and valid after every row."""
+    """rows.json in a directory that is made with the first row; whole and valid after every row.
+
+    NaN and infinities, which JSON does not know, stand there as strings.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "rows.json"
@@ -74,7 +80,8 @@ class RowFile:
     def append(self, row: Row) -> None:
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([dataclasses.asdict(item) for item in self.rows], indent=1)
+        items = _each([dataclasses.asdict(item) for item in self.rows], _named)
+        text = json.dumps(items, indent=1, allow_nan=False)
         partial = self.path.with_suffix(".partial")
         partial.write_text(text + "\n")
         partial.replace(self.path)
@@ -82,12 +89,36 @@ class RowFile:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a rows.json."""
-    return [Row(**item) for item in json.loads(path.read_text())]
+    return [Row(**item) for item in _each(json.loads(path.read_text()), _number)]
 
 
-def provenance(device: torch.device) -> dict[str, object]:
-    """Where and with what a row is measured: device, driver, torch, triton, commit, date, threads."""
-    return _fixed_provenance(device) | {
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` made to everything in it that is no container."""
+    if isinstance(value, dict):
+        return {key: _each(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each(item, change) for item in value]
+    return change(value)
+
+
+def _named(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def provenance(device: torch.device, commit: str | None = None) -> dict[str, object]:
+    """Where and with what a row is measured: device, driver, torch, triton, commit, date, threads.
+
+    Args:
+        device: where the row was measured.
+        commit: taken where there is no .git that knows it.
+    """
+    facts = _fixed_provenance(device)
+    return facts | {
+        "commit": facts["commit"] or commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
@@ -149,7 +180,8 @@ def _version(distribution: str) -> str | None:
 
 def _commit() -> dict[str, object]:
     """The checkout's commit, and whether files beside earlier results differ from it."""
-    if not _in_checkout():
+    # Without the second test git would answer for a repository further up.
+    if not (_in_checkout() and (_ROOT / ".git").exists()):
         return {"commit": None, "dirty": None}
     commit = _run("git", "-C", str(_ROOT), "rev-parse", "HEAD")
     changes = _run("git", "-C", str(_ROOT), "status", "--porcelain", "--", ".", ":!bench/results")

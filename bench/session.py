@@ -21,12 +21,14 @@ class Settings:
         output: directory for the results; None means bench/results in a checkout, else ./pyfused-results.
         threads: CPU threads that torch may use, pinned for the run; None keeps torch's own number.
         seconds_per_row: how long the counted rounds of one row may take.
+        commit: recorded where the checkout has no .git to ask.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     output: Path | None = None
     threads: int | None = None
     seconds_per_row: float = 5.0
+    commit: str | None = None
 
 
 class Session:
@@ -54,7 +56,7 @@ class Session:
 
     def add(self, row: Row) -> None:
         """Stamps the row with its provenance and writes it."""
-        row.provenance = row_format.provenance(self.settings.device)
+        row.provenance = row_format.provenance(self.settings.device, self.settings.commit)
         self.file.append(row)
         self.on_row(row)
 

@@ -78,10 +78,10 @@ def _h200_operator(rows: list[Row]) -> Iterable[Verdict]:
         if "H200" not in str(row.provenance.get("device")):
             continue
         base, eager, ceiling = H200_TARGETS[shape]
-        if row.measured == "forward" and base is not None:
+        if row.measured == "forward" and base is not None and BASE in row.ratios:
             factor = 1 / row.ratios[BASE]
             yield Verdict(f"{row.name}, forward", f"<= {base}x the bare GEMM", f"{factor:.3f}x", factor <= base)
-        elif row.measured == "forward+backward":
+        elif row.measured == "forward+backward" and "eager" in row.ratios:
             ratio = row.ratios["eager"]
             note = f" (above the ceiling of {ceiling}x: a measuring error)" if ratio > ceiling * 1.02 else ""
             wanted = f">= {eager}x eager"

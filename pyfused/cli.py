@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=_positive_seconds, default=5.0, help="how long each row is timed (default 5)"
     )  # fmt: skip
+    bench.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
@@ -148,7 +149,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyfused.bench.run import run
     from pyfused.bench.session import Settings
 
-    settings = Settings(arguments.device, arguments.output, arguments.threads, arguments.seconds)
+    settings = Settings(arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit)
     return run(settings, arguments.select, arguments.paths)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention
 from pyfused.modules.lora import check_base, check_settings, places
@@ -74,9 +75,10 @@ def inject_lora(
         A `LoRAReport`; ``print`` it.
 
     Raises:
-        TypeError: an argument has the wrong type, or a name selects a module that cannot carry LoRA.
-        ValueError: a name or path selects nothing (near names are listed) or what carries LoRA already, or a setting
-            is out of range.
+        TypeError: an argument has the wrong type, a name selects a module that cannot carry LoRA, or ``lora_dtype`` is
+            neither a weight's dtype nor float32 over a narrower one.
+        ValueError: a name or path selects nothing (near names are listed) or what carries LoRA already, a setting is
+            out of range, or a parameter of ``model`` is uninitialized or made under inference_mode.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; "all-linear" as in PEFT.
     """
@@ -94,6 +96,7 @@ def inject_lora(
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
     notes: list[str] = []
     sites = _find_sites(model, targets, (*train, *exclude), notes)
+    _check_parameters(model)
 
     settings = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
     built = [(site, _wrap(site, rank, qkv, notes, settings)) for site in sites]
@@ -133,8 +136,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy an adapter checkpoint, as `lora_state_dict` gives it, into a model with the same LoRA modules.
 
     Raises:
-        ValueError: names are missing or unknown. The model is as it was.
-        RuntimeError: shapes differ.
+        ValueError: names are missing or unknown, or shapes differ. The model is as it was.
     """
     own = lora_state_dict(model)
     if own.keys() != state.keys():
@@ -143,13 +145,20 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"load_lora_state_dict: state must have the model's {len(own)} LoRA parameters, got {len(missing)} "
             f"missing {missing[:5]} and {len(unknown)} unknown {unknown[:5]}"
         )
+    differing = [
+        f"{name} expected {tuple(parameter.shape)}, got {tuple(state[name].shape)}"
+        for name, parameter in own.items()
+        if state[name].shape != parameter.shape
+    ]
+    if differing:
+        raise ValueError(f"load_lora_state_dict: state must have the model's shapes: {'; '.join(differing)}")
     model.load_state_dict(state, strict=False)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
     """Put plain modules back in place of every LoRA module of ``model``, and BatchNorms back under ``train()``.
 
-    What was frozen stays frozen. All or nothing.
+    What was frozen stays frozen, and what trained trains. All or nothing.
 
     Args:
         model: a model with LoRA modules somewhere inside it.
@@ -207,6 +216,20 @@ def _trained_parameters(model: nn.Module, train: tuple[str, ...]) -> list[nn.Par
         if not parameter.is_floating_point():
             raise TypeError(f"{_CALLER}: train must name floating parameters, got {name} of dtype {parameter.dtype}")
     return list(chosen.values())
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse parameters that cannot be counted, or told to train or not."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{_CALLER}: every parameter of model must have a shape, got the uninitialized {name}; run one forward"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{_CALLER}: every parameter of model must be a normal tensor, got {name}, made under inference_mode; "
+                "make the model outside it"
+            )
 
 
 def _answers(module: nn.Module, paths: list[str]) -> dict[str, set[str]]:

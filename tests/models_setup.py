@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ class Classifier(nn.Module):
 
 def vit_b_32(device: str = "cpu", classes: int = 102) -> Classifier:
     """open_clip's ViT-B-32, whole; on "meta" it is there to be counted."""
-    import open_clip
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 
     with torch.device(device):
         return Classifier(open_clip.create_model("ViT-B-32", pretrained=None, device=device), 512, classes)
@@ -28,16 +29,14 @@ def vit_b_32(device: str = "cpu", classes: int = 102) -> Classifier:
 
 def small_vit(width: int = 32, layers: int = 2) -> nn.Module:
     """open_clip's vision tower at 16x16 pixels: (B, 3, 16, 16) -> (B, 8)."""
-    from open_clip.transformer import VisionTransformer
-
-    return VisionTransformer(
+    transformer = pytest.importorskip("open_clip.transformer", reason="open_clip is not installed")
+    return transformer.VisionTransformer(
         image_size=16, patch_size=8, width=width, layers=layers, heads=4, mlp_ratio=2.0, output_dim=8
     )
 
 
 def small_clip() -> nn.Module:
-    import open_clip
-
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     vision = {"image_size": 16, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
     text = {"context_length": 7, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
     return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)

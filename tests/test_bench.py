@@ -189,6 +189,52 @@ def test_wall_clock_measures_the_call():
     assert timing.WallClock().round({"nap": lambda: time.sleep(0.02)})["nap"] >= 0.02
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_gpu_clock_empties_the_cache_and_waits_before_eager_calls_alone(monkeypatch, graph):
+    """The order of what a CudaClock asks of the device, which this test plays."""
+    from types import SimpleNamespace
+
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    largest = torch.amax
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=64))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "amax", lambda t, **options: (log.append(t.nbytes), largest(t, **options)))
+    clock = timing.CudaClock(CPU, graph)
+    seconds = clock.round({"one": lambda: log.append("one"), "two": lambda: log.append("two")})
+    assert seconds == {"one": 2e-3, "two": 2e-3}
+    wait = [] if graph else ["wait"]
+    assert log == [256, *wait, "event", "one", "event", 256, *wait, "event", "two", "event", "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_eager_calls_on_a_gpu_are_charged_for_their_launches():
+    device = torch.device("cuda")
+    x = torch.zeros(1, device=device)
+
+    def call():
+        for _ in range(200):
+            x.add_(1)
+
+    launches, replay = timing.clock_for(device), timing.clock_for(device, graph=True)
+    call()
+    eager = min(launches.round({"call": call})["call"] for _ in range(5))
+    replayed = timing.captured(call)
+    assert eager > min(replay.round({"call": replayed})["call"] for _ in range(5)) > 0
+
+
 def test_an_unknown_subject_is_refused():
     with pytest.raises(ValueError, match=r"subject must be one of \('eager',\), got 'pyfused'"):
         timing.Interleaved({"eager": [lambda: None]}, "pyfused", timing.WallClock())
@@ -249,6 +295,75 @@ def test_rows_survive_one_by_one(tmp_path):
         assert [row.name for row in rows.read_rows(file.path)] == ["first", "second"][:count]
     assert rows.read_rows(file.path) == file.rows
     assert [path.name for path in file.path.parent.iterdir()] == ["rows.json"]
+
+
+def test_rows_that_are_not_finite_are_still_json(tmp_path):
+    file = rows.RowFile(tmp_path)
+    odd = {"tensor": "y", "norm": "maximum", "error": float("inf"), "plain": float("-inf"), "limit": 1.0}
+    file.append(_row(parity=[odd], passed=False, loss={"pyfused": [1.0, float("nan")]}))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (item,) = json.loads(file.path.read_text(), parse_constant=refuse)
+    assert item["parity"] == [odd | {"error": "inf", "plain": "-inf"}]
+    assert item["loss"] == {"pyfused": [1.0, "nan"]}
+    (row,) = rows.read_rows(file.path)
+    assert row.parity == [odd]
+    assert str(row.loss["pyfused"]) == "[1.0, nan]"
+
+
+def test_the_gate_covers_the_contender_with_float32_adapters(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench import test_lora_linear as operator_rows
+
+    right = parity.check_lora_linear
+
+    def wrong_with_float32_adapters(case, device):
+        return right(case, device, function=_flipped if case.adapter_dtype else pyfused.lora_linear)
+
+    case = LoRACase(33, 40, 24, rank=3, dtype=torch.bfloat16)
+    assert all(item.passed for item in operator_rows._deviations(case, CPU))
+    monkeypatch.setattr(parity, "check_lora_linear", wrong_with_float32_adapters)
+    prepared = operator_rows.Prepared(case, CPU)
+    assert "pyfused (float32 adapters)" in prepared.contenders
+    for measured in ("forward", "forward+backward"):
+        given = {}
+        operator_rows._row(prepared, lambda *a, given=given, **options: given.update(options), False, measured)
+        failed = {item.tensor for item in given["deviations"] if not item.passed}
+        assert "y (float32 adapters)" in failed
+        assert "y" not in failed
+    assert not any("adapters" in item.tensor for item in operator_rows._deviations(SMALL, CPU))
+
+
+@pytest.mark.parametrize("has_git", [True, False])
+def test_the_given_commit_stands_where_there_is_no_git(monkeypatch, tmp_path, has_git):
+    checkout = tmp_path / "checkout"
+    for directory in ("bench", ".git") if has_git else ("bench",):
+        (checkout / directory).mkdir(parents=True)
+    (checkout / "pyproject.toml").touch()
+    monkeypatch.setattr(rows, "_ROOT", checkout)
+    monkeypatch.setattr(rows, "_run", lambda *command: "known" if "rev-parse" in command else "")
+    rows._fixed_provenance.cache_clear()
+    try:
+        assert rows.provenance(CPU, "given")["commit"] == ("known" if has_git else "given")
+        assert rows.provenance(CPU)["commit"] == ("known" if has_git else None)
+    finally:
+        rows._fixed_provenance.cache_clear()
+
+
+def test_the_commit_of_the_settings_reaches_the_rows(monkeypatch, tmp_path):
+    from pyfused.bench.session import Session, Settings
+
+    monkeypatch.setattr(rows, "_commit", lambda: {"commit": None, "dirty": None})
+    rows._fixed_provenance.cache_clear()
+    try:
+        session = Session(Settings(CPU, tmp_path, commit="abc"))
+        session.add(_row())
+    finally:
+        rows._fixed_provenance.cache_clear()
+    (row,) = rows.read_rows(session.file.path)
+    assert (row.provenance["commit"], row.provenance["dirty"]) == ("abc", None)
 
 
 def test_provenance_names_what_a_figure_needs():
@@ -314,6 +429,8 @@ def test_numbers_to_reach_on_an_h200():
             row("forward+backward", {"base GEMM": 0.9, "eager": 1.25}),
             row("forward+backward", {"base GEMM": 0.9, "eager": 1.60}),
             row("forward+backward", {"base GEMM": 0.9, "eager": 1.10}, dropout_p=0.1),
+            row("forward", {"eager": 1.2}),
+            row("forward+backward", {"base GEMM": 0.9}),
         ]
     )
     assert [item.met for item in found] == [True, True, False]
@@ -386,6 +503,7 @@ def test_a_run_from_end_to_end(tmp_path):
     own = tmp_path / "test_own.py"
     own.write_text(_OWN_ROWS)
     arguments = ["bench", str(own), "-k", "tiny", "--device", "cpu", "--threads", "1", "--seconds", "0.05"]
+    arguments += ["--commit", "abc"]
     done = subprocess.run(
         [sys.executable, "-m", "pyfused.cli", *arguments, "--output", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=300, cwd=tmp_path, env=_environment(),
@@ -397,6 +515,7 @@ def test_a_run_from_end_to_end(tmp_path):
     assert good.seconds.keys() == {"pyfused", "eager"}
     assert good.rounds >= 7
     assert good.provenance["threads"] == 1
+    assert good.provenance["commit"]
     assert (bad.name, bad.passed, bad.seconds, bad.rounds) == ("tiny bad", False, {}, 0)
     assert "tiny bad is not close enough to float64" in done.stderr
     assert "ZeroDivisionError" in done.stderr

@@ -350,11 +350,10 @@ class TestModel:
         torch.testing.assert_close(clip.encode_text(tokens), woken, rtol=1e-4, atol=1e-5)
 
     def test_open_clip_casts_the_base_and_leaves_the_adapter_in_float32(self):
-        from open_clip.model import convert_weights_to_lp
-
+        open_clip_model = pytest.importorskip("open_clip.model", reason="open_clip is not installed")
         clip = small_clip()
         inject_lora(clip.visual)
-        convert_weights_to_lp(clip, torch.bfloat16)
+        open_clip_model.convert_weights_to_lp(clip, torch.bfloat16)
         block = clip.visual.transformer.resblocks[0]
         assert block.attn.in_proj_weight.dtype == block.mlp.c_fc.weight.dtype == torch.bfloat16
         assert block.attn.out_proj.weight.dtype == torch.bfloat16
@@ -434,6 +433,18 @@ class TestStateDicts:
             load_lora_state_dict(visual, changed)
         assert all(torch.equal(value, kept[name]) for name, value in lora_state_dict(visual).items())
 
+    def test_shapes_must_agree_before_anything_is_copied(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        inject_lora(net, rank=2)
+        kept = {name: value.clone() for name, value in lora_state_dict(wake(net)).items()}
+        changed = {name: torch.zeros_like(value) for name, value in kept.items()}
+        changed["1.lora_a"] = torch.zeros(3, 4)
+        changed["2.lora_b"] = torch.zeros(4, 3)
+        message = r"1\.lora_a expected \(2, 4\), got \(3, 4\); 2\.lora_b expected \(4, 2\), got \(4, 3\)$"
+        with pytest.raises(ValueError, match=message):
+            load_lora_state_dict(net, changed)
+        assert all(torch.equal(value, kept[name]) for name, value in lora_state_dict(net).items())
+
 
 class OwnForward(nn.Linear):
     def forward(self, input):
@@ -509,6 +520,33 @@ class TestAllOrNothing:
         report = inject_lora(model)
         assert [row.path for row in report.rows] == ["a"]
         assert report.notes == ("left alone, as no plain nn.Linear: 1 OwnForward",)
+
+    def test_parameters_that_cannot_be_frozen_or_counted_are_refused_before_anything_is_replaced(self):
+        with torch.inference_mode():
+            made_inside = nn.LayerNorm(4)
+        for odd, message in (
+            (nn.LazyBatchNorm1d(), "the uninitialized 1.weight"),
+            (made_inside, "got 1.weight, made under inference_mode"),
+        ):
+            net = nn.Sequential(nn.Linear(4, 4), odd)
+            before = snapshot(net)
+            with pytest.raises(ValueError, match=f"inject_lora: every parameter of model must .*{message}"):
+                inject_lora(net)
+            assert snapshot(net) == before
+
+    def test_a_lora_dtype_that_fits_one_weight_alone(self):
+        net = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+        before = snapshot(net)
+        with pytest.raises(TypeError, match=r"lora_dtype must be torch.float32, as the weight, got torch.bfloat16"):
+            inject_lora(net, lora_dtype=torch.bfloat16)
+        assert snapshot(net) == before
+
+    def test_removing_what_was_not_frozen_leaves_it_training(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Conv2d(4, 4, 3))
+        inject_lora(net, ["0", "1", "2"], rank=2, freeze=False)
+        remove_lora(net)
+        assert not any(isinstance(module, LoRAModule) for module in net.modules())
+        assert all(parameter.requires_grad for parameter in net.parameters())
 
     def test_removing_a_grouped_convolution_is_all_or_nothing(self):
         model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 3, groups=2)})

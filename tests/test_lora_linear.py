@@ -43,6 +43,7 @@ def test_several_tiles_and_a_tail(backend, plan, dtype, r, p):
     check(draw((70, 50), 90, r, dtype, bias=r != 3), backend, plan, dropout_p=p, seed=seed())
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("m", "k", "n", "r"), [(1, 1, 1, 1), (1, 33, 2, 5), (37, 1, 3, 2), (2, 3, 37, 1), (0, 5, 6, 2)]
 )

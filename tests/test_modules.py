@@ -128,6 +128,24 @@ class TestLoRALinear:
         assert y.dtype == dtype
         assert module.lora_a.grad.dtype == torch.float32
 
+    @pytest.mark.parametrize(
+        ("dtype", "lora_dtype", "expected"),
+        [
+            (torch.float32, torch.bfloat16, "torch.float32, as the weight"),
+            (torch.float32, torch.float64, "torch.float32, as the weight"),
+            (torch.float16, torch.bfloat16, "torch.float16, as the weight, or torch.float32"),
+            (torch.float64, torch.float32, "torch.float64, as the weight"),
+        ],
+    )
+    def test_low_rank_parameters_of_a_dtype_that_does_not_fit_are_refused(self, dtype, lora_dtype, expected):
+        message = f"lora_dtype must be {expected}, got {lora_dtype}$"
+        with pytest.raises(TypeError, match=f"LoRALinear: {message}"):
+            LoRALinear(7, 11, dtype=dtype, lora_dtype=lora_dtype)
+        with pytest.raises(TypeError, match=f"LoRALinear: {message}"):
+            LoRALinear.from_linear(nn.Linear(7, 11, dtype=dtype), lora_dtype=lora_dtype)
+        with pytest.raises(TypeError, match=f"LoRAConv2d: {message}"):
+            LoRAConv2d.from_conv(nn.Conv2d(4, 4, 3, dtype=dtype), lora_dtype=lora_dtype)
+
     def test_one_seed_gives_one_adapter_in_every_dtype(self):
         base = nn.Linear(7, 11)
         torch.manual_seed(6)
@@ -205,6 +223,27 @@ class TestMerge:
         module = adapted_linear().requires_grad_(False)
         module.merge()
         module(torch.randn(5, 7))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_merged_module_whose_base_weight_trains_refuses_gradients_in_any_mode(self, training):
+        module = LoRALinear.from_linear(nn.Linear(7, 11), freeze=False).train(training)
+        module.merge()
+        with pytest.raises(RuntimeError, match=r"merged.*base weight requires grad.*unmerge\(\)"):
+            module(torch.randn(5, 7))
+        with torch.no_grad():
+            module(torch.randn(5, 7))
+
+    @pytest.mark.parametrize("merge", [True, False])
+    @pytest.mark.parametrize("merged", [True, False])
+    @pytest.mark.parametrize("freeze", [True, False])
+    def test_to_base_keeps_whether_the_weight_trains(self, freeze, merged, merge):
+        module = LoRALinear.from_linear(nn.Linear(7, 11), freeze=freeze)
+        if merged:
+            module.merge()
+        assert module.to_base(merge).weight.requires_grad is not freeze
+        assert module.weight.requires_grad is (not freeze and not merged)
+        module.unmerge()
+        assert module.weight.requires_grad is not freeze
 
     def test_tied_weights_do_not_see_the_merge(self):
         embedding, linear = nn.Embedding(11, 7), nn.Linear(7, 11, bias=False)
@@ -373,6 +412,13 @@ class TestLoRAConv2d:
         assert type(plain) is nn.Conv2d
         module.unmerge()
         assert torch.equal(module.weight, weight)
+
+    @pytest.mark.parametrize("kernel", [1, 3])
+    @pytest.mark.parametrize("shape", [(4, 5), (1, 2, 4, 5, 5), (4,)])
+    def test_input_that_is_no_image_is_refused(self, kernel, shape):
+        module = LoRAConv2d.from_conv(nn.Conv2d(4, 6, kernel))
+        with pytest.raises(ValueError, match=r"LoRAConv2d: input must have shape .* got \(" + str(shape[0])):
+            module(torch.randn(shape))
 
     def test_merging_groups_is_refused(self):
         module = adapted_conv(nn.Conv2d(4, 8, **CONVS["5x5 depthwise"]))

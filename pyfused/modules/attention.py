@@ -19,7 +19,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose in_proj and out_proj carry LoRA. Made by `from_mha`.
 
     Forward takes and returns what nn.MultiheadAttention's does, with the same parameter names (``in_proj_weight``,
-    ``in_proj_bias``, ``out_proj.weight``, ...), so that its state dicts load. Beside them, with E the embedding width:
+    ``in_proj_bias``, ``out_proj.weight``, ...): its state dicts load with ``strict=False``, since they lack the LoRA
+    parameters, and only those. Beside them, with E the embedding width:
 
     - joint: ``in_proj_lora_a`` (R, E), ``in_proj_lora_b`` (3E, R): one pair for q, k and v together;
     - split: ``q_proj_lora_a`` (R, E), ``q_proj_lora_b`` (E, R), and the same for k and v;
@@ -73,7 +74,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
             freeze: whether mha's parameters stop training. Default True.
 
         Raises:
-            TypeError: not an nn.MultiheadAttention, or a subclass with another forward.
+            TypeError: not an nn.MultiheadAttention, a subclass with another forward, or a ``lora_dtype`` that is
+                neither mha's dtype nor float32 over 16 bits.
             ValueError: already a LoRA module, qkv="joint" on separate projections, nothing to adapt, or a setting out
                 of range.
         """

@@ -49,11 +49,12 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             alpha: the low-rank term is scaled by alpha / R. Default 32.
             dropout: probability of zeroing an element of the low-rank term's input, in [0, 1). Default 0.
             use_rslora: scale by alpha / sqrt(R) instead. Default False.
-            lora_dtype: of A and B. Default: float32 for a float16 or bfloat16 weight, else the weight's.
+            lora_dtype: of A and B. Default: float32 for a float16 or bfloat16 weight, else the weight's. No other
+                pairs than the weight's dtype, or float32 over 16 bits, are taken.
             freeze: whether conv's parameters stop training. Default True.
 
         Raises:
-            TypeError: not an nn.Conv2d, or a subclass with another forward.
+            TypeError: not an nn.Conv2d, a subclass with another forward, or a ``lora_dtype`` that does not fit.
             ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
         """
         module = cls._adopt("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype)
@@ -83,6 +84,10 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) or (C_in, H, W) -> the same with C_out and the convolution's output size."""
+        if input.dim() not in (3, 4):
+            raise ValueError(
+                f"LoRAConv2d: input must have shape (B, C_in, H, W) or (C_in, H, W), got {tuple(input.shape)}"
+            )
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)

@@ -29,7 +29,8 @@ class LoRALinear(LoRAModule, nn.Linear):
         lora_dtype: of A and B. Default: float32 for a float16 or bfloat16 W, else W's.
 
     Raises:
-        TypeError, ValueError: a setting has the wrong type or is out of range.
+        TypeError: a setting has the wrong type, or ``lora_dtype`` is neither W's dtype nor float32 over 16 bits.
+        ValueError: a setting is out of range.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
@@ -74,7 +75,8 @@ class LoRALinear(LoRAModule, nn.Linear):
         Hooks, mode, device and any further attributes are those of ``linear``; settings as for the class.
 
         Raises:
-            TypeError: not an nn.Linear, or a subclass with another forward (a quantised one, say).
+            TypeError: not an nn.Linear, a subclass with another forward (a quantised one, say), or a ``lora_dtype``
+                that does not fit.
             ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
         """
         module = cls._adopt("LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype)

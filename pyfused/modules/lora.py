@@ -102,10 +102,18 @@ class LoRAModule(nn.Module):
     def _add_pair(
         self, prefix: str, out_features: int, in_features: int, like: Tensor, lora_dtype: torch.dtype | None
     ) -> None:
-        """Parameters ``<prefix>lora_a`` (R, K) and ``<prefix>lora_b`` (N, R) on like's device."""
+        """Parameters ``<prefix>lora_a`` (R, K) and ``<prefix>lora_b`` (N, R) on like's device.
+
+        Raises:
+            TypeError: ``lora_dtype`` is neither like's dtype nor a wider float32: the operator takes no other pairs.
+        """
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if lora_dtype not in (None, like.dtype, wide):
+            expected = f"{like.dtype}, as the weight" + (f", or {wide}" if wide != like.dtype else "")
+            raise TypeError(f"{type(self).__name__}: lora_dtype must be {expected}, got {lora_dtype}")
         if lora_dtype is None:
             # A young delta and its optimiser state are below the resolution of 16-bit numbers.
-            lora_dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+            lora_dtype = wide
         lora_a = torch.empty((self.rank, in_features), dtype=lora_dtype, device=like.device)
         lora_b = torch.empty((out_features, self.rank), dtype=lora_dtype, device=like.device)
         self.register_parameter(f"{prefix}lora_a", nn.Parameter(lora_a))
@@ -163,8 +171,8 @@ class LoRAModule(nn.Module):
         by about eps(dtype) of the base output, which for a young adapter can be most of its effect.
 
         Merging twice does nothing. A state dict of a merged module is that of the unmerged one, and loading, moving or
-        casting a merged module merges again afterwards. In training mode with gradients on, a merged module's forward
-        raises.
+        casting a merged module merges again afterwards. With gradients on, a merged module's forward raises in training
+        mode, and in any mode when the base weight requires grad.
 
         Raises:
             RuntimeError: the low-rank term is no change of the weight (a convolution with groups).
@@ -184,9 +192,14 @@ class LoRAModule(nn.Module):
         self._base_weights.clear()
 
     def _refuse_merged_training(self) -> None:
-        if not (self._base_weights and self.training and torch.is_grad_enabled()):
+        if not (self._base_weights and torch.is_grad_enabled()):
             return
-        if any(p.requires_grad for p in (*self.own_lora_parameters().values(), *self._base_weights.values())):
+        if any(base.requires_grad for base in self._base_weights.values()):
+            raise RuntimeError(
+                f"{type(self).__name__}: a merged module cannot train, its base weight requires grad and would get no "
+                "gradient; call unmerge() first, or use no_grad() for inference"
+            )
+        if self.training and any(p.requires_grad for p in self.own_lora_parameters().values()):
             raise RuntimeError(
                 f"{type(self).__name__}: a merged module cannot train, its low-rank parameters would get no gradient; "
                 "call unmerge() first, or eval() for inference"
@@ -201,6 +214,10 @@ class LoRAModule(nn.Module):
         with self._held(merged=merge):
             module: nn.Module = object.__new__(self._base_class)
             module.__dict__.update(_shallow_copy(self))
+            for name, base in self._base_weights.items():
+                # A parameter of its own: this module, when it stays merged, keeps one that never trains.
+                merged = self.get_parameter(name).detach()
+                module._parameters[name] = nn.Parameter(merged, requires_grad=base.requires_grad)
         for name in _SETTINGS:
             del module.__dict__[name]
         for name in self.own_lora_parameters():
