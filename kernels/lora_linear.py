@@ -273,7 +273,8 @@ def _rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tenso
 
 def _vectorised(x: torch.Tensor) -> bool:
     """Whether Triton can load x by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
-    return 1 in x.stride() and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
+    dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
 
 
 def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:

@@ -128,7 +128,9 @@ def gemm_config(
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
         # Rows of P that are no multiple of 16 elements apart are loaded one element at a time.
         scattered = 48 if rank % 16 and not own_p else 0
-        return accumulators // (32 * tile.num_warps) + drawing + scattered <= registers
+        # Loads of single elements pass through registers, value and address, instead of going to shared memory.
+        staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
+        return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers
 
     def cost(tile: GemmConfig) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
