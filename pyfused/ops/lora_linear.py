@@ -142,8 +142,9 @@ def lora_linear(
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:
-        (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...), contiguous, or
-        channels_last where a 4-D x is. Every argument that requires grad gets its exact gradient; differentiating twice raises.
+        (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...), contiguous,
+        or channels_last where a 4-D x is. Every argument that requires grad gets its exact gradient; differentiating
+        twice raises.
 
     Raises:
         ValueError: a shape, device, number, plan or backend name is wrong.
