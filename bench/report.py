@@ -25,8 +25,8 @@ def print_report(rows: Sequence[Row], stream: TextIO) -> None:
     console.print(lines)
     notes = [
         "Ratios: median over interleaved rounds of (baseline's time / pyfused's); above 1 pyfused is faster. "
-        "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend takes "
-        "oneDNN's float32 product and torch takes MKL's.",
+        "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend "
+        "takes oneDNN's float32 product and torch takes MKL's.",
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
     ]
     variants = dict.fromkeys(tuple(_peft(row)) for row in rows)
