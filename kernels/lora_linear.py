@@ -423,11 +423,11 @@ def lora_linear_bwd(
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     (batch, length, n), (rank, k) = dy.shape, lora_a.shape
     plan = _resolve(plan, batch * length, k, n, rank, dropout_p, dy)
-    dx = _rows_like(dy, k, channels_first) if need_dx else dy.new_empty(0)
+    dx = dy.new_empty(0)
     da = lora_a.new_empty((rank, k)) if need_da else lora_a.new_empty(0)
     db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
     if batch * length == 0:
-        return dx, da.zero_(), db.zero_()
+        return _rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
     with device_guard(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
@@ -447,6 +447,7 @@ def lora_linear_bwd(
             else:
                 _blas_add_(dx, q, lora_a.t(), scaling)
         elif need_dx:
+            dx = _rows_like(dy, k, channels_first)
             _gemm(
                 dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling, dropout_p,
                 own_p=own, save_p=own and need_da, drop_p=dropout_p > 0.0,
