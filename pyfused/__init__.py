@@ -6,7 +6,7 @@ from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, r
 from pyfused.modules import LoRAConv2d, LoRALinear, LoRAMultiheadAttention
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.report import LoRAReport
-from pyfused.ops import lora_linear
+from pyfused.ops import adapter_residual, lora_linear
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "LoRAMultiheadAttention",
     "LoRAReport",
     "__version__",
+    "adapter_residual",
     "available_backends",
     "explain",
     "inject_lora",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -61,26 +62,31 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return f"it has no kernels for device type {device.type!r}"
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves this call.
+def choose(
+    requested: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None
+) -> str:
+    """The backend that serves this call; ``limits`` says for each backend that the call itself is beyond, why.
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError``, listing each backend's reason, when an explicitly
-    named one cannot serve the call: a request never falls back.
+    Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,
+    when an explicitly named one cannot serve such tensors: a request never falls back.
     """
     if requested not in BACKENDS and requested != "auto":
         raise ValueError(f"backend must be one of {(*BACKENDS, 'auto')}, got {requested!r}")
+    limits = limits or {}
     wanted = DEFAULT_BACKEND if requested == "auto" else requested
     if wanted != "auto":
         if refusal(wanted, device, dtype) is not None:
             raise RuntimeError(
                 f"backend {wanted!r} cannot serve {dtype} tensors on {device}: " + _refusals(device, dtype)
             )
+        if wanted in limits:
+            raise ValueError(f"backend {wanted!r} cannot serve this call: {limits[wanted]}")
         return wanted
     # The interpreter is for tests: it serves CPU tensors only when it is asked by name.
     if device.type != "cuda":
         return "portable"
     for backend in PREFERENCE:
-        if refusal(backend, device, dtype) is None:
+        if backend not in limits and refusal(backend, device, dtype) is None:
             return backend
     raise AssertionError("portable refuses nothing")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -205,14 +205,35 @@ def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCa
     )
 
 
-_DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {"lora_linear": _describe_lora_linear}
+def _describe_adapter_residual(module: str, operator: str, facts: dict) -> OperatorCall:
+    z, chosen, plan, channels, hidden = (facts[name] for name in ("z", "backend", "plan", "channels", "hidden"))
+    m = z.numel() // channels
+    return OperatorCall(
+        module=module,
+        operator=operator,
+        shapes=(("M", m), ("C", channels), ("h", hidden)),
+        dtype=z.dtype,
+        device=z.device,
+        backend=chosen,
+        plan=plan,
+        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, facts["limits"])),
+        saved_bytes=m * hidden * z.element_size() if plan == "save" else 0,
+    )
 
 
-def _not_taken(chosen: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """For each backend that is preferred to the chosen one, why it did not serve the call."""
+_DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {
+    "adapter_residual": _describe_adapter_residual,
+    "lora_linear": _describe_lora_linear,
+}
+
+
+def _not_taken(
+    chosen: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None
+) -> list[str]:
+    """For each backend that is preferred to the chosen one, why it did not serve the call; ``limits`` as `choose`'s."""
     reasons = []
     for name in backends.PREFERENCE[: backends.PREFERENCE.index(chosen)]:
-        reason = backends.refusal(name, device, dtype)
+        reason = backends.refusal(name, device, dtype) or (limits or {}).get(name)
         if reason is None:
             # The interpreter serves a CPU tensor only on request; elsewhere somebody asked for another backend.
             reason = "on a CPU it is interpreted, and used only by name" if device.type == "cpu" else "not asked for"

@@ -30,9 +30,9 @@ def dtype(operator: str, name: str, value: torch.Tensor, allowed: tuple[torch.dt
         raise TypeError(f"{operator}: {name} must have dtype {expected}, got {value.dtype}")
 
 
-def same_device(operator: str, name: str, value: torch.Tensor, device: torch.device) -> None:
+def same_device(operator: str, name: str, value: torch.Tensor, device: torch.device, like: str = "x") -> None:
     if value.device != device:
-        raise ValueError(f"{operator}: {name} must be on {device} like x, got {value.device}")
+        raise ValueError(f"{operator}: {name} must be on {device} like {like}, got {value.device}")
 
 
 def finite(operator: str, name: str, value: float) -> None:
@@ -51,6 +51,23 @@ def probability(operator: str, name: str, value: float) -> None:
 def one_of(operator: str, name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{operator}: {name} must be one of {allowed}, got {value!r}")
+
+
+def seed(operator: str, value: torch.Tensor | int | None, device: torch.device) -> torch.Tensor:
+    """The dropout key as a one-element int64 tensor on ``device``; drawing it there needs no synchronisation."""
+    if value is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if type(value) is int:
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{operator}: seed must fit a signed 64-bit integer, got {value}")
+        return torch.full((1,), value, dtype=torch.int64, device=device)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{operator}: seed must be an int or a torch.Tensor, got {type(value).__name__}")
+    dtype(operator, "seed", value, (torch.int64,))
+    if value.numel() != 1:
+        raise ValueError(f"{operator}: seed must have one element, got shape {tuple(value.shape)}")
+    same_device(operator, "seed", value, device)
+    return value.reshape(1)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

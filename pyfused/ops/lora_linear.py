@@ -16,29 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from pyfused import backend as backends
 from pyfused import observe
-from pyfused.ops import checks, registry
+from pyfused.ops import checks, layout, registry
 
 MAX_RANK = 256
 PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas")}
 
 
-def _rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:
-    """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
-    batch, length, _ = x.shape
-    if channels_first:
-        return x.new_empty((batch, width, length)).transpose(1, 2)
-    return x.new_empty((batch, length, width))
-
-
 def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
     rows = x.shape[0] * x.shape[1] if save else 0
-    return _rows_like(x, weight.shape[0], channels_first), x.new_empty((rows, lora_a.shape[0]))
+    return layout.rows_like(x, weight.shape[0], channels_first), x.new_empty((rows, lora_a.shape[0]))
 
 
 def _fake_bwd(
     dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db
 ):
-    dx = _rows_like(dy, lora_a.shape[1], channels_first) if need_dx else dy.new_empty(0)
+    dx = layout.rows_like(dy, lora_a.shape[1], channels_first) if need_dx else dy.new_empty(0)
     da = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else lora_a.new_empty(0)
     db = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_db else lora_b.new_empty(0)
     return dx, da, db
@@ -168,8 +160,8 @@ def lora_linear(
     dropout_p = float(dropout_p) if training else 0.0
     if observe.observers:
         observe.notify(name, backend=chosen, plan=plan, x=x, weight=weight, lora_a=lora_a, dropout_p=dropout_p)
-    seed = _seed(name, seed, x.device) if dropout_p > 0.0 else None
-    rows, channels_first = _as_rows(x, channel_dim)
+    seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
+    (rows,), channels_first = layout.as_rows(channel_dim, x)
     grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_a.requires_grad
@@ -182,7 +174,7 @@ def lora_linear(
         y = _LoRALinear.apply(*arguments, chosen)
     else:
         y, _ = _fwd[chosen](*arguments, False)
-    return _from_rows(y, x, channel_dim, channels_first)
+    return layout.from_rows(y, x, channel_dim, channels_first)
 
 
 def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:
@@ -224,43 +216,3 @@ def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_di
         checks.same_device(name, "bias", bias, x.device)
     checks.finite(name, "scaling", scaling)
     checks.probability(name, "dropout_p", dropout_p)
-
-
-def _seed(name: str, seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The dropout key as a one-element int64 tensor on ``device``; drawing it there needs no synchronisation."""
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if type(seed) is int:
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"{name}: seed must fit a signed 64-bit integer, got {seed}")
-        return torch.full((1,), seed, dtype=torch.int64, device=device)
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"{name}: seed must be an int or a torch.Tensor, got {type(seed).__name__}")
-    checks.dtype(name, "seed", seed, (torch.int64,))
-    if seed.numel() != 1:
-        raise ValueError(f"{name}: seed must have one element, got shape {tuple(seed.shape)}")
-    checks.same_device(name, "seed", seed, device)
-    return seed.reshape(1)
-
-
-def _as_rows(x: Tensor, channel_dim: int) -> tuple[Tensor, bool]:
-    """x as (B, L, K), a view where strides allow it, and whether memory runs (B, K, L)."""
-    if channel_dim == 1:
-        # Both formats describe the same memory when K or H W is 1: then the default one is meant.
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            return x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1]), False
-        return x.flatten(2).transpose(1, 2), True
-    if x.dim() >= 3 and not x.is_contiguous():
-        x = x.flatten(1, -2)
-        if x.stride(0) != x.shape[1] * x.stride(1):
-            return x, False
-    return x.reshape(1, -1, x.shape[-1]), False
-
-
-def _from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:
-    if channel_dim == -1:
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-    if channels_first:
-        return y.transpose(1, 2).reshape(x.shape[0], y.shape[-1], *x.shape[2:])
-    batch, _, height, width = x.shape
-    return y.reshape(batch, height, width, y.shape[-1]).permute(0, 3, 1, 2)

@@ -20,6 +20,8 @@ def _find_onednn() -> torch._ops.OpOverload | None:
 
 
 _onednn = _find_onednn()
+# Rows handled at a time where a float32 copy of a 16-bit activation is needed.
+_ROWS = 1024
 
 
 def _takes_onednn(x: Tensor) -> bool:
@@ -55,3 +57,32 @@ def sum_outer(left: Tensor, right: Tensor) -> Tensor:
         return matmul(left.t(), right.t())
     # oneDNN is several times faster with the narrow matrix on the left.
     return matmul(right.t(), left.t()).t().contiguous()
+
+
+def product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), which lies in memory as (B, N, L) when ``channels_first``."""
+    if not channels_first:
+        y = matmul(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:2], weight.shape[0])
+    if _takes_onednn(x):
+        y = x.new_empty((x.shape[0], weight.shape[0], x.shape[1]))
+        for image, out in zip(x, y, strict=True):
+            out.copy_(matmul(weight, image)) if bias is None else torch.add(matmul(weight, image), bias[:, None], out=out)
+        return y.transpose(1, 2)
+    batched = weight.expand(x.shape[0], *weight.shape)
+    if bias is None:
+        return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
+    return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
+
+
+def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
+    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if left.dtype == dtype:
+        return sum_outer(left, right)
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
+    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
+    for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        total.addmm_(a.to(dtype).t(), b.to(dtype))
+    return total

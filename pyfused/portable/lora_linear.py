@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyfused.portable.gemm import matmul, sum_outer
+from pyfused.portable.gemm import product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 # Frozen weights in the dtype that autocast asked for: weight -> {part of it: ((version, address), cast copy)}.
 _casts = WeakTensorKeyDictionary()
-# Rows handled at a time where a float32 copy of a 16-bit activation is needed.
-_ROWS = 1024
 
 
 def lora_linear_fwd(
@@ -31,8 +29,8 @@ def lora_linear_fwd(
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     weight, bias = _cast_frozen(weight, x.dtype), None if bias is None else bias.to(x.dtype)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    p = _product(_dropped(x, seed, dropout_p), lora_a, channels_first)
-    y = _product(x, weight, channels_first, bias)
+    p = product(_dropped(x, seed, dropout_p), lora_a, channels_first)
+    y = product(x, weight, channels_first, bias)
     _add_product_(y, p, lora_b, scaling, channels_first)
     return y, p.reshape(-1, lora_a.shape[0]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
 
@@ -56,32 +54,21 @@ def lora_linear_bwd(
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if need_dx or need_da:
-        q = _product(dy, lora_b.to(dy.dtype).t(), channels_first).mul_(scaling)
+        q = product(dy, lora_b.to(dy.dtype).t(), channels_first).mul_(scaling)
     if need_dx:
-        dx = _product(dy, _cast_frozen(weight, dy.dtype).t(), channels_first)
+        dx = product(dy, _cast_frozen(weight, dy.dtype).t(), channels_first)
         a = lora_a.to(dy.dtype)
         if dropout_p > 0.0:
-            low_rank = _product(q, a.t(), channels_first=False)
+            low_rank = product(q, a.t(), channels_first=False)
             dropout_(low_rank.view(-1, a.shape[1]), seed, dropout_p)
             dx.add_(low_rank)
         else:
             _add_product_(dx, q, a.t(), 1.0, channels_first)
     if need_da:
-        da = _sum_outer(q, _dropped(x, seed, dropout_p), lora_a.dtype)
+        da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
-        db = _sum_outer(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
+        db = sum_over_rows(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
     return dx, da, db
-
-
-def _product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), in the memory layout that ``channels_first`` names."""
-    if channels_first:
-        batched = weight.expand(x.shape[0], *weight.shape)
-        if bias is None:
-            return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
-        return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
-    y = matmul(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:2], weight.shape[0])
 
 
 def _add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float, channels_first: bool) -> None:
@@ -90,19 +77,6 @@ def _add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float, channels_f
         y.transpose(1, 2).baddbmm_(weight.expand(x.shape[0], *weight.shape), x.transpose(1, 2), alpha=alpha)
     else:
         y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=alpha)
-
-
-def _sum_outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
-    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    if left.dtype == dtype:
-        return sum_outer(left, right)
-    if left.is_cuda:
-        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
-    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
-    for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
-        total.addmm_(a.to(dtype).t(), b.to(dtype))
-    return total
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -1,0 +1,52 @@
+"""Tensors as the raw operators see them: (B, L, C) with any strides; row m of the mathematics is b * L + l."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_rows(channel_dim: int, x: Tensor, *others: Tensor) -> tuple[list[Tensor], bool]:
+    """Tensors of one shape as (B, L, C), views where strides allow it, and whether x's memory runs (B, C, L).
+
+    All leading dimensions become L, and B is 1, where the strides of every tensor allow that.
+    """
+    channels_first = channel_dim == 1 and not _channels_last(x)
+    tensors = [x, *others] if channel_dim == -1 else [tensor.movedim(1, -1) for tensor in (x, *others)]
+    if not channels_first:
+        merged = [_merged(tensor) for tensor in tensors]
+        if all(tensor is not None for tensor in merged):
+            return merged, False
+    return [tensor.flatten(1, -2) for tensor in tensors], channels_first
+
+
+def from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:
+    """(B, L, N) -> x's shape with N channels, a view of y."""
+    if channel_dim == -1:
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    if channels_first:
+        return y.transpose(1, 2).reshape(x.shape[0], y.shape[-1], *x.shape[2:])
+    return y.reshape(x.shape[0], *x.shape[2:], y.shape[-1]).movedim(-1, 1)
+
+
+def rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:
+    """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
+    batch, length, _ = x.shape
+    if channels_first:
+        return x.new_empty((batch, width, length)).transpose(1, 2)
+    return x.new_empty((batch, length, width))
+
+
+def _channels_last(x: Tensor) -> bool:
+    # Both formats describe the same memory when C or H W is 1: then the default one is meant.
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _merged(x: Tensor) -> Tensor | None:
+    """(..., C) as (1, M, C) without a copy; None where strides forbid it."""
+    if x.dim() <= 2 or x.is_contiguous():
+        return x.reshape(1, -1, x.shape[-1])
+    x = x.flatten(1, -2)
+    if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+        return None
+    return x.reshape(1, -1, x.shape[-1])
