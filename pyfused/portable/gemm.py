@@ -1,18 +1,31 @@
 """Matrix products by the faster of the two libraries inside torch.
 
-For float32 torch calls MKL, which leaves AVX-512 unused on CPUs that are not Intel's; oneDNN, which torch also carries,
-uses it. Figures in NOTES.md.
+For float32 torch calls MKL, which leaves AVX-512 unused on CPUs that are not Intel's; there oneDNN, which torch also
+carries, is faster, and on Intel's slower. Figures in NOTES.md.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def _cpu_vendor() -> str:
+    """As Linux names it; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def _find_onednn() -> torch._ops.OpOverload | None:
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    if torch.backends.mkl.is_available() and _cpu_vendor() == "GenuineIntel":
         return None
     # torch.compile's own name for oneDNN's linear layer; not every build has it.
     packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
