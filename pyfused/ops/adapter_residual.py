@@ -43,7 +43,7 @@ def _fake_fwd(
     dropout_p, channels_first, save,
 ):  # fmt: skip
     y = layout.rows_like(z if residual is None else residual, z.shape[2], channels_first)
-    return y, layout.rows_like(z, down_weight.shape[0], channels_first) if save else z.new_empty(0)
+    return y, z.new_empty((z.shape[0] * z.shape[1], down_weight.shape[0]) if save else 0)
 
 
 def _fake_bwd(
@@ -65,7 +65,7 @@ def _fake_bwd(
     )  # fmt: skip
 
 
-# ``save`` asks for h, (B, L, h) before the activation; without it backward computes h from z again.
+# ``save`` asks for h, (M, h) before the activation; without it backward computes h from z again.
 _fwd = registry.define(
     "adapter_residual",
     "fwd",

@@ -1,21 +1,70 @@
-"""``adapter_residual`` in plain torch: blocks of rows that stay in a CPU's cache from the first product to the last sum."""
+"""``adapter_residual`` in plain torch, by blocks of rows that stay in cache from the first product to the last sum.
+
+Everything is computed in float32 or wider. gamma goes into the weights, U' = gamma U, which no dtype in use rounds to
+nothing; inputs of 16 bits are widened block by block.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import product, sum_over_rows
+from pyfused.portable.gemm import add_product_, matmul, sum_outer
 from pyfused.portable.philox import dropout_
 
-# Rows of a block on a CPU; other devices take all rows at once.
-_ROWS = 512
+# Elements of z in a block; on a CPU the block and what is made of it stay in the second-level cache.
+_CPU_BLOCK, _BLOCK = 1 << 18, 1 << 26
+# Images of fewer rows than this are gathered into one block: products of so few rows are slow.
+_SHORT = 128
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
+
+
+class _Block(NamedTuple):
+    """Rows of one image, or several whole images; ``first`` is their first row of all. ``live``: not dropped."""
+
+    images: slice
+    rows: slice
+    first: int
+    live: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> (rows, C), a view where it is one image."""
+        return x[self.images, self.rows].reshape(-1, x.shape[2])
+
+    def in_hidden(self, hidden: Tensor) -> Tensor:
+        return hidden[self.first : self.first + self._count()]
+
+    def scale(self, sample_scale: Tensor | None, rows: int) -> Tensor | None:
+        """k of each row, (rows, 1), or (1, 1) where all rows are of one sample; ``rows``: of all samples together."""
+        if sample_scale is None:
+            return None
+        per_sample = rows // sample_scale.numel()
+        first, last = self.first // per_sample, (self.first + self._count() - 1) // per_sample
+        if first == last:
+            return sample_scale[first].view(1, 1)
+        sample = torch.arange(self.first, self.first + self._count(), device=sample_scale.device) // per_sample
+        return sample_scale[sample][:, None]
+
+    def _count(self) -> int:
+        return (self.images.stop - self.images.start) * (self.rows.stop - self.rows.start)
+
+    def out(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where to compute this block of y in ``dtype``: y itself if it can be."""
+        view = y[self.images, self.rows]
+        if y.dtype == dtype and len(view) == 1:
+            return view[0]
+        return torch.empty((view.shape[0] * view.shape[1], y.shape[2]), dtype=dtype, device=y.device)
+
+    def store(self, out: Tensor, y: Tensor) -> None:
+        view = y[self.images, self.rows]
+        if out.data_ptr() != view.data_ptr():
+            view.copy_(out.view(view.shape))
 
 
 def adapter_residual_fwd(
@@ -34,27 +83,35 @@ def adapter_residual_fwd(
     channels_first: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, C) in the residual's dtype, h (B, L, h) in z's; see `pyfused.ops.adapter_residual` for the contract."""
-    down_weight, down_bias, up_weight, up_bias = _cast(z.dtype, down_weight, down_bias, up_weight, up_bias)
+    """y (B, L, C) in the residual's dtype, h (M, h) in z's; see `pyfused.ops.adapter_residual` for the contract."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    down, d_bias, up, u_bias = _rounded(wide, z.dtype, down_weight, down_bias, up_weight, up_bias)
+    gamma = None if layer_scale is None else layer_scale.to(wide)
+    if gamma is not None:
+        up, u_bias = up * gamma[:, None], None if u_bias is None else u_bias * gamma
     stream = z if residual is None else residual
-    gamma = _epilogue(z.dtype, layer_scale)
     y = _rows_like(stream, z.shape[2], channels_first)
-    hidden = _rows_like(z, down_weight.shape[0], channels_first) if save else z.new_empty(0)
-    scale = _row_scale(z, sample_scale)
-    for where, first_row, live in _blocks(z, sample_scale):
-        if not live:
-            y[where].copy_(stream[where])
-            if save:
-                hidden[where].zero_()
+    hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else z.new_empty(0)
+    batch, length, _ = z.shape
+    scale = None if sample_scale is None else sample_scale.to(wide)
+    for block in _blocks(z, sample_scale):
+        if not block.live:
+            y[block.images, block.rows].copy_(stream[block.images, block.rows])
+            block.in_hidden(hidden).zero_()
             continue
-        rows, k = _alive(z[where], scale, where)
-        h = product(rows, down_weight, channels_first, down_bias)
+        k = block.scale(scale, batch * length)
+        rows = _alive(block.of(z), k).to(wide)
+        h = matmul(rows, down, d_bias)
         if save:
-            hidden[where].copy_(h)
-        branch = product(_activated(h, activation, seed, dropout_p, first_row), up_weight, channels_first, up_bias)
-        if skip != 0.0:
-            branch = branch.to(_wide(z.dtype)).add_(rows, alpha=skip)
-        _add_gated(stream[where], branch, gamma, k, y[where])
+            block.in_hidden(hidden).copy_(h)
+        a = _activated(h, activation, seed, dropout_p, block.first)
+        if k is not None:
+            a.mul_(k)
+        out = _scaled(rows, skip, gamma, k, block.out(y, wide), plus=block.of(stream))
+        if u_bias is not None:
+            out.add_(u_bias) if k is None else out.addcmul_(u_bias, k)
+        add_product_(out, a, up)
+        block.store(out, y)
     return y, hidden
 
 
@@ -80,192 +137,126 @@ def adapter_residual_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dz (B, L, C) in z's dtype, the parameters' gradients in theirs, dgamma (C,) wide; empty where not needed."""
     dtype = hidden.dtype if z is None else z.dtype
-    down, d_bias, up = _cast(dtype, down_weight, down_bias, up_weight)
-    gamma = _epilogue(dtype, layer_scale)
-    unit, magnitude = _normalised(gamma, dtype)
-    dz = _rows_like(dy, dy.shape[2], channels_first).to(dtype) if need_dz else dy.new_empty(0, dtype=dtype)
-    sums = _Sums(up_weight, _wide(dtype), need_down, need_up)
-    scale = _row_scale(dy, sample_scale)
-    for where, first_row, live in _blocks(dy, sample_scale):
-        if not live:
+    wide = torch.promote_types(dtype, torch.float32)
+    down, d_bias, up = _rounded(wide, dtype, down_weight, down_bias, up_weight)
+    gamma = None if layer_scale is None else layer_scale.to(wide)
+    gated_up = up if gamma is None else up * gamma[:, None]
+    channels, width = up.shape
+    dz = _rows_like(dy, channels, channels_first).to(dtype) if need_dz else dy.new_empty(0, dtype=dtype)
+    sums = {name: up.new_zeros((width, channels)) for name in ("down", "outer")}
+    sums |= {"down_bias": up.new_zeros(width)} | {name: up.new_zeros(channels) for name in ("dy", "dy z")}
+    batch, length, _ = dy.shape
+    scale = None if sample_scale is None else sample_scale.to(wide)
+    for block in _blocks(dy, sample_scale):
+        if not block.live:
             if need_dz:
-                dz[where].copy_(dy[where]) if z_is_residual else dz[where].zero_()
+                part = dz[block.images, block.rows]
+                part.copy_(dy[block.images, block.rows]) if z_is_residual else part.zero_()
             continue
-        upstream, k = _alive(dy[where], scale, where)
-        rows = None if z is None else _alive(z[where], scale, where)[0]
-        h = product(rows, down, channels_first, d_bias) if hidden is None else hidden[where]
-        gated = upstream if unit is None else upstream * unit
-        t = _drop_rows(product(gated.to(dtype), up.t(), channels_first), seed, dropout_p, first_row)
+        k = block.scale(scale, batch * length)
+        upstream = _alive(block.of(dy), k).to(wide)
+        rows = None if z is None else _alive(block.of(z), k).to(wide)
+        if hidden is None:
+            h = matmul(rows, down, d_bias)
+        else:
+            h = block.in_hidden(hidden).to(wide)
+        t = _dropped(matmul(upstream, gated_up.t()), seed, dropout_p, block.first)
         dh = ACTIVATIONS[activation][1](t, h)
         if k is not None:
-            dh = (dh * k).to(dtype)
+            dh = dh * k
         if need_dz:
-            branch = product(dh, down.t(), channels_first).to(_wide(dtype))
-            if magnitude is not None:
-                branch.mul_(magnitude)
-            _add_direct(branch, upstream, gamma, k, skip, z_is_residual, dz[where])
+            plus = block.of(dy) if z_is_residual else None
+            out = _scaled(upstream, skip, gamma, k, block.out(dz, wide), plus)
+            add_product_(out, dh, down.t())
+            block.store(out, dz)
         if need_down:
-            sums.add_down(dh, rows)
+            sums["down_bias"].add_(dh.sum(0))
+            if rows is not None:
+                sum_outer(dh, rows, sums["down"])
         if need_up:
-            activated = _activated(h, activation, seed, dropout_p, first_row)
-            sums.add_up(upstream, activated, rows if skip != 0.0 else None, k, dtype)
-    return dz, *sums.gradients(down_weight, down_bias, up_weight, up_bias, gamma, magnitude, skip)
+            if k is not None:
+                upstream = upstream * k
+            sum_outer(_activated(h, activation, seed, dropout_p, block.first), upstream, sums["outer"])
+            sums["dy"].add_(upstream.sum(0))
+            if skip != 0.0 and rows is not None:
+                sums["dy z"].add_((upstream * rows).sum(0), alpha=skip)
+    return dz, *_gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_down, need_up)
 
 
-class _Sums:
-    """The sums over rows that the parameters' gradients are made of, in float32 or wider."""
-
-    def __init__(self, up_weight: Tensor, dtype: torch.dtype, need_down: bool, need_up: bool) -> None:
-        channels, hidden = up_weight.shape
-        self.dtype, self.need_down, self.need_up = dtype, need_down, need_up
-        self.down = up_weight.new_zeros((hidden, channels), dtype=dtype) if need_down else None
-        self.down_bias = up_weight.new_zeros(hidden, dtype=dtype) if need_down else None
-        self.outer = up_weight.new_zeros((channels, hidden), dtype=dtype) if need_up else None
-        self.upstream, self.upstream_z = up_weight.new_zeros((2, channels), dtype=dtype) if need_up else (None, None)
-
-    def add_down(self, dh: Tensor, z: Tensor | None) -> None:
-        if z is not None:
-            self.down.add_(sum_over_rows(dh, z, self.dtype))
-        self.down_bias.add_(dh.sum((0, 1), dtype=self.dtype))
-
-    def add_up(self, dy: Tensor, activated: Tensor, z: Tensor | None, k: Tensor | None, dtype: torch.dtype) -> None:
-        if k is not None:
-            activated = (activated * k).to(dtype)
-        self.outer.add_(sum_over_rows(dy.to(dtype), activated, self.dtype))
-        dy = dy.to(self.dtype) if k is None else dy * k
-        self.upstream.add_(dy.sum((0, 1)))
-        if z is not None:
-            self.upstream_z.add_((dy * z).sum((0, 1)))
-
-    def gradients(self, down_weight, down_bias, up_weight, up_bias, gamma, magnitude, skip) -> tuple[Tensor, ...]:
-        nothing = up_weight.new_empty(0)
-        d_down = d_down_bias = d_up = d_up_bias = nothing
-        d_gamma = nothing.to(self.dtype)
-        if self.need_down:
-            if magnitude is not None:
-                self.down.mul_(magnitude)
-                self.down_bias.mul_(magnitude)
-            d_down = self.down.to(down_weight.dtype)
-            d_down_bias = nothing if down_bias is None else self.down_bias.to(down_bias.dtype)
-        if self.need_up:
-            d_gamma = (up_weight * self.outer).sum(1).add_(self.upstream_z, alpha=skip)
-            if up_bias is not None:
-                d_gamma.addcmul_(up_bias.to(self.dtype), self.upstream)
-            scale = 1.0 if gamma is None else gamma.view(-1)
-            d_up_bias = nothing if up_bias is None else self.upstream.mul(scale).to(up_bias.dtype)
-            d_up = self.outer.mul(scale if gamma is None else scale[:, None]).to(up_weight.dtype)
-        return d_down, d_down_bias, d_up, d_up_bias, d_gamma
+def _gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_down, need_up) -> tuple[Tensor, ...]:
+    """dD, dd, dU, du and dgamma from the sums over rows."""
+    nothing = up_weight.new_empty(0)
+    d_down = sums["down"].to(down_weight.dtype) if need_down else nothing
+    d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing
+    if not need_up:
+        return d_down, d_down_bias, nothing, nothing, nothing.to(sums["dy"].dtype)
+    outer, upstream = sums["outer"].t(), sums["dy"]
+    d_gamma = (outer * up_weight).sum(1).add_(sums["dy z"])
+    if up_bias is not None:
+        d_gamma.addcmul_(upstream, up_bias.to(upstream.dtype))
+    if gamma is not None:
+        outer, upstream = outer * gamma[:, None], upstream * gamma
+    d_up = torch.empty_like(up_weight, memory_format=torch.contiguous_format).copy_(outer)
+    return d_down, d_down_bias, d_up, nothing if up_bias is None else upstream.to(up_bias.dtype), d_gamma
 
 
-def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[tuple[tuple[slice, slice], int, bool]]:
-    """(index of rows of one block, its first row m, whether any of its samples is live), which cover all rows.
+def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
+    """Blocks that cover all rows.
 
-    Samples are told apart on a CPU alone: elsewhere their scales could only be read by waiting for the device.
+    Dropped samples are told apart on a CPU alone: elsewhere that would wait for the device.
     """
-    batch, length, _ = z.shape
-    if z.device.type != "cpu":
-        yield (slice(0, batch), slice(0, length)), 0, True
-        return
+    batch, length, channels = z.shape
     rows = batch * length
     runs = [(rows, True)]
-    if sample_scale is not None and rows >= _SKIPPED_ROWS * len(sample_scale) > 0:
-        per_sample = rows // len(sample_scale)
+    if sample_scale is not None and z.device.type == "cpu" and rows >= _SKIPPED_ROWS * len(sample_scale) > 0:
         groups = itertools.groupby((sample_scale != 0).tolist())
-        runs = [(per_sample * len(list(group)), live) for live, group in groups]
-    start = 0
+        runs = [(rows // len(sample_scale) * len(list(group)), live) for live, group in groups]
+    on_cpu = z.device.type == "cpu"
+    most = max(16, (_CPU_BLOCK if on_cpu else _BLOCK) // channels)
+    first = 0
     for count, live in runs:
-        end = start + count
-        while start < end:
-            image, first = divmod(start, length)
-            step = min(_ROWS, end - start, length - first)
-            yield (slice(image, image + 1), slice(first, first + step)), start, live
-            start += step
+        end = first + count
+        while first < end:
+            image, start = divmod(first, length)
+            images = 1
+            if start == 0 and not (on_cpu and length >= _SHORT):
+                images = max(1, min(most // length, (end - first) // length))
+            stop = min(start + most, start + end - first, length)
+            yield _Block(slice(image, image + images), slice(start, stop), first, live)
+            first += images * (stop - start)
 
 
-def _row_scale(z: Tensor, sample_scale: Tensor | None) -> Tensor | None:
-    """k of each row as (B, L, 1), in float32 or wider."""
-    if sample_scale is None or sample_scale.numel() == 0:
-        return None
-    batch, length, _ = z.shape
-    repeats = batch * length // sample_scale.numel()
-    scale = sample_scale.to(_wide(z.dtype))[:, None].expand(-1, repeats)
-    return scale.reshape(batch, length, 1)
-
-
-def _alive(x: Tensor, scale: Tensor | None, where: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
-    """x with zeros in the rows of dropped samples, whatever those hold, and k of its rows."""
-    if scale is None:
-        return x, None
-    k = scale[where]
-    if x.device.type == "cpu" and bool((k != 0).all()):
-        return x, k
-    return x.masked_fill(k == 0, 0.0), k
+def _alive(x: Tensor, k: Tensor | None) -> Tensor:
+    """x with zeros in the rows of dropped samples, whatever those hold."""
+    if k is None or (k.device.type == "cpu" and bool(k.all())):
+        return x
+    return x.masked_fill(k == 0, 0.0)
 
 
 def _activated(h: Tensor, activation: str, seed: Tensor | None, p: float, first_row: int) -> Tensor:
-    return _drop_rows(ACTIVATIONS[activation][0](h), seed, p, first_row)
+    return _dropped(ACTIVATIONS[activation][0](h), seed, p, first_row)
 
 
-def _drop_rows(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor:
-    """drop(x) for (B, L, h), whose first row is row ``first_row`` of the mask; may change x."""
-    if p == 0.0:
-        return x
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return dropout_(rows, seed, p, first_row).view(x.shape)
+def _dropped(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor:
+    return x if p == 0.0 else dropout_(x, seed, p, first_row)
 
 
-def _add_gated(residual: Tensor, branch: Tensor, gamma: Tensor | None, k: Tensor | None, out: Tensor) -> None:
-    """out <- residual + k gamma branch, rounded once; changes branch."""
-    gates = [gate for gate in (k, gamma) if gate is not None]
-    if residual.dtype == branch.dtype and branch.dtype == _wide(branch.dtype):
-        if len(gates) == 2:
-            branch.mul_(gates[0])
-        if gates:
-            torch.addcmul(residual, branch, gates[-1], out=out)
-        else:
-            torch.add(residual, branch, out=out)
-        return
-    branch = branch.to(_wide(branch.dtype))
-    for gate in gates:
-        branch.mul_(gate)
-    out.copy_(branch.add_(residual))
-
-
-def _add_direct(
-    branch: Tensor, dy: Tensor, gamma: Tensor | None, k: Tensor | None, skip: float, z_is_residual: bool, out: Tensor
-) -> None:
-    """out <- branch + (skip k gamma + [z is the residual]) dy, rounded once; changes branch."""
-    direct = 1.0 if z_is_residual else 0.0
-    gates = [gate for gate in (k, gamma) if gate is not None]
+def _scaled(x: Tensor, skip: float, gamma: Tensor | None, k: Tensor | None, out: Tensor, plus: Tensor | None) -> Tensor:
+    """out <- plus + skip k gamma x."""
+    if skip == 0.0:
+        return out.zero_() if plus is None else out.copy_(plus)
+    gates = [gate for gate in (gamma, k) if gate is not None]
     if not gates:
-        branch.add_(dy, alpha=skip + direct)
-    elif skip != 0.0:
-        factor = skip * gates[0] if len(gates) == 1 else skip * gates[0] * gates[1]
-        branch.addcmul_(dy.to(branch.dtype), factor + direct)
-    elif direct:
-        branch.add_(dy)
-    out.copy_(branch)
+        return torch.mul(x, skip, out=out) if plus is None else torch.add(plus.to(x.dtype), x, alpha=skip, out=out)
+    gate = gates[0] if len(gates) == 1 else gates[0] * gates[1]
+    if plus is None:
+        return torch.mul(x, gate * skip, out=out)
+    return torch.addcmul(plus.to(x.dtype), x, gate, value=skip, out=out)
 
 
-def _normalised(gamma: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """gamma = magnitude * unit, |unit| <= 1: products in float16 would lose a gamma of 1e-6, and need no care else."""
-    if gamma is None or dtype != torch.float16:
-        return gamma, None
-    magnitude = gamma.abs().amax()
-    magnitude = torch.where(magnitude == 0, 1.0, magnitude)
-    return gamma / magnitude, magnitude
-
-
-def _epilogue(dtype: torch.dtype, layer_scale: Tensor | None) -> Tensor | None:
-    return None if layer_scale is None else layer_scale.to(_wide(dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+def _rounded(wide: torch.dtype, dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters as z's dtype holds them, widened."""
+    return [None if parameter is None else parameter.to(dtype).to(wide) for parameter in parameters]
 
 
 def _rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:

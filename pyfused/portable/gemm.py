@@ -50,7 +50,7 @@ def _takes_onednn(x: Tensor) -> bool:
 def _dense(matrix: Tensor) -> Tensor:
     """``matrix`` with rows or columns dense in memory: oneDNN refuses other strides, and reads a bias without them."""
     (rows, columns), (row, column) = matrix.shape, matrix.stride()
-    if (column == 1 and row >= columns) or (row == 1 and column >= rows):
+    if (column == 1 and row >= columns) or (row == 1 and column == rows):
         return matrix
     return torch.empty(matrix.shape, dtype=matrix.dtype).copy_(matrix)
 
@@ -62,14 +62,24 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def sum_outer(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right: (M, I), (M, J) -> (I, J)."""
+def add_product_(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y += x W^T, in place: (M, N), (M, K), (N, K)."""
+    if _takes_onednn(x):
+        y.add_(matmul(x, weight))
+    else:
+        y.addmm_(x, weight.t())
+
+
+def sum_outer(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """left^T right: (M, I), (M, J) -> (I, J); added to ``total`` where that is given."""
     if not _takes_onednn(left):
-        return left.t().mm(right)
+        return left.t().mm(right) if total is None else total.addmm_(left.t(), right)
     if left.shape[1] <= right.shape[1]:
-        return matmul(left.t(), right.t())
-    # oneDNN is several times faster with the narrow matrix on the left.
-    return matmul(right.t(), left.t()).t().contiguous()
+        outer = matmul(left.t(), right.t())
+    else:
+        # oneDNN is several times faster with the narrow matrix on the left.
+        outer = matmul(right.t(), left.t()).t()
+    return outer.contiguous() if total is None else total.add_(outer)
 
 
 def product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +90,9 @@ def product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None
     if _takes_onednn(x):
         y = x.new_empty((x.shape[0], weight.shape[0], x.shape[1]))
         for image, out in zip(x, y, strict=True):
-            out.copy_(matmul(weight, image)) if bias is None else torch.add(matmul(weight, image), bias[:, None], out=out)
+            out.copy_(matmul(weight, image)) if bias is None else torch.add(
+                matmul(weight, image), bias[:, None], out=out
+            )
         return y.transpose(1, 2)
     batched = weight.expand(x.shape[0], *weight.shape)
     if bias is None:
