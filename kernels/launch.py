@@ -93,9 +93,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def offset_type(*tensors: torch.Tensor) -> tl.dtype:
+def offset_type(*tensors: torch.Tensor | None) -> tl.dtype:
     """The integer that holds every offset inside these tensors: 64 bits cost registers, so only where needed."""
     for tensor in tensors:
+        if tensor is None:
+            continue
         if sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
             return tl.int64
     return tl.int32
@@ -105,3 +107,21 @@ def strides(name: str, dimensions: str, tensor: torch.Tensor | None) -> dict[str
     """``strides("x", "blk", x)`` -> {"stride_xb": ..., "stride_xl": ..., "stride_xk": ...}; zeros for None."""
     values = (0,) * len(dimensions) if tensor is None else tensor.stride()
     return {f"stride_{name}{letter}": value for letter, value in zip(dimensions, values, strict=True)}
+
+
+def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
+    return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
+
+
+def rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tensor:
+    """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
+    batch, length, _ = x.shape
+    if channels_first:
+        return x.new_empty((batch, width, length)).transpose(1, 2)
+    return x.new_empty((batch, length, width))
+
+
+def vectorised(x: torch.Tensor) -> bool:
+    """Whether Triton can load x by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
+    dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())

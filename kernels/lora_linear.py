@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.device import dropout_keep_mask, swizzle
-from pyfused.kernels.launch import INTERPRETER, device_guard, dot_precision, launch, offset_type, strides, target
+from pyfused.kernels.launch import (
+    INTERPRETER,
+    device_guard,
+    dot_precision,
+    dropout_arguments,
+    launch,
+    offset_type,
+    rows_like,
+    strides,
+    target,
+    vectorised,
+)
 from pyfused.kernels.lora_linear_plan import (
     EXPAND_BLOCK_R,
     ONE_LAUNCH_MAX_RANK,
@@ -264,29 +275,12 @@ def _sum_partials_kernel(
     tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def _rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tensor:
-    batch, length, _ = x.shape
-    if channels_first:
-        return x.new_empty((batch, width, length)).transpose(1, 2)
-    return x.new_empty((batch, length, width))
-
-
-def _vectorised(x: torch.Tensor) -> bool:
-    """Whether Triton can load x by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
-    dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-    return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
-
-
-def _dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
-    return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
-
-
 def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_p=False, drop_x=False, drop_p=False):
     """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     config = gemm_config(
         batch, length, n, rank, x.dtype, target(x.device),
-        weight_bytes=weight.itemsize, vectorised=_vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
+        weight_bytes=weight.itemsize, vectorised=vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
@@ -295,7 +289,7 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
         length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
         stride_bias=0 if bias is None else bias.stride(0), **strides("y", "bln", y),
-        scaling=scaling, **_dropout_arguments(seed, dropout_p),
+        scaling=scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -318,7 +312,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
         x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
         steps=steps,
         **strides("x", "blk", x), **strides("a", "rk", a),
-        **_dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
+        **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -331,7 +325,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
 def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
     """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
-    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=_vectorised(t))
+    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=vectorised(t))
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
@@ -345,7 +339,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
         length=length, rows_total=batch * length, columns=columns, rank=rank,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         **strides("t", "blc", t), **strides("f", "cr", factor), **strides("g", "scr", parts),
-        **_dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0,
+        **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -386,14 +380,14 @@ def lora_linear_fwd(
     plan = _resolve(plan, batch * length, n, k, rank, dropout_p, x)
     p = x.new_empty((batch * length if save else 0, rank))
     if batch * length == 0:
-        return _rows_like(x, n, channels_first), p
+        return rows_like(x, n, channels_first), p
     with device_guard(x):
         if plan == "blas":
             p = _shrink(x, lora_a, seed, dropout_p)
             y = _blas_product(x, weight, bias, channels_first)
             _blas_add_(y, p, lora_b, scaling)
         else:
-            y = _rows_like(x, n, channels_first)
+            y = rows_like(x, n, channels_first)
             own = plan == "one_launch"
             if not own:
                 p = _shrink(x, lora_a, seed, dropout_p)
@@ -427,7 +421,7 @@ def lora_linear_bwd(
     da = lora_a.new_empty((rank, k)) if need_da else lora_a.new_empty(0)
     db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
     if batch * length == 0:
-        return _rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
+        return rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
     with device_guard(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
@@ -447,7 +441,7 @@ def lora_linear_bwd(
             else:
                 _blas_add_(dx, q, lora_a.t(), scaling)
         elif need_dx:
-            dx = _rows_like(dy, k, channels_first)
+            dx = rows_like(dy, k, channels_first)
             _gemm(
                 dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling, dropout_p,
                 own_p=own, save_p=own and need_da, drop_p=dropout_p > 0.0,
@@ -495,7 +489,7 @@ def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
         y_ptr=y, p_ptr=p, b_ptr=b, length=length, n=n, rank=rank, tiles_l=tiles_l,
         **strides("y", "bln", y), **strides("b", "nr", b),
-        scaling=scaling, **_dropout_arguments(seed, dropout_p),
+        scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, b, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Device functions of the bottleneck family: rows (M, C), a narrow middle (M, J), rows again.
+
+Rows of a tile are reached by pointers to their first elements, weights by strides: a weight that differs between images
+is the same call with another base pointer.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_rows(tile, tiles_l, length, BLOCK_M: tl.constexpr):
+    """(image, offsets inside it, row m of each, which exist) for one tile of rows."""
+    batch = (tile // tiles_l).to(tl.int64)
+    offs_l = (tile % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return batch, offs_l, batch * length + offs_l, offs_l < length
+
+
+@triton.jit
+def row_pointers(ptr, batch, offs_l, stride_b, stride_l, OFFSET: tl.constexpr):
+    return ptr + batch * stride_b + offs_l.to(OFFSET) * stride_l
+
+
+@triton.jit
+def sample_of_rows(scale_ptr, stride, rows, ok_m, per_sample):
+    """k of each row, float32; 0 in rows that do not exist."""
+    return tl.load(scale_ptr + rows // per_sample * stride, mask=ok_m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET: tl.constexpr):
+    """[BLOCK_M, BLOCK_C] of the rows; 0 outside."""
+    return tl.load(
+        rows_ptr[:, None] + offs_c.to(OFFSET)[None, :] * stride_c, mask=ok_m[:, None] & ok_c[None, :], other=0.0
+    )
+
+
+@triton.jit
+def load_weight(
+    ptr, offs_i, offs_j, stride_i, stride_j, ok_i, ok_j, DTYPE: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """[I, J] of a weight in DTYPE; 0 outside."""
+    ptrs = ptr + offs_i.to(OFFSET)[:, None] * stride_i + offs_j.to(OFFSET)[None, :] * stride_j
+    return tl.load(ptrs, mask=ok_i[:, None] & ok_j[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def narrow_product(
+    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, stride_wj, gate_ptr, stride_gate, inverse_magnitude, channels, width,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """x (gate W)  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), summed over all channels.
+
+    gate (C,), or None, multiplies the weight's rows, scaled so that none exceeds 1: float16 holds no gate of 1e-6.
+    """
+    offs_j = tl.arange(0, BLOCK_J)
+    ok_j = offs_j < width
+    acc = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        x = load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+        w = load_weight(w_ptr, offs_c, offs_j, stride_wc, stride_wj, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32) * inverse_magnitude
+            w = (w.to(tl.float32) * gate[:, None]).to(DTYPE)
+        acc = tl.dot(x.to(DTYPE), w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def copy_rows(
+    from_rows, stride_from, to_rows, stride_to, ok_m, ok_read, channels, OFFSET: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Rows from one place to another; 0 where they are not to be read."""
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        x = load_tile(from_rows, offs_c, stride_from, ok_read, ok_c, OFFSET)
+        to_ptrs = to_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_to
+        tl.store(to_ptrs, x.to(to_rows.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+
+
+@triton.jit
+def gate_magnitude(gate_ptr, stride, channels, BLOCK: tl.constexpr):
+    """The largest |gate|; 1 where all are 0."""
+    offs = tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + offs * stride, mask=offs < channels, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(gate))
+    return tl.where(largest == 0.0, 1.0, largest)
+
+
+@triton.jit
+def load_part(ptrs, ok):
+    """A sum that another multiprocessor may have written during this launch: past the first-level cache."""
+    return tl.load(ptrs, mask=ok, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def sums_slots(parts_ptr, slot_size, counter_ptr, split, splits, programs, GROUP: tl.constexpr):
+    """Adds up the slots of all splits in the slot ``splits + groups``; whether that is done, and by this program.
+
+    Called once by each program that wrote a part of its split's slot, ``programs`` per split. The last to arrive of
+    each GROUP of splits adds up the group, in a fixed order, and the last group to arrive the groups: the same bits
+    whoever is last. Counters, one per group and one more, start at 0.
+    """
+    group, groups = split // GROUP, tl.cdiv(splits, GROUP)
+    in_group = tl.minimum(GROUP, splits - group * GROUP)
+    done = False
+    if _arrives_last(counter_ptr + group, in_group * programs):
+        _add_slots(parts_ptr, slot_size, group * GROUP, in_group, splits + group)
+        if _arrives_last(counter_ptr + groups, groups):
+            _add_slots(parts_ptr, slot_size, splits, groups, splits + groups)
+            tl.debug_barrier()
+            done = True
+    return done
+
+
+@triton.jit
+def _arrives_last(counter_ptr, expected):
+    # Every thread's writes must be done before one of them counts.
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == expected - 1
+
+
+@triton.jit
+def _add_slots(parts_ptr, slot_size, first, count, to):
+    BLOCK: tl.constexpr = 1024
+    for start in range(tl.cdiv(slot_size, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        ok = offs < slot_size
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for slot in tl.range(0, count, loop_unroll_factor=4):
+            total += load_part(parts_ptr + (first + slot).to(tl.int64) * slot_size + offs, ok)
+        tl.store(parts_ptr + to.to(tl.int64) * slot_size + offs, total, mask=ok)
