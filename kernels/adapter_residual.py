@@ -26,7 +26,7 @@ from pyfused.kernels.bottleneck import (
     sums_slots,
     tile_rows,
 )
-from pyfused.kernels.bottleneck_plan import block_width, rows_config, weights_config
+from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, block_width, rows_config, weights_config
 from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask
 from pyfused.kernels.launch import (
     device_guard,
@@ -37,6 +37,7 @@ from pyfused.kernels.launch import (
     rows_like,
     strides,
     target,
+    vectorised,
 )
 
 # Splits of the sums over rows whose parts one program adds up.
@@ -141,13 +142,6 @@ def _adapter_bwd_rows_kernel(
         ok_live = ok_m & (k != 0.0)
         live = tl.max(ok_live.to(tl.int32)) > 0
     if live:
-        magnitude = 1.0
-        if gamma_ptr is not None:
-            magnitude = gate_magnitude(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
-        t = narrow_product(
-            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, stride_uph, gamma_ptr, stride_gamma, 1.0 / magnitude,
-            channels, width, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
-        )  # fmt: skip
         ok_h_tile = ok_live[:, None] & ok_h[None, :]
         if RECOMPUTE:
             z_rows = row_pointers(z_ptr, batch, offs_l, stride_zb, stride_zl, OFFSET)
@@ -158,16 +152,23 @@ def _adapter_bwd_rows_kernel(
             if d_bias_ptr is not None:
                 bias = tl.load(d_bias_ptr + offs_h * stride_d_bias, mask=ok_h, other=0.0)
                 h += bias.to(dtype).to(tl.float32)[None, :]
+            # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
             tl.store(h_ptr + h_offs, h.to(dtype), mask=ok_h_tile)
-        else:
-            h = tl.load(h_ptr + h_offs, mask=ok_h_tile, other=0.0).to(tl.float32)
-        dh = t * activation_slope(h, ACTIVATION)
+            tl.debug_barrier()
+        magnitude = 1.0
+        if gamma_ptr is not None:
+            magnitude = gate_magnitude(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
+        t = narrow_product(
+            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, stride_uph, gamma_ptr, stride_gamma, 1.0 / magnitude,
+            channels, width, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
         if DROP:
             keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H)
-            dh = tl.where(keep, dh * inverse_keep, 0.0)
+            t = tl.where(keep, t * inverse_keep, 0.0)
         if sample_ptr is not None:
-            dh *= k[:, None]
-        dh = dh.to(dtype)  # [BLOCK_M, BLOCK_H]
+            t *= k[:, None]
+        h = tl.load(h_ptr + h_offs, mask=ok_h_tile, other=0.0).to(tl.float32)
+        dh = (t * activation_slope(h, ACTIVATION)).to(dtype)  # [BLOCK_M, BLOCK_H]
         tl.store(dh_ptr + h_offs, dh, mask=ok_h_tile)
         if dz_ptr is not None:
             dz_rows = row_pointers(dz_ptr, batch, offs_l, stride_dzb, stride_dzl, OFFSET)
@@ -369,7 +370,8 @@ def adapter_residual_fwd(
     if batch * length == 0:
         return y, hidden
     config = rows_config(
-        batch, length, channels, width, z.dtype, target(z.device), weight_bytes=down_weight.itemsize
+        batch, length, channels, width, z.dtype, target(z.device),
+        weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), dropout=dropout_p > 0.0,
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
     with device_guard(z):
@@ -386,7 +388,7 @@ def adapter_residual_fwd(
             ACTIVATION=activation, DROP=dropout_p > 0.0,
             PRECISION=dot_precision(z.dtype), OFFSET=offset_type(z, y, down_weight, up_weight, residual),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_H=block_width(width),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return y, hidden
 
@@ -416,16 +418,21 @@ def adapter_residual_bwd(
     rows = batch * length
     like = hidden if z is None else z
     dz = rows_like(dy, channels, channels_first).to(like.dtype) if need_dz else like.new_empty(0)
-    nothing = up_weight.new_empty(0)
-    d_down, d_d_bias = (_gradient(p) if need_down and p is not None else nothing for p in (down_weight, down_bias))
-    d_up, d_u_bias = (_gradient(p) if need_up and p is not None else nothing for p in (up_weight, up_bias))
+    # One empty tensor for all that is not needed would be outputs that alias.
+    nothing = up_weight.new_empty
+    d_down, d_d_bias = (_gradient(p) if need_down and p is not None else nothing(0) for p in (down_weight, down_bias))
+    d_up, d_u_bias = (_gradient(p) if need_up and p is not None else nothing(0) for p in (up_weight, up_bias))
     d_gamma = up_weight.new_empty(channels if need_up else 0, dtype=torch.float32)
     gradients = dz, d_down, d_d_bias, d_up, d_u_bias, d_gamma
     if rows == 0:
         return dz, *(gradient.zero_() for gradient in gradients[1:])
     gpu, group = target(dy.device), _GROUP
-    rows_cfg = rows_config(batch, length, channels, width, like.dtype, gpu, weight_bytes=down_weight.itemsize)
-    sums_cfg = weights_config(batch, length, channels, width, like.dtype, gpu)
+    size, kind = (
+        (batch, length, channels, width, like.dtype, gpu),
+        {"vectorised": vectorised(dy, z, dz if need_dz else None), "dropout": dropout_p > 0.0},
+    )
+    rows_cfg = rows_config(*size, weight_bytes=down_weight.itemsize, **kind)
+    sums_cfg = weights_config(*size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)
@@ -454,7 +461,7 @@ def adapter_residual_bwd(
             RECOMPUTE=recompute, Z_IS_RESIDUAL=z_is_residual,
             OFFSET=offset_type(dy, z, dz, down_weight, up_weight),
             BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c, BLOCK_H=block_width(width),
-            num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages,
+            num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         if not (need_down or need_up):
             return gradients
@@ -471,7 +478,7 @@ def adapter_residual_bwd(
             **strides("z", "blc", z), **_vector_strides(u_bias=up_bias),
             NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=group,
             BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_H=sums_cfg.block_h,
-            num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages,
+            num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return gradients
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pyfused.kernels import lora_linear
+from pyfused.kernels import adapter_residual, lora_linear
 from pyfused.kernels.launch import SHARED_MEMORY, Launch, Target, record
 
 # Multiprocessors of a representative card: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
@@ -63,7 +63,12 @@ class Finding:
 
 
 def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
-    """(label, function that makes the launches) at the shapes and ranks that pick each row of the configuration."""
+    """(label, function that makes the launches) at the shapes and widths that pick each row of the configuration."""
+    yield from _lora_linear_calls(full)
+    yield from _adapter_residual_calls(full)
+
+
+def _lora_linear_calls(full: bool) -> Iterator[tuple[str, object]]:
     shapes = [(1, 8192, 4096, 4096), (1, 2740, 1024, 1024), (32, 49, 80, 76)]
     ranks, dtypes = [16, 64, 100, 256], [torch.bfloat16]
     if full:
@@ -115,6 +120,68 @@ def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first,
     return call
 
 
+def _adapter_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+    # (B, L, C) with its widths; B > 1: images of L positions, NCHW.
+    shapes = [
+        ((1, 6304, 768), (8, 64)),
+        ((1, 21920, 1024), (256, 512)),
+        ((64, 4096, 64), (32,)),
+        ((32, 49, 76), (128,)),
+    ]
+    dtypes = [torch.bfloat16]
+    if full:
+        shapes = [
+            ((batch, length, channels), (8, 24, 64, 128, 192, 512))
+            for channels in (64, 76, 152, 512, 640, 768, 1024)
+            for batch, length in ((1, 6304), (32, 49), (32, 3136))
+        ]
+        dtypes = [torch.bfloat16, torch.float16]
+    for (shape, widths), dtype in itertools.product(shapes, dtypes):
+        for width in widths:
+            label = "adapter " + "x".join(map(str, shape)) + f" h{width} {str(dtype)[6:]}"
+            yield label, _adapter_residual_call(shape, width, dtype)
+            yield (
+                f"{label} dropout, recompute",
+                _adapter_residual_call(shape, width, dtype, p=0.1, sample_scale=True, save=False),
+            )
+            if full:
+                yield f"{label} weights alike", _adapter_residual_call(shape, width, dtype, weight_dtype=dtype)
+    # The corners: float32, everything of size 1, offsets beyond 32 bits, the activation with the longest derivative.
+    rows = (1, 2740, 1024)
+    yield "adapter float32", _adapter_residual_call(rows, 256, torch.float32, p=0.1, save=False)
+    yield "adapter size 1", _adapter_residual_call((1, 1, 1), 1, torch.bfloat16, p=0.6, sample_scale=True)
+    yield "adapter over 2^31 elements", _adapter_residual_call((1, 1 << 21, 1024), 64, torch.bfloat16)
+    yield "adapter gelu_tanh", _adapter_residual_call(rows, 256, torch.bfloat16, activation="gelu_tanh")
+
+
+def _adapter_residual_call(
+    shape, width, dtype, p=0.0, sample_scale=False, save=True, weight_dtype=torch.float32, activation="gelu"
+):
+    def call() -> None:
+        batch, length, channels = shape
+
+        def rows():
+            if batch > 1:
+                return torch.empty((batch, channels, length), dtype=dtype, device="meta").transpose(1, 2)
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def parameter(*shape, dtype=weight_dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        weights = parameter(width, channels), parameter(width), parameter(channels, width), parameter(channels)
+        gamma = parameter(channels, dtype=torch.float32)
+        samples = parameter(batch, dtype=torch.float32) if sample_scale else None
+        seed = parameter(1, dtype=torch.int64) if p > 0.0 else None
+        z, dy, settings = rows(), rows(), (0.5, activation, p, batch > 1)
+        _, hidden = adapter_residual.adapter_residual_fwd(z, *weights, rows(), gamma, samples, seed, *settings, save)
+        hidden = hidden if save else None
+        adapter_residual.adapter_residual_bwd(
+            dy, z, *weights, gamma, samples, hidden, seed, *settings, False, True, True, True
+        )
+
+    return call
+
+
 def cases(targets: tuple[Target, ...], full: bool, text: str = "") -> list[Case]:
     """Every distinct compilation that the representative calls need; only those whose label contains ``text``."""
     found: dict[tuple, Case] = {}
@@ -134,7 +201,7 @@ def _signature(launch: Launch, target: Target):
     gpu = GPUTarget("cuda", target.capability[0] * 10 + target.capability[1], 32)
     backend = make_backend(gpu)
     function = launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, extra = bind(**launch.arguments, **options)
     parsed, signature, constants, attributes = function._pack_args(backend, extra, bound, specialization, options)

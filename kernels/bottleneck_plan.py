@@ -1,7 +1,7 @@
 """Launch configurations of the bottleneck family: pure functions of shape, dtype and target.
 
 No row has been timed on a GPU yet. Tile shapes come from compiling ahead of time (`pyfused.kernels.audit`: no spills,
-shared memory within the limit) and from counting waves and bytes.
+shared memory within the limit) and from counting bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyfused.kernels.launch import INTERPRETER, Target
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Launch configuration of a pass that holds the narrow middle of ``block_m`` rows."""
+    """Launch configuration of a pass that holds the narrow middle of ``block_m`` rows on chip."""
 
     block_m: int
     block_c: int
@@ -35,29 +35,84 @@ class WeightsConfig:
     num_stages: int
 
 
+# All that a thread can have, up to 8 warps: the compiler would rather spill a few to fit a second block.
+MAX_REGISTERS = 255
+# Padded narrow width -> most rows of a tile, by what multiplies matrices; 16-bit numbers, without dropout and with it
+# (drawing a mask takes registers). wgmma reads operands from shared memory; mma.sync passes them through registers.
+_MMA_SYNC = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32, 512: 16}
+_MMA_SYNC_DROPOUT = {16: 64, 32: 64, 64: 64, 128: 32, 256: 32, 512: 16}
+_MOST_ROWS = {
+    9: (_MMA_SYNC | {256: 64, 512: 32}, _MMA_SYNC_DROPOUT | {128: 64}),
+    10: (_MMA_SYNC | {128: 32}, _MMA_SYNC_DROPOUT),
+}
+# Exact float32 has no matrix instruction at all.
+_MOST_ROWS_FLOAT32 = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
+
+
 def block_width(width: int) -> int:
     """The narrow width padded to what a matrix instruction takes: a power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def rows_config(
-    batch: int, length: int, channels: int, width: int, dtype: torch.dtype, target: Target, *, weight_bytes: int
+    batch: int,
+    length: int,
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    weight_bytes: int,
+    vectorised: bool,
+    dropout: bool,
 ) -> RowsConfig:
-    """The tile whose waves over the multiprocessors move the fewest bytes."""
+    """Of the tiles that fit on chip the one for which the busiest multiprocessor moves the fewest bytes.
+
+    ``weight_bytes``: of one element of a weight, which every tile reads whole. ``vectorised``: rows can be loaded 16
+    bytes at a time; if not, more threads share the addresses.
+    """
     if target == INTERPRETER:
         return RowsConfig(32, 32, num_warps=4, num_stages=2)
     padded = block_width(width)
-    return RowsConfig(64, 64, num_warps=4 if padded <= 128 else 8, num_stages=2)
+    if dtype == torch.float32:
+        most, block_c = _MOST_ROWS_FLOAT32[padded], 16
+    else:
+        tables = _MOST_ROWS.get(target.capability[0], (_MMA_SYNC, _MMA_SYNC_DROPOUT))
+        most = tables[dropout][padded]
+        block_c = 64 if padded <= 128 and vectorised else 16 if padded == 512 and dropout else 32
+
+    def bytes_moved(block_m: int) -> int:
+        tiles = batch * -(-length // block_m)
+        tile = 3 * block_m * channels * dtype.itemsize + 2 * channels * width * weight_bytes
+        return -(-tiles // target.multiprocessors) * tile
+
+    block_m = min((rows for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
+    heavy = block_m == 128 or block_m * padded > 4096 or dropout or not vectorised or dtype == torch.float32
+    return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=2)
 
 
 def weights_config(
-    batch: int, length: int, channels: int, width: int, dtype: torch.dtype, target: Target
+    batch: int,
+    length: int,
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    vectorised: bool,
+    dropout: bool,
 ) -> WeightsConfig:
+    """Two (C, h) sums at once; as many splits as give every multiprocessor two programs."""
     if target == INTERPRETER:
         return WeightsConfig(32, 32, 32, 3, num_warps=4, num_stages=2)
-    padded = block_width(width)
-    block_h = min(padded, 64)
-    block_c = 64
+    block_m, block_c, block_h, warps = 64, 64, 64, 8 if dropout else 4
+    if dtype == torch.float32:
+        block_m, block_c, block_h, warps = 32, 32, 32, 8
+    elif not vectorised:
+        block_m, block_h, warps = 32, 32, 8
+    elif target.capability[0] not in _MOST_ROWS:
+        block_m, warps = 32, 8
+    block_h = min(block_h, block_width(width))
     tiles = -(-channels // block_c) * -(-width // block_h)
-    splits = max(1, min(batch * -(-length // 64), -(-2 * target.multiprocessors // tiles)))
-    return WeightsConfig(64, block_c, block_h, splits, num_warps=4, num_stages=2)
+    splits = max(1, min(batch * -(-length // block_m), -(-2 * target.multiprocessors // tiles)))
+    return WeightsConfig(block_m, block_c, block_h, splits, warps, num_stages=2)

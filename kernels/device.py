@@ -41,33 +41,33 @@ def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def activation(h, KIND: tl.constexpr):
     """phi(h) in float32; phi(0) = 0 for every kind, so that padded columns stay 0."""
-    if KIND == "relu":
+    if KIND == "identity":
+        return h
+    elif KIND == "relu":
         return tl.maximum(h, 0.0)
-    if KIND == "leaky_relu":
+    elif KIND == "leaky_relu":
         return tl.where(h > 0.0, h, 0.01 * h)
-    if KIND == "gelu":
+    elif KIND == "gelu":
         return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    if KIND == "silu" or KIND == "quick_gelu" or KIND == "gelu_tanh":
+    else:
         return h * tl.sigmoid(_sigmoid_argument(h, KIND))
-    tl.static_assert(KIND == "identity")
-    return h
 
 
 @triton.jit
 def activation_slope(h, KIND: tl.constexpr):
     """phi'(h) in float32; at 0 as torch has it."""
-    if KIND == "relu":
+    if KIND == "identity":
+        return tl.full(h.shape, 1.0, tl.float32)
+    elif KIND == "relu":
         return tl.where(h > 0.0, 1.0, 0.0)
-    if KIND == "leaky_relu":
+    elif KIND == "leaky_relu":
         return tl.where(h > 0.0, 1.0, 0.01)
-    if KIND == "gelu":
+    elif KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
         return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
-    if KIND == "silu" or KIND == "quick_gelu" or KIND == "gelu_tanh":
+    else:
         s = tl.sigmoid(_sigmoid_argument(h, KIND))
         return s + h * s * (1.0 - s) * _sigmoid_argument_slope(h, KIND)
-    tl.static_assert(KIND == "identity")
-    return tl.full(h.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -75,15 +75,18 @@ def _sigmoid_argument(h, KIND: tl.constexpr):
     """q in phi(h) = h sigmoid(q(h)); gelu_tanh is one of these because (1 + tanh u) / 2 = sigmoid(2 u)."""
     if KIND == "silu":
         return h
-    if KIND == "quick_gelu":
+    elif KIND == "quick_gelu":
         return 1.702 * h
-    return 1.5957691216057308 * (h + 0.044715 * h * h * h)
+    else:
+        tl.static_assert(KIND == "gelu_tanh")
+        return 1.5957691216057308 * (h + 0.044715 * h * h * h)
 
 
 @triton.jit
 def _sigmoid_argument_slope(h, KIND: tl.constexpr):
     if KIND == "silu":
         return 1.0
-    if KIND == "quick_gelu":
+    elif KIND == "quick_gelu":
         return 1.702
-    return 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    else:
+        return 1.5957691216057308 * (1.0 + 0.134145 * h * h)

@@ -36,6 +36,7 @@ class Launch:
     arguments: dict[str, object]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
 
 _recording: tuple[Target, list[Launch]] | None = None
@@ -76,11 +77,14 @@ def record(for_target: Target) -> Iterator[list[Launch]]:
         _recording = None
 
 
-def launch(kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments) -> None:
+def launch(
+    kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, maxnreg: int | None = None, **arguments
+) -> None:
+    """``maxnreg``: registers a thread may have; None lets the compiler spill a few of them for another block."""
     if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recording[1].append(Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
     else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -121,7 +125,11 @@ def rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tensor
     return x.new_empty((batch, length, width))
 
 
-def vectorised(x: torch.Tensor) -> bool:
-    """Whether Triton can load x by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
-    dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-    return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
+def vectorised(*tensors: torch.Tensor | None) -> bool:
+    """Whether Triton can load these by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
+
+    def one(x: torch.Tensor) -> bool:
+        dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+        return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
+
+    return all(one(tensor) for tensor in tensors if tensor is not None)

@@ -4,15 +4,15 @@
 
 k is one number per sample, gamma one per channel. Backward from dy, with g = k dy:
 
-    t = (g gamma) U            dh = mask * t * phi'(h) / (1 - p)     dz = skip gamma g + dh D, plus dy if z is the residual
-    dD = dh^T z                dd = sum dh
-    G = g^T a                  dU = gamma G        du = gamma sum g  dgamma = skip sum g z + rowsum(U G) + u sum g
+    t = (g gamma) U        dh = mask t phi'(h) / (1 - p)      dz = skip gamma g + dh D, plus dy if z is the residual
+    dD = dh^T z            dd = sum dh
+    G = g^T a              dU = gamma G    du = gamma sum g   dgamma = skip sum g z + rowsum(U G) + u sum g
 
 so the branch is neither stored nor computed again. Backward keeps z, and h or nothing: `choose_plan`. Rows of samples
 with k = 0 are copied: no backend computes on them, whatever z holds there.
 
 The raw operators see z as (B, L, C) with any strides; row m is b * L + l, and sample_scale (S,) gives every M / S rows
-the same k.
+the same k. ``channels_first`` is about the memory of what is made: y, or dz.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pyfused.ops import checks, layout, registry
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 PLANS = ("save", "recompute")
-# The widest h whose tile stays on chip; the portable backend takes any.
-MAX_KERNEL_HIDDEN = 512
+# The widest h whose tile stays on chip, by bytes of an element; the portable backend takes any.
+MAX_KERNEL_HIDDEN = {2: 512, 4: 256}
 
 
 def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
@@ -91,7 +91,7 @@ class _AdapterResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed, skip,
-        activation, dropout_p, channels_first, plan, backend,
+        activation, dropout_p, channels_first, z_channels_first, plan, backend,
     ):  # fmt: skip
         need_z, need_d, need_d_bias, need_u, need_u_bias, _, need_scale = ctx.needs_input_grad[:7]
         ctx.need_down, ctx.need_up = need_d or need_d_bias, need_u or need_u_bias or need_scale
@@ -105,18 +105,20 @@ class _AdapterResidual(torch.autograd.Function):
             z if keep_z else None, down_weight, down_bias, up_weight, up_bias, layer_scale, sample_scale,
             hidden if needed and plan == "save" else None, seed,
         )  # fmt: skip
-        ctx.settings = skip, activation, dropout_p, channels_first, residual is None
+        ctx.settings = skip, activation, dropout_p, z_channels_first, residual is None
         ctx.backend = backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer_scale, z_is_residual = ctx.saved_tensors[5], ctx.settings[-1]
+        # Read once: activation checkpointing hands them out once.
+        saved = ctx.saved_tensors
+        layer_scale, z_is_residual = saved[5], ctx.settings[-1]
         need_z, need_d, need_d_bias, need_u, need_u_bias, need_residual, need_scale = ctx.needs_input_grad[:7]
         gradients = [None] * 6
         if need_z or ctx.need_down or ctx.need_up:
-            gradients = _bwd[ctx.backend](dy, *ctx.saved_tensors, *ctx.settings, need_z, ctx.need_down, ctx.need_up)
+            gradients = _bwd[ctx.backend](dy, *saved, *ctx.settings, need_z, ctx.need_down, ctx.need_up)
         dz, d_down, d_down_bias, d_up, d_up_bias, d_scale = gradients
         if need_scale:
             d_scale = (d_scale if layer_scale.numel() > 1 else d_scale.sum()).reshape(layer_scale.shape)
@@ -129,7 +131,7 @@ class _AdapterResidual(torch.autograd.Function):
             d_up_bias if need_u_bias else None,
             dy if need_residual and not z_is_residual else None,
             d_scale if need_scale else None,
-            None, None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def adapter_residual(
             float64 on the portable backend. Any strides.
         down_weight: D, (h, C); z's dtype or float32 (under autocast any floating dtype). A float32 parameter is cast to
             z's dtype for the products; its gradient is accumulated and returned in float32. The Triton kernels take
-            h up to 512, the portable backend any.
+            h up to 512, in float32 up to 256, the portable backend any.
         down_bias: d, (h,) or None; dtypes as ``down_weight``.
         up_weight: U, (C, h); dtypes as ``down_weight``.
         up_bias: u, (C,) or None; dtypes as ``down_weight``.
@@ -185,8 +187,8 @@ def adapter_residual(
     Returns:
         z's shape, in the dtype of the residual (z's without one). Under autocast z is cast to its dtype for the branch
         while the residual, z without one, keeps its own. With ``channel_dim=1`` contiguous, or channels_last where a
-        4-D z is. Every argument but ``sample_scale`` that requires grad gets its exact gradient; differentiating twice
-        raises.
+        4-D residual (z without one) is. Every argument but ``sample_scale`` that requires grad gets its exact gradient;
+        differentiating twice raises.
 
     Raises:
         ValueError: a shape, device, number, activation, plan or backend name is wrong, ``sample_scale`` requires grad,
@@ -210,8 +212,9 @@ def adapter_residual(
         z = z.to(dtype)
     hidden, channels = down_weight.shape
     limits = {}
-    if hidden > MAX_KERNEL_HIDDEN:
-        limits["triton"] = f"{name}: down_weight (h, C) must have h <= {MAX_KERNEL_HIDDEN} there, got {hidden}"
+    widest = MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)
+    if hidden > widest:
+        limits["triton"] = f"{name}: down_weight (h, C) must have h <= {widest} there for {z.dtype}, got h = {hidden}"
     chosen = backends.choose(backend, z.device, z.dtype, limits)
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     dropout_p = float(dropout_p) if training else 0.0
@@ -220,19 +223,16 @@ def adapter_residual(
             name, backend=chosen, plan=resolved, reason=reason, limits=limits, z=z, hidden=hidden, channels=channels
         )
     seed = checks.seed(name, seed, z.device) if dropout_p > 0.0 else None
-    if residual is None:
-        (rows,), channels_first = layout.as_rows(channel_dim, z)
-        residual_rows = None
-    else:
-        (rows, residual_rows), channels_first = layout.as_rows(channel_dim, z, residual)
+    # y is laid out as the residual stream, dz as z.
+    rows, channels_first = layout.as_rows(channel_dim, *((z,) if residual is None else (z, residual)))
     scale = None if layer_scale is None else layer_scale.reshape(-1)
-    differentiable = rows, *weights.values(), residual_rows, scale
-    constants = sample_scale, seed, float(skip), activation, dropout_p, channels_first
+    differentiable = rows[0], *weights.values(), None if residual is None else rows[1], scale
+    constants = sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        y = _AdapterResidual.apply(*differentiable, *constants, resolved, chosen)
+        y = _AdapterResidual.apply(*differentiable, *constants, channels_first[0], resolved, chosen)
     else:
         y, _ = _fwd[chosen](*differentiable, *constants, False)
-    return layout.from_rows(y, z, channel_dim, channels_first)
+    return layout.from_rows(y, z, channel_dim, channels_first[-1])
 
 
 def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -> None:

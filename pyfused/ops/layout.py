@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 
-def as_rows(channel_dim: int, x: Tensor, *others: Tensor) -> tuple[list[Tensor], bool]:
-    """Tensors of one shape as (B, L, C), views where strides allow it, and whether x's memory runs (B, C, L).
+def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool]]:
+    """Tensors of one shape as (B, L, C), views where strides allow it, and whether each one's memory runs (B, C, L).
 
     All leading dimensions become L, and B is 1, where the strides of every tensor allow that.
     """
-    channels_first = channel_dim == 1 and not _channels_last(x)
-    tensors = [x, *others] if channel_dim == -1 else [tensor.movedim(1, -1) for tensor in (x, *others)]
-    if not channels_first:
-        merged = [_merged(tensor) for tensor in tensors]
-        if all(tensor is not None for tensor in merged):
-            return merged, False
-    return [tensor.flatten(1, -2) for tensor in tensors], channels_first
+    channels_first = [channel_dim == 1 and not _channels_last(tensor) for tensor in tensors]
+    rows = [tensor if channel_dim == -1 else tensor.movedim(1, -1) for tensor in tensors]
+    if not any(channels_first):
+        merged = [tensor for tensor in map(_merged, rows) if tensor is not None]
+        if len(merged) == len(rows):
+            return merged, channels_first
+    return [tensor.flatten(1, -2) for tensor in rows], channels_first
 
 
 def from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:

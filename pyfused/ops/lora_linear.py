@@ -161,7 +161,7 @@ def lora_linear(
     if observe.observers:
         observe.notify(name, backend=chosen, plan=plan, x=x, weight=weight, lora_a=lora_a, dropout_p=dropout_p)
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
-    (rows,), channels_first = layout.as_rows(channel_dim, x)
+    (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
     grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_a.requires_grad

@@ -156,10 +156,7 @@ def adapter_residual_bwd(
         k = block.scale(scale, batch * length)
         upstream = _alive(block.of(dy), k).to(wide)
         rows = None if z is None else _alive(block.of(z), k).to(wide)
-        if hidden is None:
-            h = matmul(rows, down, d_bias)
-        else:
-            h = block.in_hidden(hidden).to(wide)
+        h = matmul(rows, down, d_bias) if hidden is None else block.in_hidden(hidden).to(wide)
         t = _dropped(matmul(upstream, gated_up.t()), seed, dropout_p, block.first)
         dh = ACTIVATIONS[activation][1](t, h)
         if k is not None:
@@ -185,11 +182,11 @@ def adapter_residual_bwd(
 
 def _gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_down, need_up) -> tuple[Tensor, ...]:
     """dD, dd, dU, du and dgamma from the sums over rows."""
-    nothing = up_weight.new_empty(0)
-    d_down = sums["down"].to(down_weight.dtype) if need_down else nothing
-    d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing
+    nothing = up_weight.new_empty
+    d_down = sums["down"].to(down_weight.dtype) if need_down else nothing(0)
+    d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing(0)
     if not need_up:
-        return d_down, d_down_bias, nothing, nothing, nothing.to(sums["dy"].dtype)
+        return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=sums["dy"].dtype)
     outer, upstream = sums["outer"].t(), sums["dy"]
     d_gamma = (outer * up_weight).sum(1).add_(sums["dy z"])
     if up_bias is not None:
@@ -197,7 +194,7 @@ def _gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_dow
     if gamma is not None:
         outer, upstream = outer * gamma[:, None], upstream * gamma
     d_up = torch.empty_like(up_weight, memory_format=torch.contiguous_format).copy_(outer)
-    return d_down, d_down_bias, d_up, nothing if up_bias is None else upstream.to(up_bias.dtype), d_gamma
+    return d_down, d_down_bias, d_up, nothing(0) if up_bias is None else upstream.to(up_bias.dtype), d_gamma
 
 
 def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:

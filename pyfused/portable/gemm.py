@@ -74,11 +74,9 @@ def sum_outer(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tenso
     """left^T right: (M, I), (M, J) -> (I, J); added to ``total`` where that is given."""
     if not _takes_onednn(left):
         return left.t().mm(right) if total is None else total.addmm_(left.t(), right)
-    if left.shape[1] <= right.shape[1]:
-        outer = matmul(left.t(), right.t())
-    else:
-        # oneDNN is several times faster with the narrow matrix on the left.
-        outer = matmul(right.t(), left.t()).t()
+    # oneDNN is several times faster with the narrow matrix on the left.
+    wide = left.shape[1] > right.shape[1]
+    outer = matmul(right.t(), left.t()).t() if wide else matmul(left.t(), right.t())
     return outer.contiguous() if total is None else total.add_(outer)
 
 
