@@ -1,9 +1,10 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
+from pyfused import diagnostics, models
 from pyfused.backend import available_backends
 from pyfused.explain import explain
 from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
-from pyfused.modules import LoRAConv2d, LoRALinear, LoRAMultiheadAttention
+from pyfused.modules import BottleneckAdapter, ConvLoRA, LoRAConv2d, LoRALinear, LoRAMultiheadAttention
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.report import LoRAReport
 from pyfused.ops import adapter_residual, lora_linear
@@ -11,6 +12,8 @@ from pyfused.ops import adapter_residual, lora_linear
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottleneckAdapter",
+    "ConvLoRA",
     "LoRAConv2d",
     "LoRALinear",
     "LoRAModule",
@@ -19,10 +22,12 @@ __all__ = [
     "__version__",
     "adapter_residual",
     "available_backends",
+    "diagnostics",
     "explain",
     "inject_lora",
     "load_lora_state_dict",
     "lora_linear",
     "lora_state_dict",
+    "models",
     "remove_lora",
 ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
 
-from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention
+from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention, surgery
 from pyfused.modules.lora import check_base, check_settings, places
 from pyfused.modules.report import LoRAReport, lora_report
 
@@ -87,23 +83,25 @@ def inject_lora(
     check_settings(_CALLER, rank, alpha, dropout, lora_dtype)
     if qkv not in ("joint", "split"):
         raise ValueError(f"{_CALLER}: qkv must be 'joint' or 'split', got {qkv!r}")
-    train, exclude = _names("train", train), _names("exclude", exclude)
-    trained = _trained_parameters(model, train)
+    train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
+    trained = surgery.trained_parameters(_CALLER, model, train)
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    _resolve("exclude", exclude, modules | {name for m, paths in places(model) for name in _answers(m, paths)})
-    targets = _names("target_modules", target_modules)
+    surgery.resolve(
+        _CALLER, "exclude", exclude, modules | {name for m, paths in places(model) for name in _answers(m, paths)}
+    )
+    targets = surgery.names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
     notes: list[str] = []
     sites = _find_sites(model, targets, (*train, *exclude), notes)
-    _check_parameters(model)
+    surgery.check_parameters(_CALLER, model)
 
     settings = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
     built = [(site, _wrap(site, rank, qkv, notes, settings)) for site in sites]
 
     # Nothing above has touched the model, nothing below raises.
     for site, adapted in built:
-        _replace(model, site.paths, adapted)
+        surgery.replace(model, site.paths, adapted)
     if freeze:
         model.requires_grad_(False)
         for module in model.modules():
@@ -113,7 +111,7 @@ def inject_lora(
     for parameter in trained:
         parameter.requires_grad_(True)
     if freeze and freeze_batchnorm:
-        notes += _hold_batchnorms(model, train)
+        notes += surgery.hold_batchnorms(model, train)
     notes += _keep_dense(model)
     return lora_report(model, notes)
 
@@ -173,63 +171,13 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
         raise ValueError("remove_lora: model must contain LoRA modules, got one itself; use its to_base()")
     plain = [(paths, module.to_base(merge)) for module, paths in places(model) if isinstance(module, LoRAModule)]
     for paths, module in plain:
-        _replace(model, paths, module)
+        surgery.replace(model, paths, module)
     for module in model.modules():
-        if _is_held(module):
+        if surgery.is_held(module):
             del module.__dict__["train"]
 
 
 # ---- finding
-
-
-def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, Sequence | Set) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{_CALLER}: {argument} must be a name or a sequence of names, got {value!r}")
-    return tuple(names)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    return f"near names: {', '.join(near)}" if near else f"there are: {', '.join(known[:12])}"
-
-
-def _resolve(argument: str, paths: tuple[str, ...], known: Set[str]) -> None:
-    for path in paths:
-        if not path or path not in known:
-            raise ValueError(
-                f"{_CALLER}: {argument} must hold dotted paths inside the model, got {path!r}; {_near(path, known)}"
-            )
-
-
-def _under(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _trained_parameters(model: nn.Module, train: tuple[str, ...]) -> list[nn.Parameter]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    _resolve("train", train, modules | parameters.keys())
-    chosen = {name: parameter for name, parameter in parameters.items() if _under(name, train)}
-    for name, parameter in chosen.items():
-        if not parameter.is_floating_point():
-            raise TypeError(f"{_CALLER}: train must name floating parameters, got {name} of dtype {parameter.dtype}")
-    return list(chosen.values())
-
-
-def _check_parameters(model: nn.Module) -> None:
-    """Refuse parameters that cannot be counted, or told to train or not."""
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"{_CALLER}: every parameter of model must have a shape, got the uninitialized {name}; run one forward"
-            )
-        if parameter.is_inference():
-            raise ValueError(
-                f"{_CALLER}: every parameter of model must be a normal tensor, got {name}, made under inference_mode; "
-                "make the model outside it"
-            )
 
 
 def _answers(module: nn.Module, paths: list[str]) -> dict[str, set[str]]:
@@ -248,7 +196,7 @@ def _find_sites(model: nn.Module, targets: tuple[str, ...], left_out: tuple[str,
     known: set[str] = set()
     skipped: Counter[str] = Counter()
     for module, paths in places(model):
-        if any(_under(path, left_out) for path in paths):
+        if any(surgery.under(path, left_out) for path in paths):
             continue
         linear = ALL_LINEAR in targets and _is_linear(module) and module is not output
         hits = {ALL_LINEAR} if linear else set()
@@ -259,7 +207,7 @@ def _find_sites(model: nn.Module, targets: tuple[str, ...], left_out: tuple[str,
             parts |= selected if named else set()
             if _wrapper(module) is not None:
                 known.add(name.rpartition(".")[2])
-            if _under(name, left_out):
+            if surgery.under(name, left_out):
                 parts -= selected
         matched |= hits
         if not parts:
@@ -279,7 +227,7 @@ def _find_sites(model: nn.Module, targets: tuple[str, ...], left_out: tuple[str,
         if target not in matched or not sites:
             raise ValueError(
                 f"{_CALLER}: target_modules must select modules outside train and exclude, got {target!r}, which "
-                f"selects none{f' ({left_alone} cannot carry LoRA)' if skipped else ''}; {_near(target, known)}"
+                f"selects none{f' ({left_alone} cannot carry LoRA)' if skipped else ''}; {surgery.near(target, known)}"
             )
     if skipped:
         notes.append(f"left alone, as no plain nn.Linear: {left_alone}")
@@ -327,33 +275,6 @@ def _wrap(site: _Site, rank: int, qkv: str, notes: list[str], settings: dict) ->
     return LoRAMultiheadAttention.from_mha(
         module, rank, qkv=qkv, in_proj=in_proj, out_proj=out_proj, freeze=False, **settings
     )
-
-
-def _replace(model: nn.Module, paths: list[str], module: nn.Module) -> None:
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
-
-
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return type(module).train(module, False)
-
-
-def _is_held(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("train"), "func", None) is _stay_in_eval
-
-
-def _hold_batchnorms(model: nn.Module, train: tuple[str, ...]) -> list[str]:
-    """Frozen norms with running statistics to eval for good, by a ``train`` of their own that copies and pickles."""
-    held = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, _NormBase) or not module.track_running_stats or _under(path, train):
-            continue
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
-            module.__dict__["train"] = functools.partial(_stay_in_eval, module)
-            held += 1
-    return [f"{held} frozen BatchNorm stay in eval mode (freeze_batchnorm=False lets them move)"] if held else []
 
 
 def _keep_dense(model: nn.Module) -> list[str]:

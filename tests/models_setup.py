@@ -42,6 +42,29 @@ def small_clip() -> nn.Module:
     return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
 
 
+def fastvit(name: str = "fastvit_t8", **options) -> nn.Module:
+    """timm's FastViT in eval mode, with random weights: (B, 3, H, W) -> (B, 10), H and W from 64 on."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return timm.create_model(name, **{"num_classes": 10} | options).eval()
+
+
+@torch.no_grad()
+def fastvit_block(kind: str, channels: int = 32, drop_path: float = 0.0, **options) -> nn.Module:
+    """timm's ``RepMixerBlock`` or ``AttentionBlock`` in eval mode, with nothing left at a start value."""
+    module = pytest.importorskip("timm.models.fastvit", reason="timm is not installed")
+    block = getattr(module, kind)(channels, drop_path=drop_path, **options)
+    for name, tensor in block.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+        elif tensor.dim() == 4 or name.endswith(("qkv.weight", "proj.weight")):
+            tensor.copy_(torch.randn(tensor.shape) / tensor[0].numel() ** 0.5)
+        elif not ("gamma" in name and "layer_scale_init_value" in options):
+            tensor.normal_().mul_(0.5)
+    return block.eval()
+
+
 @torch.no_grad()
 def wake(module: nn.Module, scale: float = 0.3) -> nn.Module:
     """``module`` with B no longer zero, so that LoRA acts."""

@@ -28,8 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inject": {"modules"},
     "explain": {"backend", "observe"},
     "models": {"modules", "ops"},
+    "diagnostics": {"modules"},
     "integrations": {"modules", "ops", "inject"},
-    "face": {"backend", "ops", "modules", "inject", "explain"},
+    "face": {"backend", "ops", "modules", "models", "diagnostics", "inject", "explain"},
     "cli": {"face", "backend", "explain"},
     "bench": {
         "face",
@@ -37,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "modules",
         "models",
+        "diagnostics",
         "integrations",
         "inject",
         "explain",
@@ -49,6 +51,8 @@ MAY_IMPORT_LATE = {"ops": {"portable", "kernels"}, "explain": {"kernels"}, "cli"
 # Component -> third-party packages besides torch; None: any.
 THIRD_PARTY: dict[str, set[str] | None] = {
     "kernels": {"triton", "numpy"},
+    "models": {"timm"},
+    "diagnostics": {"matplotlib"},
     "integrations": None,
     "cli": None,
     "bench": None,

@@ -12,6 +12,7 @@ from torch import nn
 from pyfused.modules.attention import LoRAMultiheadAttention
 from pyfused.modules.linear import LoRALinear
 from pyfused.modules.lora import LoRAModule, places
+from pyfused.modules.table import table
 
 # A block's name says more than a layer's: "attn.c_proj" is attention, "mlp.c_proj" is not.
 _BLOCKS = {
@@ -78,16 +79,11 @@ class LoRAReport:
         def alike(row: LoRARow) -> tuple:
             return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path), row.kind, row.shape, row.rank, row.parameters
 
-        table = [("module", "kind", "weight", "rank", "count", "LoRA parameters")]
+        rows = [("module", "kind", "weight", "rank", "count", "LoRA parameters")]
         for (path, kind, shape, rank, parameters), count in Counter(map(alike, self.rows)).items():
             size = " x ".join(map(str, shape))
-            table.append((path, kind, size, str(rank), str(count), f"{count * parameters:,}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<<>>>", widths, strict=True))
-            for row in table
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+            rows.append((path, kind, size, str(rank), str(count), f"{count * parameters:,}"))
+        lines = table(rows, "<<<>>>")
         other = self.total - self.attention - self.mlp
         lines += [
             f"LoRA modules          {self.total} = {self.attention} attention + {self.mlp} MLP"
