@@ -88,7 +88,10 @@ def rows_config(
 
     block_m = min((rows for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
     heavy = block_m == 128 or block_m * padded > 4096 or dropout or not vectorised or dtype == torch.float32
-    return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=2)
+    # Loads in flight hide memory's latency: as many as leave room for a second block.
+    stage = block_c * (block_m * dtype.itemsize + padded * weight_bytes)
+    stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
+    return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
 
 
 def weights_config(

@@ -12,8 +12,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import pyfused  # noqa: E402
+from pyfused import reference  # noqa: E402
+from pyfused.kernels import adapter_residual, audit, bottleneck_plan  # noqa: E402
 from pyfused.kernels import lora_linear_plan as plan  # noqa: E402
 from pyfused.kernels.launch import INTERPRETER, SHARED_MEMORY, Target, offset_type, record, target  # noqa: E402
+from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
 
 TARGETS = [Target(capability, 100, limit) for capability, limit in SHARED_MEMORY.items()]
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
@@ -128,3 +132,64 @@ def test_audit_reports_spills_and_shared_memory():
 
 def test_audit_passes_a_sound_configuration():
     assert _audit(block_m=64, block_n=64, warps=8, stages=3).strip() == "()"
+
+
+@pytest.mark.parametrize("device", TARGETS, ids=lambda device: f"sm_{device.capability[0]}{device.capability[1]}")
+def test_bottleneck_configurations_fit_every_target(device):
+    sizes = itertools.product(((1, 1), (1, 6304), (64, 49), (32, 3136)), (1, 76, 768, 4096), (1, 16, 33, 128, 256, 512))
+    for ((batch, length), channels, width), dtype in itertools.product(sizes, (torch.bfloat16, torch.float32)):
+        if width > MAX_KERNEL_HIDDEN[dtype.itemsize]:
+            continue
+        for vectorised, dropout in itertools.product((False, True), repeat=2):
+            options = {"vectorised": vectorised, "dropout": dropout}
+            size = batch, length, channels, width, dtype, device
+            rows = bottleneck_plan.rows_config(*size, weight_bytes=4, **options)
+            padded = bottleneck_plan.block_width(width)
+            # float32 weights wait in shared memory as they are, and once more as the product takes them.
+            stage = rows.block_c * (rows.block_m * dtype.itemsize + padded * 4)
+            copy = rows.block_c * padded * dtype.itemsize
+            assert (rows.num_stages - 1) * stage + copy <= device.shared_memory
+            # The accumulator of the narrow product leaves half of a thread's registers to the rest.
+            assert rows.block_m * padded <= 64 * 32 * rows.num_warps
+            sums = bottleneck_plan.weights_config(*size, **options)
+            assert 1 <= sums.splits <= batch * -(-length // sums.block_m)
+            assert sums.block_h <= padded
+
+
+def _adapter_calls(**options):
+    """Launches of a forward and of a backward on meta tensors."""
+    target = Target((9, 0), 132, SHARED_MEMORY[9, 0])
+    with record(target) as launches:
+        audit._adapter_residual_call((1, 6304, 768), 64, torch.bfloat16, **options)()
+    return [launch.kernel.__name__ for launch in launches]
+
+
+@pytest.mark.parametrize("options", [{}, {"save": False}, {"p": 0.1, "sample_scale": True}], ids=str)
+def test_the_adapter_takes_one_launch_forward_and_two_backward(options):
+    assert _adapter_calls(**options) == [
+        "_adapter_fwd_kernel",
+        "_adapter_bwd_rows_kernel",
+        "_adapter_bwd_weights_kernel",
+    ]
+
+
+@interpreted
+def test_sums_over_more_splits_than_one_group(monkeypatch):
+    splits = 5
+    monkeypatch.setattr(adapter_residual, "_GROUP", 2)
+    config = bottleneck_plan.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
+    monkeypatch.setattr(adapter_residual, "weights_config", lambda *args, **kwargs: config)
+    torch.manual_seed(0)
+    z, dy = torch.randn(2, splits * 32 - 7, 40).unbind()
+    # The width takes two tiles: two programs leave their parts in each slot.
+    parameters = [torch.randn(size) / 6 for size in ((35, 40), (35,), (40, 35), (40,), (40,))]
+
+    def gradients(function, dtype, **options):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (z, *parameters)]
+        y = function(*leaves[:5], layer_scale=leaves[5], **options)
+        return torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    ours = gradients(pyfused.adapter_residual, torch.float32, backend="triton")
+    exact = gradients(reference.adapter_residual, torch.float64)
+    for value, expected in zip(ours, exact, strict=True):
+        assert (value - expected).norm() < 1e-5 * expected.norm()
