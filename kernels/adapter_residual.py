@@ -95,14 +95,16 @@ def _adapter_fwd_kernel(
                 out += bias.to(dtype).to(tl.float32)[None, :]
             if gamma_ptr is not None:
                 out *= tl.load(gamma_ptr + offs_c * stride_gamma, mask=ok_c, other=0.0).to(tl.float32)[None, :]
-            if sample_ptr is not None:
-                out *= k[:, None]
             if r_ptr is None and sample_ptr is None:
                 out += z
             else:
                 # A dropped row of z is the residual too, whatever it holds.
                 stride_c = stride_zc if r_ptr is None else stride_rc
-                out += load_tile(r_rows, offs_c, stride_c, ok_m, ok_c, OFFSET).to(tl.float32)
+                r = load_tile(r_rows, offs_c, stride_c, ok_m, ok_c, OFFSET).to(tl.float32)
+                if sample_ptr is None:
+                    out += r
+                else:
+                    out = tl.where(ok_z[:, None], out * k[:, None] + r, r)
             y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
             tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
     else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import pytest
 import torch
+from operator_cases import DEVICE, planned
 from oracle import Tensors, assert_as_accurate_as_torch, exact, randn
 from torch import Tensor
 
@@ -13,22 +13,7 @@ import pyfused
 from pyfused import reference
 from pyfused.ops.lora_linear import PLANS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _skips(backend: str) -> list[pytest.MarkDecorator]:
-    reason = pyfused.available_backends()[backend]
-    return [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
-
-
-BACKENDS = [pytest.param(backend, marks=_skips(backend), id=backend) for backend in PLANS]
-PLANNED = [
-    pytest.param(backend, plan, marks=_skips(backend), id=f"{backend}-{plan}")
-    for backend, plans in PLANS.items()
-    for plan in plans
-]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_plan = pytest.mark.parametrize(("backend", "plan"), PLANNED)
+every_plan = planned(PLANS)
 
 
 def draw(
@@ -51,10 +36,6 @@ def draw(
         "lora_b": (randn(n, r, seed=4) / r**0.5).to(adapters or dtype).to(device),
         "bias": randn(n, dtype=dtype, seed=5, device=device) if bias else None,
     }
-
-
-def seed(value: int = 0x1234_5678_9ABC) -> Tensor:
-    return torch.tensor([value], device=DEVICE)
 
 
 def check(tensors: Tensors, backend: str, plan: str = "auto", *, scaling: float = -1.5, dy=None, **options):

@@ -10,7 +10,7 @@ float64 on the same rounded inputs; scale is the same norm of its result, or of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -44,14 +44,19 @@ def cotangent(output: Tensor) -> Tensor:
 def forward_backward(function: Function, tensors: Tensors, dy: Tensor, **options) -> dict[str, Tensor]:
     """The output, and the gradient of each tensor given, for the cotangent ``dy``."""
     leaves = {name: value.detach().requires_grad_() for name, value in tensors.items() if value is not None}
-    output = function(**leaves, **options)
+    output = function(**{**tensors, **leaves}, **options)
     gradients = torch.autograd.grad(output, list(leaves.values()), dy)
     return {"output": output.detach()} | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 
-def exact(reference: Function, tensors: Tensors, dtype: torch.dtype, dy: Tensor, **options) -> dict[str, Tensor]:
-    """``forward_backward`` in float64 on what is left of the tensors after rounding to ``dtype``."""
-    rounded = {name: None if value is None else value.to(dtype).double() for name, value in tensors.items()}
+def exact(
+    reference: Function, tensors: Tensors, dtype: torch.dtype, dy: Tensor, *, unrounded: Collection[str] = (), **options
+) -> dict[str, Tensor]:
+    """``forward_backward`` in float64 on what is left of the tensors, but the ``unrounded``, in ``dtype``."""
+    rounded = {
+        name: None if value is None else (value if name in unrounded else value.to(dtype)).double()
+        for name, value in tensors.items()
+    }
     return forward_backward(reference, rounded, dy.double(), **options)
 
 
@@ -94,6 +99,7 @@ def assert_as_accurate_as_torch(
     *,
     dy: Callable[[Tensor], Tensor] = cotangent,
     scales: Callable[[Tensors, Tensor], Mapping[str, Tensor]] | None = None,
+    unrounded: Collection[str] = (),
     **options,
 ) -> dict[str, Tensor]:
     """Runs candidate, plain torch and oracle on one cotangent and compares them; returns the candidate's results.
@@ -102,11 +108,12 @@ def assert_as_accurate_as_torch(
         dtype: what the products are made in: float32 adapters over a bfloat16 weight count as bfloat16.
         dy: makes the cotangent from the output.
         scales: makes, from tensors and cotangent, what stands for the size of each result.
+        unrounded: names of tensors that the operator never rounds to ``dtype``.
         options: keywords of both functions.
     """
     cotangents = dy(reference(**tensors, **options))
     actual = forward_backward(function, tensors, cotangents, **options)
     plain = forward_backward(reference, tensors, cotangents, **options)
-    oracle = exact(reference, tensors, dtype, cotangents, **options)
+    oracle = exact(reference, tensors, dtype, cotangents, unrounded=unrounded, **options)
     assert_within(actual, plain, oracle, dtype, scales and scales(tensors, cotangents))
     return actual

@@ -75,6 +75,29 @@ def test_default_backend_never_falls_back_either(modern):
         choose("auto", CPU, torch.float32)
 
 
+def test_a_call_beyond_a_backends_limits_goes_to_the_next(modern):
+    limits = {"triton": "operator: width must be <= 512 there, got 513"}
+    assert choose("auto", GPU, torch.float32, limits) == "portable"
+    assert choose("auto", GPU, torch.float32, {}) == "triton"
+    assert choose("portable", GPU, torch.float32, limits) == "portable"
+    modern.setattr(backends, "CUDA_REFUSAL", None)
+    assert choose("auto", GPU, torch.float32, limits) == "cuda"
+    assert choose("auto", GPU, torch.float32, limits | {"cuda": "no"}) == "portable"
+
+
+@pytest.mark.parametrize("requested", ["triton", "auto"])
+def test_a_backend_asked_for_is_an_error_beyond_its_limits(modern, requested):
+    limits = {"triton": "operator: width must be <= 512 there, got 513"}
+    modern.setattr(backends, "DEFAULT_BACKEND", "triton")
+    with pytest.raises(
+        ValueError, match=r"^backend 'triton' cannot serve this call: operator: .* <= 512 there, got 513$"
+    ):
+        choose(requested, GPU, torch.float32, limits)
+    # What the backend cannot serve at all comes first: another size would not help.
+    with pytest.raises(RuntimeError, match="its kernels take float32"):
+        choose(requested, GPU, torch.float64, limits)
+
+
 @pytest.mark.parametrize("name", ["Triton", "cpu", "", None])
 def test_unknown_backend(name):
     with pytest.raises(ValueError, match=r"backend must be one of \('portable', 'triton', 'cuda', 'auto'\), got"):

@@ -13,8 +13,9 @@ import torch
 
 import pyfused
 from pyfused import cli
-from pyfused.bench import cases
-from pyfused.bench.cases import LoRACase
+from pyfused.bench import operators
+from pyfused.bench.adapter_residual import AdapterCase
+from pyfused.bench.lora_linear import LoRACase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,21 +74,35 @@ def test_bench_names_the_extra_that_is_missing(monkeypatch, capsys):
 
 
 def test_check_prints_a_line_for_each_case(monkeypatch, capsys):
-    small = [LoRACase(5, 16, 8, rank=2), LoRACase(5, 16, 8, rank=2, dropout_p=0.5)]
-    monkeypatch.setattr("pyfused.bench.check.parity_cases", lambda device: small)
+    lora = [LoRACase(5, 16, 8, rank=2), LoRACase(5, 16, 8, rank=2, dropout_p=0.5)]
+    adapter = [AdapterCase((2, 5, 16), 4), AdapterCase((2, 16, 3, 3), 4, drop_path=0.5)]
+    monkeypatch.setattr("pyfused.bench.check.parity_cases", lambda device: [*lora, *adapter])
     threads = torch.get_num_threads()
     assert cli.main(["check", "--device", "cpu", "--threads", str(threads)]) == 0
     printed = capsys.readouterr().out
-    for case in small:
+    for case in lora:
         assert f"ok     {case.name}, portable blas: nearest " in printed
+    for case in adapter:
+        assert f"ok     {case.name}, portable save: nearest " in printed
+        assert f"ok     {case.name}, portable recompute: nearest " in printed
     assert "skipped triton: " in printed
-    assert "2 of 2 as close to float64 as plain torch" in printed
+    assert "skipped cuda: " in printed
+    assert "6 of 6 as close to float64 as plain torch" in printed
 
 
 def test_check_covers_dropout_and_mixed_dtypes():
-    found = list(cases.parity_cases(torch.device("cpu")))
-    assert {case.dropout_p for case in found} == {0.0, 0.1}
-    assert any(case.dtype == torch.bfloat16 and case.adapter_dtype == torch.float32 for case in found)
+    found = list(operators.parity_cases(torch.device("cpu")))
+    for kind in (LoRACase, AdapterCase):
+        own = [case for case in found if isinstance(case, kind)]
+        assert {case.dropout_p for case in own} == {0.0, 0.1}
+        assert any(case.dtype == torch.bfloat16 and case.adapter_dtype == torch.float32 for case in own)
+    adapter = [case for case in found if isinstance(case, AdapterCase)]
+    assert {(len(case.shape), bool(case.drop_path)) for case in adapter} == {
+        (3, False),
+        (3, True),
+        (4, False),
+        (4, True),
+    }
 
 
 def test_info_and_check_need_torch_alone(tmp_path):
@@ -98,8 +113,9 @@ for name in ("rich", "pytest", "matplotlib", "peft", "open_clip", "timm", "sklea
 import torch
 from pyfused import cli
 from pyfused.bench import check
-from pyfused.bench.cases import LoRACase
-check.parity_cases = lambda device: [LoRACase(5, 16, 8, rank=2)]
+from pyfused.bench.adapter_residual import AdapterCase
+from pyfused.bench.lora_linear import LoRACase
+check.parity_cases = lambda device: [LoRACase(5, 16, 8, rank=2), AdapterCase((2, 5, 16), 4)]
 sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
 """
     done = subprocess.run(
@@ -107,7 +123,7 @@ sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
         capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 as close" in done.stdout
+    assert "3 of 3 as close" in done.stdout
 
 
 def test_a_selection_without_rows_is_an_error(tmp_path):

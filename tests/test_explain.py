@@ -38,6 +38,20 @@ class Net(nn.Module):
         return self.first(x)
 
 
+class Adapter(nn.Module):
+    def __init__(self, channels: int, hidden: int, **options):
+        super().__init__()
+        self.down_weight = nn.Parameter(torch.randn(hidden, channels))
+        self.up_weight = nn.Parameter(torch.randn(channels, hidden))
+        self.layer_scale = nn.Parameter(torch.full((channels,), 0.1))
+        self.options = {"backend": "portable"} | options
+
+    def forward(self, z):
+        return pyfused.adapter_residual(
+            z, self.down_weight, None, self.up_weight, None, layer_scale=self.layer_scale, **self.options
+        )
+
+
 def test_every_call_is_listed_with_its_module_sizes_backend_and_plan():
     calls = explain(Net(), torch.randn(5, 16)).calls
     assert [(call.module, call.operator, call.shapes, call.plan, call.backend) for call in calls] == [
@@ -60,6 +74,52 @@ def test_saved_bytes_are_what_autograd_saves_beyond_the_inputs():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert explain(layer, x).saved_bytes == sum(saved.values()) == 15 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "plan", "saved_bytes", "why"),
+    [
+        (8, {}, "save", 2 * 63 * 8 * 4, "h = 8 <= C / 2"),
+        (9, {}, "recompute", 0, "h = 9 > C / 2 = 8: it is computed again from z"),
+        (9, {"plan": "save"}, "save", 2 * 63 * 9 * 4, "plan asked for by name"),
+        (8, {"plan": "recompute"}, "recompute", 0, "plan asked for by name"),
+    ],
+)
+def test_what_an_adapter_saves_is_what_autograd_saves(hidden, options, plan, saved_bytes, why):
+    adapter = Adapter(16, hidden, channel_dim=1, **options)
+    z = torch.randn(2, 16, 7, 9, requires_grad=True)
+    own = {z.data_ptr(), *(parameter.data_ptr() for parameter in adapter.parameters())}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        adapter(z)
+    (call,) = explain(adapter, z).calls
+    assert (call.operator, call.plan, call.backend) == ("adapter_residual", plan, "portable")
+    assert call.shapes == (("M", 126), ("C", 16), ("h", hidden))
+    assert call.saved_bytes == sum(saved.values()) == saved_bytes
+    assert call.why[0].startswith(why)
+
+
+def test_a_limit_of_a_backend_is_among_the_reasons(monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
+    monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
+    (call,) = explain(Adapter(16, 513, backend="auto"), torch.randn(5, 16, dtype=torch.float32)).calls
+    assert call.backend == "portable"
+    assert call.why[-1].startswith("not triton: adapter_residual: down_weight (h, C) must have h <= ")
+    assert call.why[-1].endswith("got h = 513")
+    (call,) = explain(Adapter(16, 8), torch.randn(5, 16)).calls
+    assert call.why[-1] == "not triton: on a CPU it is interpreted, and used only by name"
+
+
+def test_an_adapter_under_autocast_saves_in_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        (call,) = explain(Adapter(16, 8), torch.randn(5, 16)).calls
+    assert (call.dtype, call.saved_bytes) == (torch.bfloat16, 5 * 8 * 2)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_cases import BACKENDS, DEVICE, check, draw, every_backend, every_plan, seed
+from lora_linear_cases import check, draw, every_plan
+from operator_cases import BACKENDS, COTANGENTS, DEVICE, IMAGES, LAYOUTS, cast, every_backend, seed, strided
 from oracle import randn
 
 import pyfused
@@ -78,40 +79,9 @@ def test_float32_adapters_over_a_16_bit_base(backend, plan, dtype, p):
         assert not torch.equal(gradient, gradient.to(dtype).float()), f"{name} went through {dtype}"
 
 
-IMAGE = (2, 20, 5, 7)
-LAYOUTS = {
-    "1-D": lambda: randn(20),
-    "3-D": lambda: randn(2, 5, 20),
-    "4-D": lambda: randn(2, 3, 4, 20),
-    "empty batch": lambda: randn(0, 3, 20),
-    "empty length": lambda: randn(3, 0, 20),
-    "[L, B, D] permuted to [B, L, D]": lambda: randn(5, 3, 20).transpose(0, 1),
-    "4-D permuted": lambda: randn(4, 3, 20, 2).permute(3, 1, 0, 2),
-    "expanded rows": lambda: randn(20).expand(2, 9, 20),
-    "expanded batch": lambda: randn(1, 9, 20).expand(3, 9, 20),
-    "expanded columns": lambda: randn(9, 1).expand(9, 20),
-    "every other column": lambda: randn(9, 40)[:, ::2],
-    "columns first": lambda: randn(20, 9).t(),
-    "slice with an offset": lambda: randn(4, 7, 23)[1:, 2:, 3:],
-}
-IMAGES = {
-    "NCHW": lambda: randn(*IMAGE),
-    "channels_last": lambda: randn(*IMAGE).to(memory_format=torch.channels_last),
-    "NCL": lambda: randn(2, 20, 9),
-    "NCDHW": lambda: randn(2, 20, 2, 3, 2),
-    "empty NCHW": lambda: randn(0, 20, 3, 4),
-    "empty channels_last": lambda: randn(0, 20, 3, 4).to(memory_format=torch.channels_last),
-    "crop": lambda: randn(2, 23, 6, 9)[:, 3:, 1:, 2:],
-    "crop of channels_last": lambda: randn(2, 23, 6, 9).to(memory_format=torch.channels_last)[:, 3:, 1:, 2:],
-    "expanded batch": lambda: randn(1, 20, 3, 4).expand(2, 20, 3, 4),
-}
-
-
 def _check_layout(x, channel_dim, backend, p, dtype=torch.bfloat16):
     tensors = draw(tuple(x.shape), 34, 3, dtype, channel_dim=channel_dim)
-    # An elementwise cast would keep strides, but not those of an expanded tensor.
-    stored = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to(dtype).to(DEVICE)
-    tensors["x"] = stored.as_strided(x.shape, x.stride(), x.storage_offset())
+    tensors["x"] = cast(x, dtype)
     return check(tensors, backend, dropout_p=p, seed=seed(), channel_dim=channel_dim)
 
 
@@ -152,14 +122,6 @@ def test_strided_parameters(backend, plan, strided):
     name, restride = STRIDED[strided]
     tensors[name] = restride(tensors[name])
     check(tensors, backend, plan, dropout_p=0.3, seed=seed())
-
-
-COTANGENTS = {
-    "transposed": lambda y: randn(*y.shape[::-1], dtype=y.dtype, device=y.device).permute(*range(y.dim())[::-1]),
-    "expanded": lambda y: randn(1, dtype=y.dtype, device=y.device).expand(y.shape),
-    "sliced": lambda y: randn(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype, device=y.device)[..., ::2],
-    "channels_last": lambda y: randn(*y.shape, dtype=y.dtype, device=y.device).to(memory_format=torch.channels_last),
-}
 
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
@@ -235,14 +197,6 @@ def _calls(draw_from):
     }
 
 
-def _strided(shape, order, steps, expanded, dtype):
-    """x of ``shape`` whose memory runs in ``order``, with ``steps`` between elements and one dimension repeated."""
-    stored = [1 if i == expanded else size * step for i, (size, step) in enumerate(zip(shape, steps, strict=True))]
-    x = randn(*(stored[i] for i in order), dtype=dtype, device=DEVICE)
-    x = x.permute([order.index(i) for i in range(len(shape))])
-    return x[tuple(slice(None, None, step) for step in steps)].expand(shape)
-
-
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(call=_calls())
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,7 +204,7 @@ def test_any_call(backend, call):
     shape, channel_dim, dtype = call["shape"], call["channel_dim"], call["dtype"]
     adapters = torch.float32 if call["float32_adapters"] else None
     tensors = draw(shape, call["n"], call["r"], dtype, bias=call["bias"], adapters=adapters, channel_dim=channel_dim)
-    tensors["x"] = _strided(shape, call["order"], call["steps"], call["expanded"], dtype)
+    tensors["x"] = strided(shape, call["order"], call["steps"], call["expanded"], dtype)
     check(tensors, backend, channel_dim=channel_dim, dropout_p=call["p"], seed=seed())
 
 

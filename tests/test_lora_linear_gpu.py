@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_linear_cases import check, draw, every_backend, every_plan, seed
+from lora_linear_cases import check, draw, every_plan
+from operator_cases import every_backend, seed
 
 import pyfused
 from pyfused import reference

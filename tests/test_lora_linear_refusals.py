@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from lora_linear_cases import DEVICE, every_plan
+from lora_linear_cases import every_plan
+from operator_cases import DEVICE
 
 import pyfused
 from pyfused import backend as backends

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import shutil
 
 import pytest
 import torch
-from lora_linear_cases import DEVICE, draw, every_backend, every_plan, seed
+from lora_linear_cases import draw, every_plan
+from operator_cases import DEVICE, RawCalls, autocast, every_backend, fresh_compiler, leaves_of, run, seed
 from oracle import assert_as_accurate_as_torch, cotangent, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
@@ -23,47 +22,20 @@ NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 SUBSETS = [subset for size in range(1, 6) for subset in itertools.combinations(NAMES, size)]
 
 
-class _RawCalls(TorchDispatchMode):
-    """Records the calls of raw operators: (direction, arguments by name)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace.startswith("pyfused_"):
-            names = [argument.name for argument in func._schema.arguments]
-            self.calls.append((name.rpartition("_")[2], dict(zip(names, args, strict=True))))
-        return func(*args, **(kwargs or {}))
-
-
-def _leaves(tensors, requiring=NAMES):
-    return {name: value.detach().requires_grad_(name in requiring) for name, value in tensors.items()}
-
-
-def _run(function, tensors, **options):
-    """Output and gradients of all tensors."""
-    leaves = _leaves(tensors)
-    y = function(**leaves, **options)
-    y.backward(cotangent(y))
-    return y.detach(), *(leaf.grad for leaf in leaves.values())
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
 @every_backend
 def test_what_requires_grad_gets_it_and_costs_alone(backend, subset, p):
     tensors = draw((2, 3, 6), 7, 3)
     options = {"dropout_p": p, "seed": seed(), "scaling": 0.5}
-    expected = dict(zip(NAMES, _run(reference.lora_linear, tensors, **options)[1:], strict=True))
-    leaves, saved = _leaves(tensors, subset), []
+    expected = dict(zip(NAMES, run(reference.lora_linear, tensors, **options)[1:], strict=True))
+    leaves, saved = leaves_of(tensors, subset), []
 
     def pack(tensor):
         saved.append(tensor)
         return tensor
 
-    with _RawCalls() as raw:
+    with RawCalls() as raw:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = pyfused.lora_linear(**leaves, **options, backend=backend)
         y.backward(cotangent(y))
@@ -95,8 +67,8 @@ def test_what_requires_grad_gets_it_and_costs_alone(backend, subset, p):
 @every_backend
 def test_nothing_is_saved_without_grad(backend, mode):
     tensors, saved = draw((5, 6), 7, 3), []
-    leaves = _leaves(tensors, () if mode is torch.enable_grad else NAMES)
-    with mode(), _RawCalls() as raw, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+    leaves = leaves_of(tensors, () if mode is torch.enable_grad else NAMES)
+    with mode(), RawCalls() as raw, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
         y = pyfused.lora_linear(**leaves, dropout_p=0.1, backend=backend)
     assert not y.requires_grad
     assert not saved
@@ -114,12 +86,12 @@ def test_gradcheck(p, channel_dim):
             *values, scaling=1.7, dropout_p=p, seed=3, channel_dim=channel_dim, backend="portable"
         )
 
-    assert torch.autograd.gradcheck(function, tuple(_leaves(tensors).values()))
+    assert torch.autograd.gradcheck(function, tuple(leaves_of(tensors).values()))
 
 
 @every_backend
 def test_double_backward_raises(backend):
-    leaves = _leaves(draw((5, 6), 7, 3))
+    leaves = leaves_of(draw((5, 6), 7, 3))
     y = pyfused.lora_linear(**leaves, backend=backend)
     (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
@@ -139,7 +111,7 @@ def test_the_output_may_be_changed_in_place(backend, layout, channel_dim):
     def out_of_place(**tensors):
         return pyfused.lora_linear(**tensors, channel_dim=channel_dim, backend=backend).mul(2.0).relu()
 
-    for actual, expected in zip(_run(in_place, tensors), _run(out_of_place, tensors), strict=True):
+    for actual, expected in zip(run(in_place, tensors), run(out_of_place, tensors), strict=True):
         assert torch.equal(actual, expected)
     with torch.no_grad():
         assert torch.equal(in_place(**tensors), out_of_place(**tensors))
@@ -147,7 +119,7 @@ def test_the_output_may_be_changed_in_place(backend, layout, channel_dim):
 
 @every_backend
 def test_a_saved_input_changed_in_place_is_noticed(backend):
-    leaves = _leaves(draw((5, 6), 7, 3))
+    leaves = leaves_of(draw((5, 6), 7, 3))
     x = leaves["x"] * 1.0
     y = pyfused.lora_linear(**(leaves | {"x": x}), backend=backend)
     x.add_(1.0)
@@ -255,13 +227,6 @@ def test_meta_tensors_give_shapes():
     assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 7, 3, 6), torch.bfloat16)
 
 
-def _compiler(name):
-    if name == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("inductor needs a C++ compiler")
-    torch._dynamo.reset()
-    return name
-
-
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("channel_dim", [-1, 1])
@@ -271,8 +236,8 @@ def test_compiled_equals_eager(backend, channel_dim, p, compiler):
     function = functools.partial(
         pyfused.lora_linear, scaling=0.5, dropout_p=p, seed=5, channel_dim=channel_dim, backend=backend
     )
-    compiled = torch.compile(function, fullgraph=True, backend=_compiler(compiler))
-    for actual, expected in zip(_run(compiled, tensors), _run(function, tensors), strict=True):
+    compiled = torch.compile(function, fullgraph=True, backend=fresh_compiler(compiler))
+    for actual, expected in zip(run(compiled, tensors), run(function, tensors), strict=True):
         torch.testing.assert_close(actual, expected)
         assert actual.stride() == expected.stride()
 
@@ -282,7 +247,7 @@ def test_compiled_draws_one_mask_for_both_directions(backend):
     # Two tensors, because dynamo traces no Function that is given one twice.
     eye, again = torch.eye(20, device=DEVICE), torch.eye(20, device=DEVICE)
 
-    @torch.compile(fullgraph=True, backend=_compiler("aot_eager"))
+    @torch.compile(fullgraph=True, backend=fresh_compiler("aot_eager"))
     def dropped(x):
         return pyfused.lora_linear(x, torch.zeros_like(eye), eye, again, dropout_p=0.5, backend=backend)
 
@@ -307,12 +272,12 @@ SHAPES = {
 @every_backend
 def test_dynamic_shapes_do_not_recompile(backend, case):
     channel_dim, shapes = SHAPES[case]
-    counter = CompileCounterWithBackend(_compiler("aot_eager"))
+    counter = CompileCounterWithBackend(fresh_compiler("aot_eager"))
     function = functools.partial(pyfused.lora_linear, dropout_p=0.3, seed=5, channel_dim=channel_dim, backend=backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for shape in shapes:
         tensors = draw(shape, 7, 3, channel_dim=channel_dim)
-        for actual, expected in zip(_run(compiled, tensors), _run(function, tensors), strict=True):
+        for actual, expected in zip(run(compiled, tensors), run(function, tensors), strict=True):
             torch.testing.assert_close(actual, expected)
     # The first shape is compiled as a constant; the second finds that it changes.
     assert counter.frame_count <= 2
@@ -336,17 +301,9 @@ def test_checkpointing_equals_no_checkpointing(backend, use_reentrant):
     runs = []
     for function in (two_layers, checkpointed):
         torch.manual_seed(3)
-        runs.append(_run(function, tensors))
+        runs.append(run(function, tensors))
     for plain, again in zip(*runs, strict=True):
         assert torch.equal(plain, again)
-
-
-def _autocast(function, dtype):
-    def call(**arguments):
-        with torch.autocast(DEVICE, dtype):
-            return function(**arguments)
-
-    return call
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -357,8 +314,8 @@ def test_autocast_equals_torch_autocast(backend, plan, dtype, x_dtype, p):
     tensors = draw((33, 20), 34, 3)
     tensors["x"] = tensors["x"].to(x_dtype or dtype)
     results = assert_as_accurate_as_torch(
-        _autocast(functools.partial(pyfused.lora_linear, backend=backend, plan=plan), dtype),
-        _autocast(reference.lora_linear, dtype),
+        autocast(functools.partial(pyfused.lora_linear, backend=backend, plan=plan), dtype),
+        autocast(reference.lora_linear, dtype),
         tensors,
         dtype,
         scaling=1.5,
@@ -375,7 +332,7 @@ def test_autocast_leaves_float64_alone(backend):
     tensors = draw((5, 6), 7, 3, torch.float64)
     if backend != "portable":
         pytest.skip("its kernels take no float64")
-    y = _autocast(functools.partial(pyfused.lora_linear, backend=backend), torch.bfloat16)(**tensors)
+    y = autocast(functools.partial(pyfused.lora_linear, backend=backend), torch.bfloat16)(**tensors)
     torch.testing.assert_close(y, reference.lora_linear(**tensors))
 
 
@@ -388,11 +345,11 @@ def _casts(function, shape):
 
 @every_backend
 def test_a_frozen_weight_is_cast_at_most_once_under_autocast(backend):
-    leaves = _leaves(draw((9, 37), 53, 3), ("x", "lora_a", "lora_b"))
+    leaves = leaves_of(draw((9, 37), 53, 3), ("x", "lora_a", "lora_b"))
     weight = leaves["weight"]
 
     def step(weight, dtype=torch.bfloat16):
-        y = _autocast(functools.partial(pyfused.lora_linear, backend=backend), dtype)(**(leaves | {"weight": weight}))
+        y = autocast(functools.partial(pyfused.lora_linear, backend=backend), dtype)(**(leaves | {"weight": weight}))
         return y.detach(), torch.autograd.grad(y, leaves["x"], cotangent(y))[0]
 
     def assert_current(dtype=torch.bfloat16):
@@ -416,7 +373,7 @@ def test_a_frozen_weight_is_cast_at_most_once_under_autocast(backend):
 @every_backend
 def test_a_cast_weight_is_freed_with_the_weight(backend):
     tensors = draw((9, 37), 53, 3)
-    _autocast(functools.partial(pyfused.lora_linear, backend=backend), torch.bfloat16)(**tensors)
+    autocast(functools.partial(pyfused.lora_linear, backend=backend), torch.bfloat16)(**tensors)
     del tensors
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape == (53, 37)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_linear_cases import DEVICE, every_plan
+from lora_linear_cases import every_plan
+from operator_cases import DEVICE
 from oracle import randn
 
 import pyfused

@@ -100,7 +100,8 @@ def adapter_residual_fwd(
             block.in_hidden(hidden).zero_()
             continue
         k = block.scale(scale, batch * length)
-        rows = _alive(block.of(z), k).to(wide)
+        dead = _dead(k)
+        rows = _alive(block.of(z), dead).to(wide)
         h = matmul(rows, down, d_bias)
         if save:
             block.in_hidden(hidden).copy_(h)
@@ -111,6 +112,8 @@ def adapter_residual_fwd(
         if u_bias is not None:
             out.add_(u_bias) if k is None else out.addcmul_(u_bias, k)
         add_product_(out, a, up)
+        if dead is not None:
+            torch.where(dead, block.of(stream).to(wide), out, out=out)
         block.store(out, y)
     return y, hidden
 
@@ -154,8 +157,9 @@ def adapter_residual_bwd(
                 part.copy_(dy[block.images, block.rows]) if z_is_residual else part.zero_()
             continue
         k = block.scale(scale, batch * length)
-        upstream = _alive(block.of(dy), k).to(wide)
-        rows = None if z is None else _alive(block.of(z), k).to(wide)
+        dead = _dead(k)
+        upstream = _alive(block.of(dy), dead).to(wide)
+        rows = None if z is None else _alive(block.of(z), dead).to(wide)
         h = matmul(rows, down, d_bias) if hidden is None else block.in_hidden(hidden).to(wide)
         t = _dropped(matmul(upstream, gated_up.t()), seed, dropout_p, block.first)
         dh = ACTIVATIONS[activation][1](t, h)
@@ -223,11 +227,16 @@ def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
             first += images * (stop - start)
 
 
-def _alive(x: Tensor, k: Tensor | None) -> Tensor:
-    """x with zeros in the rows of dropped samples, whatever those hold."""
+def _dead(k: Tensor | None) -> Tensor | None:
+    """Which rows belong to dropped samples; None where none does, as far as that is known without waiting."""
     if k is None or (k.device.type == "cpu" and bool(k.all())):
-        return x
-    return x.masked_fill(k == 0, 0.0)
+        return None
+    return k == 0
+
+
+def _alive(x: Tensor, dead: Tensor | None) -> Tensor:
+    """x with zeros in dead rows, whatever those hold."""
+    return x if dead is None else x.masked_fill(dead, 0.0)
 
 
 def _activated(h: Tensor, activation: str, seed: Tensor | None, p: float, first_row: int) -> Tensor:

@@ -1,0 +1,138 @@
+"""What the tests of every operator share: backends and plans, layouts, and ways to run a call and to look into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import pytest
+import torch
+from oracle import Tensors, cotangent, randn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyfused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _skips(backend: str) -> list[pytest.MarkDecorator]:
+    reason = pyfused.available_backends()[backend]
+    return [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
+
+
+BACKENDS = [pytest.param(backend, marks=_skips(backend), id=backend) for backend in ("portable", "triton")]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def planned(plans: Mapping[str, Sequence[str]]) -> pytest.MarkDecorator:
+    """Every plan of every backend in turn, from backend -> its plans."""
+    cases = [
+        pytest.param(backend, plan, marks=_skips(backend), id=f"{backend}-{plan}")
+        for backend, names in plans.items()
+        for plan in names
+    ]
+    return pytest.mark.parametrize(("backend", "plan"), cases)
+
+
+def seed(value: int = 0x1234_5678_9ABC) -> Tensor:
+    return torch.tensor([value], device=DEVICE)
+
+
+class RawCalls(TorchDispatchMode):
+    """Records the calls of raw operators: (direction, arguments by name)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace.startswith("pyfused_"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append((name.rpartition("_")[2], dict(zip(names, args, strict=True))))
+        return func(*args, **(kwargs or {}))
+
+
+def leaves_of(tensors: Tensors, requiring: Collection[str] | None = None) -> dict[str, Tensor | None]:
+    """Leaves with the tensors' values; those that ``requiring`` names, by default all, require grad."""
+    return {
+        name: None if value is None else value.detach().requires_grad_(requiring is None or name in requiring)
+        for name, value in tensors.items()
+    }
+
+
+def run(function: Callable, tensors: Tensors, **options) -> tuple[Tensor, ...]:
+    """Output and gradients of all tensors."""
+    leaves = leaves_of(tensors)
+    y = function(**leaves, **options)
+    y.backward(cotangent(y))
+    return y.detach(), *(leaf.grad for leaf in leaves.values() if leaf is not None)
+
+
+def autocast(function: Callable, dtype: torch.dtype) -> Callable:
+    def call(**arguments):
+        with torch.autocast(DEVICE, dtype):
+            return function(**arguments)
+
+    return call
+
+
+def fresh_compiler(name: str) -> str:
+    """``name``, with nothing compiled yet; skips where it cannot compile."""
+    if name == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    return name
+
+
+IMAGE = (2, 20, 5, 7)
+# Each with 20 channels: the last dimension, or the second of an image.
+LAYOUTS = {
+    "1-D": lambda: randn(20),
+    "3-D": lambda: randn(2, 5, 20),
+    "4-D": lambda: randn(2, 3, 4, 20),
+    "empty batch": lambda: randn(0, 3, 20),
+    "empty length": lambda: randn(3, 0, 20),
+    "[L, B, D] permuted to [B, L, D]": lambda: randn(5, 3, 20).transpose(0, 1),
+    "4-D permuted": lambda: randn(4, 3, 20, 2).permute(3, 1, 0, 2),
+    "expanded rows": lambda: randn(20).expand(2, 9, 20),
+    "expanded batch": lambda: randn(1, 9, 20).expand(3, 9, 20),
+    "expanded columns": lambda: randn(9, 1).expand(9, 20),
+    "every other column": lambda: randn(9, 40)[:, ::2],
+    "columns first": lambda: randn(20, 9).t(),
+    "slice with an offset": lambda: randn(4, 7, 23)[1:, 2:, 3:],
+}
+IMAGES = {
+    "NCHW": lambda: randn(*IMAGE),
+    "channels_last": lambda: randn(*IMAGE).to(memory_format=torch.channels_last),
+    "NCL": lambda: randn(2, 20, 9),
+    "NCDHW": lambda: randn(2, 20, 2, 3, 2),
+    "empty NCHW": lambda: randn(0, 20, 3, 4),
+    "empty channels_last": lambda: randn(0, 20, 3, 4).to(memory_format=torch.channels_last),
+    "crop": lambda: randn(2, 23, 6, 9)[:, 3:, 1:, 2:],
+    "crop of channels_last": lambda: randn(2, 23, 6, 9).to(memory_format=torch.channels_last)[:, 3:, 1:, 2:],
+    "expanded batch": lambda: randn(1, 20, 3, 4).expand(2, 20, 3, 4),
+}
+COTANGENTS = {
+    "transposed": lambda y: randn(*y.shape[::-1], dtype=y.dtype, device=y.device).permute(*range(y.dim())[::-1]),
+    "expanded": lambda y: randn(1, dtype=y.dtype, device=y.device).expand(y.shape),
+    "sliced": lambda y: randn(*y.shape[:-1], 2 * y.shape[-1], dtype=y.dtype, device=y.device)[..., ::2],
+    "channels_last": lambda y: randn(*y.shape, dtype=y.dtype, device=y.device).to(memory_format=torch.channels_last),
+}
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype`` on `DEVICE` with its strides: an elementwise cast would lose those of an expanded tensor."""
+    stored = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to(dtype).to(DEVICE)
+    return stored.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def strided(
+    shape: Sequence[int], order: Sequence[int], steps: Sequence[int], expanded: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Numbers of ``shape`` whose memory runs in ``order``, with ``steps`` between elements, one dimension repeated."""
+    stored = [1 if i == expanded else size * step for i, (size, step) in enumerate(zip(shape, steps, strict=True))]
+    x = randn(*(stored[i] for i in order), dtype=dtype, device=DEVICE)
+    x = x.permute([order.index(i) for i in range(len(shape))])
+    return x[tuple(slice(None, None, step) for step in steps)].expand(shape)
