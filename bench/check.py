@@ -9,11 +9,11 @@ import torch
 
 from pyfused import backend as backends
 from pyfused.bench import parity
-from pyfused.bench.cases import LoRACase, parity_cases
-from pyfused.ops.lora_linear import PLANS
+from pyfused.bench.cases import Case
+from pyfused.bench.operators import parity_cases
 
 
-def run(device: torch.device, threads: int | None = None, cases: Iterable[LoRACase] | None = None) -> int:
+def run(device: torch.device, threads: int | None = None, cases: Iterable[Case] | None = None) -> int:
     """Prints one line for each case, backend and plan.
 
     Args:
@@ -27,17 +27,17 @@ def run(device: torch.device, threads: int | None = None, cases: Iterable[LoRACa
     if threads is not None:
         torch.set_num_threads(threads)
     failures = count = 0
-    for name in PLANS:
+    for name in backends.BACKENDS:
         reason = refusal(name, device)
         if reason is not None:
             print(f"skipped {name}: {reason}")
     for case in parity_cases(device) if cases is None else cases:
-        for name, plans in PLANS.items():
+        for name in backends.BACKENDS:
             if refusal(name, device) is not None:
                 continue
-            for plan in plans:
+            for plan in case.plans(name):
                 start = time.perf_counter()
-                found = parity.check_lora_linear(case, device, backend=name, plan=plan)
+                found = parity.check(case, device, backend=name, plan=plan)
                 broken = [item for item in found if not item.passed]
                 nearest = max(found, key=parity.strain)
                 verdict = "FAILED" if broken else "ok"

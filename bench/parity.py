@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyfused
 from pyfused import reference
-from pyfused.bench.cases import LoRACase
+from pyfused.bench.cases import Case
 
 # Roundings of the accumulator that a sum of a thousand terms in another order may cost.
 _SUM = 16
@@ -88,35 +88,34 @@ def strain(item: Deviation) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def lora_results(
-    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], *, double: bool = False, **options
+def results(
+    case: Case, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], *, double: bool = False, **options
 ) -> dict[str, Tensor]:
-    """y, dx, dlora_a and dlora_b of ``function`` on the tensors of `LoRACase.tensors`, in float64 if ``double``."""
+    """y and d<name> of every tensor that gets a gradient, by ``function`` at ``case``; in float64 if ``double``."""
     values = {name: value.double() if double else value for name, value in tensors.items()}
-    leaves = {name: values[name].detach().requires_grad_() for name in ("x", "lora_a", "lora_b")}
-    y = function(
-        leaves["x"], values["weight"], leaves["lora_a"], leaves["lora_b"], values["bias"], **options
-    )  # fmt: skip
+    leaves = {name: values[name].detach().requires_grad_() for name in (*case.inputs, *case.trained)}
+    y = case.call(function, values | leaves, **options)
     gradients = torch.autograd.grad(y, list(leaves.values()), values["dy"])
     return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def check_lora_linear(
-    case: LoRACase,
+def check(
+    case: Case,
     device: torch.device,
     *,
     backend: str = "auto",
     plan: str = "auto",
-    function: Callable[..., Tensor] = pyfused.lora_linear,
+    function: Callable[..., Tensor] | None = None,
 ) -> list[Deviation]:
-    """``function`` at one case against the reference in float64 and in the case's dtype, dropout mask included."""
+    """``function``, the case's operator by default, against the reference in float64 and in the case's dtype; the
+    dropout mask included."""
     tensors = case.tensors(device)
-    options: dict = {"scaling": case.scaling, "dropout_p": case.dropout_p}
-    if case.dropout_p:
-        options["seed"] = torch.tensor([SEED], device=device)
-    ours = lora_results(function, tensors, backend=backend, plan=plan, **options)
-    plain = lora_results(reference.lora_linear, tensors, **options)
-    exact = lora_results(reference.lora_linear, tensors, double=True, **options)
+    options = {"seed": torch.tensor([SEED], device=device)} if case.dropout_p else {}
+    function = getattr(pyfused, case.operator) if function is None else function
+    plainest = getattr(reference, case.operator)
+    ours = results(case, function, tensors, backend=backend, plan=plan, **options)
+    plain = results(case, plainest, tensors, **options)
+    exact = results(case, plainest, tensors, double=True, **options)
     return deviations(ours, plain, exact, case.dtype)
 
 

@@ -1,64 +1,70 @@
-"""Model row: a training step of open_clip's ViT-B-32 image tower with 48 LoRA modules, on real photographs."""
+"""Model rows: a training step of a whole image tower on real photographs."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
+from torch import Tensor
 
-from pyfused.bench import data, memory, thirdparty, towers
+from pyfused.bench import data, fastvit, memory, thirdparty, towers, training
+from pyfused.bench.adapter_residual import eager_adapter_residual
+from pyfused.bench.baselines import compile_refusal
 from pyfused.bench.plugin import Compare
 from pyfused.bench.rows import Row
 from pyfused.bench.session import Session
-from pyfused.bench.towers import TrainingStep
+from pyfused.bench.training import Classifier, TrainingStep
 
-_HOW = {
+_LORA = {
     "pyfused": "inject_lora: in_proj, out_proj, c_fc and c_proj of 12 blocks",
     "reference": "the same modules on plain torch's formula",
     "PEFT": "nn.MultiheadAttention adapted whole, in_proj and out_proj merged for every forward, out_proj's term twice "
     "(PEFT's pull request 3774), hence another loss; c_fc and c_proj are ordinary LoRA layers",
     "PEFT (nn.Linear attention)": "the attention rewritten with nn.Linear projections; 48 ordinary LoRA layers",
 }
+_ADAPTERS = {
+    "pyfused": "add_adapters: one adapter in each of 10 RepMixer blocks, two in each of 2 attention blocks",
+    "eager": "the same modules on 1x1 convolutions, GELU, a product with gamma and sums",
+}
 
 
-def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) -> None:
-    device = bench_session.settings.device
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    unavailable = {}
-    try:
-        base = towers.clip_vit_b32(classes=2).to(device, dtype)
-        images, labels = data.photographs(size=224)
-    except thirdparty.Unavailable as error:
-        pytest.skip(str(error))
-    images, labels = images.to(device, dtype), labels.to(device)
-    model = towers.with_pyfused(base)
-    count = sum(parameter.numel() for parameter in model.lora_parameters().values())
-    assert count == towers.CLIP_LORA_PARAMETERS, count
+def _batch(device: torch.device, dtype: torch.dtype, copies: int = 1) -> tuple[Tensor, Tensor]:
+    images, labels = data.photographs(size=224)
+    return images.repeat(copies, 1, 1, 1).to(device, dtype), labels.repeat(copies).to(device)
 
-    deviations = towers.tower_deviations(model, images, labels)
-    batches = [(images, labels)]
-    steps = {"reference": TrainingStep(copy.deepcopy(model), batches, towers.reference_operator)}
-    try:
-        steps["PEFT"] = TrainingStep(towers.with_peft(base, model), batches)
-        linear = towers.with_peft(base, model, linear_attention=True)
-        steps["PEFT (nn.Linear attention)"] = TrainingStep(linear, batches)
-    except thirdparty.Unavailable as error:
-        unavailable["PEFT"] = str(error)
-    steps = {"pyfused": TrainingStep(model, batches), **steps}
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _row(
+    compare: Compare,
+    name: str,
+    model: Classifier,
+    batch: tuple[Tensor, Tensor],
+    steps: dict[str, TrainingStep],
+    baseline: str,
+    facts: dict[str, object],
+    unavailable: dict[str, str],
+) -> None:
+    """Parity of ``model`` first, then the steps' time, memory and loss; ``baseline`` is to reach pyfused's loss."""
+    images, labels = batch
+    dtype = _dtype(images.device)
 
     def losses(row: Row) -> None:
         row.facts["steps"] = len(steps["pyfused"].losses)
         row.loss = {name: step.losses[-1] for name, step in steps.items()}
 
     row = compare(
-        "open_clip ViT-B-32 visual, batch 8, 48 LoRA r16",
+        name,
         {name: [step] for name, step in steps.items()},
         kind="model",
         measured="training step",
-        deviations=deviations,
-        facts={"dtype": str(dtype), "lora_parameters": count, "batch": len(images), "how": _HOW},
-        peak_bytes={name: memory.peak_bytes(step, device) for name, step in steps.items()},
+        deviations=training.deviations(model, images, labels),
+        facts={"dtype": str(dtype), "batch": len(images), **facts},
+        peak_bytes={name: memory.peak_bytes(step, images.device) for name, step in steps.items()},
         saved_bytes={
             name: memory.saved_bytes(step.forward, [images, *step.model.parameters()]) for name, step in steps.items()
         },
@@ -67,4 +73,59 @@ def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) ->
     )
     # Rounding differences grow from step to step; a wrong gradient shows at once.
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    assert row.loss["pyfused"] == pytest.approx(row.loss["reference"], rel=tolerance, abs=tolerance)
+    assert row.loss["pyfused"] == pytest.approx(row.loss[baseline], rel=tolerance, abs=tolerance)
+
+
+def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) -> None:
+    device = bench_session.settings.device
+    unavailable = {}
+    try:
+        base = towers.clip_vit_b32(classes=2).to(device, _dtype(device))
+        batch = _batch(device, _dtype(device))
+    except thirdparty.Unavailable as error:
+        pytest.skip(str(error))
+    model = towers.with_pyfused(base)
+    count = sum(parameter.numel() for parameter in towers.lora_parameters(model).values())
+    assert count == towers.CLIP_LORA_PARAMETERS, count
+
+    steps = {
+        "pyfused": TrainingStep(copy.deepcopy(model), [batch]),
+        "reference": TrainingStep(copy.deepcopy(model), [batch], training.reference_operators),
+    }
+    try:
+        steps["PEFT"] = TrainingStep(towers.with_peft(base, model), [batch])
+        linear = towers.with_peft(base, model, linear_attention=True)
+        steps["PEFT (nn.Linear attention)"] = TrainingStep(linear, [batch])
+    except thirdparty.Unavailable as error:
+        unavailable["PEFT"] = str(error)
+    facts = {"lora_parameters": count, "how": _LORA}
+    _row(
+        compare, "open_clip ViT-B-32 visual, batch 8, 48 LoRA r16", model, batch, steps, "reference", facts, unavailable
+    )
+
+
+def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) -> None:
+    device = bench_session.settings.device
+    unavailable = {}
+    try:
+        base = fastvit.fastvit("fastvit_sa12", 2, data.photographs(size=224)[0]).to(device, _dtype(device))
+        batch = _batch(device, _dtype(device), copies=1 if device.type == "cpu" else 8)
+    except thirdparty.Unavailable as error:
+        pytest.skip(str(error))
+    model = fastvit.with_adapters(base)
+    count = sum(parameter.numel() for parameter in model.visual.parameters() if parameter.requires_grad)
+    assert count == fastvit.SA12_ADAPTER_PARAMETERS, count
+
+    eager = functools.partial(training.replaced, {"adapter_residual": eager_adapter_residual})
+    steps = {
+        "pyfused": TrainingStep(copy.deepcopy(model), [batch]),
+        "eager": TrainingStep(copy.deepcopy(model), [batch], eager),
+    }
+    refusal = compile_refusal(device) if device.type == "cuda" else fastvit.COMPILE_REFUSAL
+    if refusal is None:
+        steps["torch.compile"] = TrainingStep(copy.deepcopy(model), [batch], eager, compiled=True)
+    else:
+        unavailable["torch.compile of FastViT"] = refusal
+    facts = {"adapter_parameters": count, "how": _ADAPTERS}
+    name = f"timm fastvit_sa12, batch {len(batch[0])}, 14 adapters h = C/2"
+    _row(compare, name, model, batch, steps, "eager", facts, unavailable)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused import reference
-from pyfused.bench import parity, thirdparty
+from pyfused.bench import thirdparty
+from pyfused.bench.training import Classifier
 from pyfused.inject import inject_lora
 
 TARGETS = ("in_proj", "out_proj", "c_fc", "c_proj")
@@ -22,22 +19,9 @@ RANK, ALPHA = 16, 32
 CLIP_LORA_PARAMETERS = 2_359_296
 
 
-class Classifier(nn.Module):
-    """An image tower (B, 3, H, W) -> (B, width) and a linear head (B, width) -> (B, classes), both trained."""
-
-    def __init__(self, visual: nn.Module, width: int, classes: int) -> None:
-        super().__init__()
-        self.visual, self.head = visual, nn.Linear(width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.visual(images))
-
-    def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """By the names that pyfused gives them, whichever library made them."""
-        return {_common(name): p for name, p in self.named_parameters() if re.search("lora_[abAB]", name)}
-
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+def lora_parameters(model: Classifier) -> dict[str, nn.Parameter]:
+    """By the names that pyfused gives them, whichever library made them."""
+    return {_common(name): p for name, p in model.named_parameters() if re.search("lora_[abAB]", name)}
 
 
 def clip_vit_b32(classes: int) -> Classifier:
@@ -65,7 +49,7 @@ def with_pyfused(model: Classifier, zero_b: bool = False) -> Classifier:
     inject_lora(model.visual, target_modules=TARGETS, rank=RANK, alpha=ALPHA)
     if not zero_b:
         with torch.no_grad():
-            for name, parameter in model.lora_parameters().items():
+            for name, parameter in lora_parameters(model).items():
                 if name.endswith("lora_b"):
                     parameter.normal_(std=0.02)
     return model
@@ -112,7 +96,7 @@ def with_peft(model: Classifier, weights_of: Classifier, linear_attention: bool 
             block.attn = LinearAttention(block.attn)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
     model.visual = peft.get_peft_model(model.visual, config)
-    wanted, found = weights_of.lora_parameters(), model.lora_parameters()
+    wanted, found = lora_parameters(weights_of), lora_parameters(model)
     if {name: p.shape for name, p in wanted.items()} != {name: p.shape for name, p in found.items()}:
         different = sorted(wanted.keys() ^ found.keys())
         raise RuntimeError(f"PEFT adapts other parameters than pyfused: {different[:4]}")
@@ -127,87 +111,3 @@ def _common(name: str) -> str:
     name = re.sub(r"base_model\.model\.|base_layer\.|\.default\.weight$", "", name)
     name = name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
     return re.sub(r"\.attn\.(in_proj\.)?(lora_[ab])$", r".attn.in_proj_\2", name)
-
-
-@contextlib.contextmanager
-def reference_operator() -> Iterator[None]:
-    """Inside, pyfused's modules call the plain formula instead of the operator."""
-    modules = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("pyfused.modules.") and hasattr(module, "lora_linear")
-    ]
-    operators = [module.lora_linear for module in modules]
-    for module in modules:
-        module.lora_linear = reference.lora_linear
-    try:
-        yield
-    finally:
-        for module, operator in zip(modules, operators, strict=True):
-            module.lora_linear = operator
-
-
-class TrainingStep:
-    """One AdamW step on the next batch; ``losses`` grows by one with each call.
-
-    Args:
-        model: trained in place.
-        batches: (images, labels) pairs, used in turn, again and again.
-        context: what each step runs inside, such as `reference_operator`.
-        learning_rate: AdamW's.
-    """
-
-    def __init__(
-        self,
-        model: Classifier,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        learning_rate: float = 2e-4,
-    ) -> None:
-        self.model, self.batches, self.context = model.train(), batches, context
-        self.optimizer = torch.optim.AdamW(model.trained(), lr=learning_rate)
-        self._losses: list[Tensor] = []
-
-    def forward(self) -> Tensor:
-        images, labels = self.batches[len(self._losses) % len(self.batches)]
-        with self.context():
-            return F.cross_entropy(self.model(images).float(), labels)
-
-    def __call__(self) -> None:
-        loss = self.forward()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._losses.append(loss.detach())
-
-    @property
-    def losses(self) -> list[float]:
-        return [loss.item() for loss in self._losses]
-
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of ``images`` that the model in eval mode puts into the right class."""
-        self.model.eval()
-        with self.context():
-            right = (self.model(images).argmax(dim=1) == labels).float().mean().item()
-        self.model.train()
-        return right
-
-
-def tower_deviations(model: Classifier, images: Tensor, labels: Tensor) -> list[parity.Deviation]:
-    """Logits and every LoRA gradient of one step, against the reference in float64 and in the model's dtype."""
-    exact_model = copy.deepcopy(model).double()
-    ours = _logits_and_gradients(model, images, labels)
-    with reference_operator():
-        plain = _logits_and_gradients(model, images, labels)
-        exact = _logits_and_gradients(exact_model, images.double(), labels)
-    dtype = next(parameter.dtype for parameter in model.visual.parameters() if not parameter.requires_grad)
-    return parity.deviations(ours, plain, exact, dtype)
-
-
-def _logits_and_gradients(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    parameters = model.lora_parameters()
-    logits = model(images)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return {"logits": logits.detach()} | {f"d{name}": g for name, g in zip(parameters, gradients, strict=True)}

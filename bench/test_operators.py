@@ -1,4 +1,4 @@
-"""Operator rows: `lora_linear` against plain torch, torch.compile, PEFT and the frozen layer alone."""
+"""Operator rows: each operator against plain torch, torch.compile, and whoever else does the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyfused.bench import baselines, memory, parity
-from pyfused.bench.cases import LoRACase, timed_cases
+from pyfused.bench import memory, operators, parity
+from pyfused.bench.cases import Case
 from pyfused.bench.plugin import SESSION, Compare
 from pyfused.bench.session import Session
 
@@ -20,7 +20,7 @@ _GPU_INPUT_SETS = 3
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.stash[SESSION].settings.device
-    cases = timed_cases(device)
+    cases = operators.timed_cases(device)
     metafunc.parametrize(
         "case", cases, ids=[case.name.replace("->", "to").replace(" ", "-") for case in cases], scope="module"
     )
@@ -31,18 +31,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class Prepared:
     """One case's tensors, parity and contenders, shared by its rows."""
 
-    def __init__(self, case: LoRACase, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        sets = 1 if device.type == "cpu" else _GPU_INPUT_SETS
         self.tensors = case.tensors(device)
-        self.inputs: list[Tensor] = [self.tensors["x"], *(torch.randn_like(self.tensors["x"]) for _ in range(sets - 1))]
+        first = [self.tensors[name] for name in case.inputs]
+        others = 0 if device.type == "cpu" else _GPU_INPUT_SETS - 1
+        self.inputs: list[list[Tensor]] = [first, *([torch.randn_like(x) for x in first] for _ in range(others))]
         self.deviations = _deviations(case, device)
-        self.contenders, self.unavailable = baselines.lora_contenders(case, self.tensors)
+        self.contenders = case.contenders(self.tensors)
 
     def calls(self, backward: bool) -> dict[str, list]:
         dy = self.tensors["dy"]
         return {
-            name: [contender.call(x, dy, backward) for x in self.inputs] for name, contender in self.contenders.items()
+            name: [contender.call(inputs, dy, backward) for inputs in self.inputs]
+            for name, contender in self.contenders.named.items()
         }
 
     def peak_bytes(self, backward: bool) -> dict[str, int]:
@@ -55,21 +57,19 @@ class Prepared:
                 contender.call(self.inputs[0], dy, backward=False),
                 held_anyway=[*self.tensors.values(), *contender.trained],
             )
-            for name, contender in self.contenders.items()
+            for name, contender in self.contenders.named.items()
         }
 
 
-def _deviations(case: LoRACase, device: torch.device) -> list[parity.Deviation]:
-    """Over a 16-bit base those of the contender with float32 adapters too: its time stands in the same row."""
-    found = parity.check_lora_linear(case, device)
-    if case.dtype.itemsize == 2:
-        wide = parity.check_lora_linear(replace(case, adapter_dtype=torch.float32), device)
-        found += [replace(item, tensor=f"{item.tensor} (float32 adapters)") for item in wide]
+def _deviations(case: Case, device: torch.device) -> list[parity.Deviation]:
+    found = parity.check(case, device)
+    for label, other in case.gated_too().items():
+        found += [replace(item, tensor=f"{item.tensor} ({label})") for item in parity.check(other, device)]
     return found
 
 
 @pytest.fixture(scope="module")
-def prepared(case: LoRACase, bench_session: Session) -> Iterator[Prepared]:
+def prepared(case: Case, bench_session: Session) -> Iterator[Prepared]:
     yield Prepared(case, bench_session.settings.device)
     if bench_session.settings.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -87,11 +87,11 @@ def _row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> No
         facts=case.facts() | {"floor_seconds": _floor(case, prepared.device, measured)},
         peak_bytes=prepared.peak_bytes(backward) if backward else {},
         saved_bytes=prepared.saved_bytes() if backward else {},
-        unavailable=prepared.unavailable,
+        unavailable=prepared.contenders.unavailable,
     )
 
 
-def _floor(case: LoRACase, device: torch.device, measured: str) -> float | None:
+def _floor(case: Case, device: torch.device, measured: str) -> float | None:
     """The floor is modelled for one GPU only."""
     known = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
     return case.floor_seconds()[measured] if known else None
