@@ -7,7 +7,7 @@
 
 One launch forward, two backward: a pass over tiles of rows, and the sums over rows. Letters: M rows, C channels, H the
 narrow width; z is (B, L, C) with any strides and row m is b * L + l; h and dh are (M, H). dh is kept divided by the
-largest |gamma|, so that float16 holds it.
+root of the largest |gamma|, which is inside float16's range for small gammas and for scaled losses.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from pyfused.kernels.bottleneck import (
     copy_rows,
-    gate_magnitude,
+    gate_root,
     load_part,
     load_tile,
     load_weight,
@@ -56,7 +56,7 @@ def _adapter_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """y and, with h_ptr, h of one tile of rows. Tiles of dropped samples copy the residual and compute nothing."""
-    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, BLOCK_M)
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = z_ptr.dtype.element_ty
     z_rows = row_pointers(z_ptr, batch, offs_l, stride_zb, stride_zl, OFFSET)
     y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
@@ -131,7 +131,7 @@ def _adapter_bwd_rows_kernel(
         for start in range(tl.cdiv(counters, 128)):
             offs = start * 128 + tl.arange(0, 128)
             tl.store(counter_ptr + offs, tl.zeros((128,), tl.int32), mask=offs < counters)
-    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, BLOCK_M)
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = dh_ptr.dtype.element_ty
     dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
     offs_h = tl.arange(0, BLOCK_H)
@@ -157,11 +157,11 @@ def _adapter_bwd_rows_kernel(
             # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
             tl.store(h_ptr + h_offs, h.to(dtype), mask=ok_h_tile)
             tl.debug_barrier()
-        magnitude = 1.0
+        root = 1.0
         if gamma_ptr is not None:
-            magnitude = gate_magnitude(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
+            root = gate_root(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
         t = narrow_product(
-            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, stride_uph, gamma_ptr, stride_gamma, 1.0 / magnitude,
+            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, stride_uph, gamma_ptr, stride_gamma, root,
             channels, width, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         if DROP:
@@ -178,7 +178,7 @@ def _adapter_bwd_rows_kernel(
                 offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
                 ok_c = offs_c < channels
                 d = load_weight(down_ptr, offs_h, offs_c, stride_downh, stride_downc, ok_h, ok_c, dtype, OFFSET)
-                out = tl.dot(dh, d, input_precision=PRECISION) * magnitude  # [BLOCK_M, BLOCK_C]
+                out = tl.dot(dh, d, input_precision=PRECISION) * root  # [BLOCK_M, BLOCK_C]
                 dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
                 direct = skip * dy
                 if gamma_ptr is not None:
@@ -200,12 +200,12 @@ def _adapter_bwd_rows_kernel(
 @triton.jit
 def _weights_tile(
     dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, offs_h, channels, width,
-    stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold,
+    stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold, root,
     down, outer, sum_dh, sum_dy, sum_dyz,
     NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of rows adds to every sum; ``k`` None means 1."""
+    """What one tile of rows adds to every sum, to G ``root`` times that if dy is wider than z; ``k`` None means 1."""
     ok_c, ok_h = offs_c < channels, offs_h < width
     dtype = dh_ptr.dtype.element_ty
     h_offs = rows[:, None] * width + offs_h[None, :]
@@ -230,6 +230,8 @@ def _weights_tile(
         if k is not None:
             a *= k[:, None]
             g *= k[:, None]
+        if dy.dtype != dtype:
+            dy = dy.to(tl.float32) * root
         outer = tl.dot(tl.trans(dy.to(dtype)), a.to(dtype), outer, input_precision=PRECISION)
         sum_dy += tl.sum(g, axis=0)
         if z_ptr is not None:
@@ -257,14 +259,18 @@ def _adapter_bwd_weights_kernel(
     pid_c, pid_h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    z_dtype = dh_ptr.dtype.element_ty
     down = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
     outer = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
     sum_dh = tl.zeros((BLOCK_H,), dtype=tl.float32)
     sum_dy = tl.zeros((BLOCK_C,), dtype=tl.float32)
     sum_dyz = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    root = 1.0
+    if gamma_ptr is not None:
+        root = gate_root(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
     for step in range(steps):
         tile = split * steps + step
-        batch, offs_l, rows, ok_m = tile_rows(tile, tiles_l, length, BLOCK_M)
+        batch, offs_l, rows, ok_m = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
         ok_m = ok_m & (tile < tiles_m)
         k = None
         live = True
@@ -275,7 +281,7 @@ def _adapter_bwd_weights_kernel(
         if live:
             down, outer, sum_dh, sum_dy, sum_dyz = _weights_tile(
                 dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, offs_h, channels, width,
-                stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold,
+                stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold, root,
                 down, outer, sum_dh, sum_dy, sum_dyz,
                 NEED_DOWN, NEED_UP, ACTIVATION, DROP, PRECISION, OFFSET, BLOCK_M, BLOCK_H,
             )  # fmt: skip
@@ -294,22 +300,20 @@ def _adapter_bwd_weights_kernel(
         tl.store(vectors_ptr + width + tl.arange(0, BLOCK_C), sum_dy)
         tl.store(vectors_ptr + width + BLOCK_C + tl.arange(0, BLOCK_C), sum_dyz)
     if sums_slots(parts_ptr, slot_size, counter_ptr + pid_c * (groups + 1), split, splits, tiles_h, GROUP):
-        magnitude = 1.0
-        if gamma_ptr is not None:
-            magnitude = gate_magnitude(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
         _write_gradients(
-            parts_ptr + (splits + groups).to(tl.int64) * slot_size, up_ptr, u_bias_ptr, gamma_ptr, magnitude,
+            parts_ptr + (splits + groups).to(tl.int64) * slot_size, up_ptr, u_bias_ptr, gamma_ptr, root,
             d_down_ptr, d_d_bias_ptr, d_up_ptr, d_u_bias_ptr, d_gamma_ptr, pid_c, tiles_h, channels, width,
-            stride_upc, stride_uph, stride_u_bias, stride_gamma, skip, NEED_DOWN, NEED_UP, OFFSET, BLOCK_C, BLOCK_H,
+            stride_upc, stride_uph, stride_u_bias, stride_gamma, skip,
+            z_dtype, dy_ptr.dtype.element_ty != z_dtype, NEED_DOWN, NEED_UP, OFFSET, BLOCK_C, BLOCK_H,
         )  # fmt: skip
 
 
 @triton.jit
 def _write_gradients(
-    total_ptr, up_ptr, u_bias_ptr, gamma_ptr, magnitude,
+    total_ptr, up_ptr, u_bias_ptr, gamma_ptr, root,
     d_down_ptr, d_d_bias_ptr, d_up_ptr, d_u_bias_ptr, d_gamma_ptr, pid_c, tiles_h, channels, width,
     stride_upc, stride_uph, stride_u_bias, stride_gamma, skip,
-    NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr, WIDER_DY: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_C channels, contiguous, from the slot that holds their sums."""
@@ -327,24 +331,27 @@ def _write_gradients(
         ok = ok_c[:, None] & ok_h[None, :]
         at = in_slot[:, None] * width + offs_h[None, :]
         if NEED_DOWN:
-            down = load_part(total_ptr + at, ok) * magnitude  # [BLOCK_C, BLOCK_H]
+            down = load_part(total_ptr + at, ok) * root  # [BLOCK_C, BLOCK_H]
             tl.store(
                 d_down_ptr + offs_h[None, :] * channels + offs_c[:, None], down.to(d_down_ptr.dtype.element_ty), ok
             )
             if d_d_bias_ptr is not None:
-                sum_dh = load_part(vectors_ptr + offs_h, ok_h) * magnitude
+                sum_dh = load_part(vectors_ptr + offs_h, ok_h) * root
                 tl.store(d_d_bias_ptr + offs_h, sum_dh.to(d_d_bias_ptr.dtype.element_ty), ok_h & (pid_c == 0))
         if NEED_UP:
             outer = load_part(total_ptr + BLOCK_C * width + at, ok)  # [BLOCK_C, BLOCK_H]
-            u = load_weight(up_ptr, offs_c, offs_h, stride_upc, stride_uph, ok_c, ok_h, tl.float32, OFFSET)
-            d_gamma += tl.sum(outer * u, axis=1)
+            if WIDER_DY:
+                outer = outer / root
+            u = load_weight(up_ptr, offs_c, offs_h, stride_upc, stride_uph, ok_c, ok_h, DTYPE, OFFSET)
+            d_gamma += tl.sum(outer * u.to(tl.float32), axis=1)
             d_up = (outer * gamma[:, None]).to(d_up_ptr.dtype.element_ty)
             tl.store(d_up_ptr + offs_c[:, None] * width + offs_h[None, :], d_up, ok)
     if NEED_UP:
         sum_dy = load_part(vectors_ptr + width + in_slot, ok_c)
         d_gamma += skip * load_part(vectors_ptr + width + BLOCK_C + in_slot, ok_c)
         if u_bias_ptr is not None:
-            d_gamma += sum_dy * tl.load(u_bias_ptr + offs_c * stride_u_bias, mask=ok_c, other=0.0).to(tl.float32)
+            bias = tl.load(u_bias_ptr + offs_c * stride_u_bias, mask=ok_c, other=0.0).to(DTYPE)
+            d_gamma += sum_dy * bias.to(tl.float32)
             tl.store(d_u_bias_ptr + offs_c, (gamma * sum_dy).to(d_u_bias_ptr.dtype.element_ty), mask=ok_c)
         tl.store(d_gamma_ptr + offs_c, d_gamma, mask=ok_c)
 
@@ -419,7 +426,7 @@ def adapter_residual_bwd(
     (batch, length, channels), width = dy.shape, down_weight.shape[0]
     rows = batch * length
     like = hidden if z is None else z
-    dz = rows_like(dy, channels, channels_first).to(like.dtype) if need_dz else like.new_empty(0)
+    dz = rows_like(dy, channels, channels_first, like.dtype) if need_dz else like.new_empty(0)
     # One empty tensor for all that is not needed would be outputs that alias.
     nothing = up_weight.new_empty
     d_down, d_d_bias = (_gradient(p) if need_down and p is not None else nothing(0) for p in (down_weight, down_bias))

@@ -140,27 +140,30 @@ def _adapter_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
         for width in widths:
             label = "adapter " + "x".join(map(str, shape)) + f" h{width} {str(dtype)[6:]}"
             yield label, _adapter_residual_call(shape, width, dtype)
-            yield (
-                f"{label} dropout, recompute",
-                _adapter_residual_call(shape, width, dtype, p=0.1, sample_scale=True, save=False),
-            )
+            label += " dropout, recompute, float32 residual"
+            yield label, _adapter_residual_call(shape, width, dtype, torch.float32, p=0.1, save=False)
             if full:
-                yield f"{label} weights alike", _adapter_residual_call(shape, width, dtype, weight_dtype=dtype)
-    # The corners: float32, everything of size 1, offsets beyond 32 bits, the activation with the longest derivative.
-    rows = (1, 2740, 1024)
-    yield "adapter float32", _adapter_residual_call(rows, 256, torch.float32, p=0.1, save=False)
-    yield "adapter size 1", _adapter_residual_call((1, 1, 1), 1, torch.bfloat16, p=0.6, sample_scale=True)
+                yield f"{label}, weights alike", _adapter_residual_call(shape, width, dtype, weight_dtype=dtype)
+    # The corners: float32, float16 under float32, everything of size 1, offsets beyond 32 bits, the activation with the
+    # longest derivative.
+    rows, images = (1, 2740, 1024), (32, 49, 76)
+    for shape in (rows, images):
+        yield f"adapter float32 {shape}", _adapter_residual_call(shape, 128, torch.float32, p=0.1, save=False)
+    yield "adapter float16", _adapter_residual_call(rows, 512, torch.float16, torch.float32, p=0.1)
+    yield "adapter size 1", _adapter_residual_call((1, 1, 1), 1, torch.bfloat16, p=0.6)
     yield "adapter over 2^31 elements", _adapter_residual_call((1, 1 << 21, 1024), 64, torch.bfloat16)
     yield "adapter gelu_tanh", _adapter_residual_call(rows, 256, torch.bfloat16, activation="gelu_tanh")
 
 
 def _adapter_residual_call(
-    shape, width, dtype, p=0.0, sample_scale=False, save=True, weight_dtype=torch.float32, activation="gelu"
+    shape, width, dtype, stream_dtype=None, p=0.0, save=True, weight_dtype=torch.float32, activation="gelu"
 ):
+    """With dropout also drop-path: ``p`` above 0 brings one factor per sample."""
+
     def call() -> None:
         batch, length, channels = shape
 
-        def rows():
+        def rows(dtype):
             if batch > 1:
                 return torch.empty((batch, channels, length), dtype=dtype, device="meta").transpose(1, 2)
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -170,11 +173,11 @@ def _adapter_residual_call(
 
         weights = parameter(width, channels), parameter(width), parameter(channels, width), parameter(channels)
         gamma = parameter(channels, dtype=torch.float32)
-        samples = parameter(batch, dtype=torch.float32) if sample_scale else None
+        samples = parameter(batch, dtype=torch.float32) if p > 0.0 else None
         seed = parameter(1, dtype=torch.int64) if p > 0.0 else None
-        z, dy, settings = rows(), rows(), (0.5, activation, p, batch > 1)
-        _, hidden = adapter_residual.adapter_residual_fwd(z, *weights, rows(), gamma, samples, seed, *settings, save)
-        hidden = hidden if save else None
+        z, residual, settings = rows(dtype), rows(stream_dtype or dtype), (0.5, activation, p, batch > 1)
+        _, hidden = adapter_residual.adapter_residual_fwd(z, *weights, residual, gamma, samples, seed, *settings, save)
+        dy, hidden = torch.empty_like(residual), hidden if save else None
         adapter_residual.adapter_residual_bwd(
             dy, z, *weights, gamma, samples, hidden, seed, *settings, False, True, True, True
         )

@@ -9,10 +9,10 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_rows(tile, tiles_l, length, BLOCK_M: tl.constexpr):
+def tile_rows(tile, tiles_l, length, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr):
     """(image, offsets inside it, row m of each, which exist) for one tile of rows."""
     batch = (tile // tiles_l).to(tl.int64)
-    offs_l = (tile % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_l = (tile % tiles_l).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
     return batch, offs_l, batch * length + offs_l, offs_l < length
 
 
@@ -46,14 +46,16 @@ def load_weight(
 
 @triton.jit
 def narrow_product(
-    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, stride_wj, gate_ptr, stride_gate, inverse_magnitude, channels, width,
+    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, stride_wj, gate_ptr, stride_gate, root, channels, width,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """x (gate W)  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), summed over all channels.
+    """x (gate W) / root  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), over all channels.
 
-    gate (C,), or None, multiplies the weight's rows, scaled so that none exceeds 1: float16 holds no gate of 1e-6.
+    gate (C,), or None, multiplies the weight's rows; root is that of the largest |gate|. x and gate share it, because
+    float16 holds neither a gate of 1e-6 nor, of a wider x, what a scaled loss sends back.
     """
+    WIDER: tl.constexpr = rows_ptr.dtype.element_ty != DTYPE
     offs_j = tl.arange(0, BLOCK_J)
     ok_j = offs_j < width
     acc = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
@@ -63,7 +65,10 @@ def narrow_product(
         x = load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
         w = load_weight(w_ptr, offs_c, offs_j, stride_wc, stride_wj, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
         if gate_ptr is not None:
-            gate = tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32) * inverse_magnitude
+            gate = tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32) / root
+            if WIDER:
+                x = x.to(tl.float32) * root
+                gate = gate / root
             w = (w.to(tl.float32) * gate[:, None]).to(DTYPE)
         acc = tl.dot(x.to(DTYPE), w, acc, input_precision=PRECISION)
     return acc
@@ -83,12 +88,12 @@ def copy_rows(
 
 
 @triton.jit
-def gate_magnitude(gate_ptr, stride, channels, BLOCK: tl.constexpr):
-    """The largest |gate|; 1 where all are 0."""
+def gate_root(gate_ptr, stride, channels, BLOCK: tl.constexpr):
+    """Square root of the largest |gate|; 1 where all are 0 or next to it."""
     offs = tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + offs * stride, mask=offs < channels, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(gate))
-    return tl.where(largest == 0.0, 1.0, largest)
+    return tl.sqrt(tl.where(largest < 1e-30, 1.0, largest))
 
 
 @triton.jit

@@ -46,7 +46,7 @@ _MOST_ROWS = {
     10: (_MMA_SYNC | {128: 32}, _MMA_SYNC_DROPOUT),
 }
 # Exact float32 has no matrix instruction at all.
-_MOST_ROWS_FLOAT32 = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
+_MOST_ROWS_FLOAT32 = {16: 32, 32: 32, 64: 32, 128: 32}
 
 
 def block_width(width: int) -> int:
@@ -75,7 +75,7 @@ def rows_config(
         return RowsConfig(32, 32, num_warps=4, num_stages=2)
     padded = block_width(width)
     if dtype == torch.float32:
-        most, block_c = _MOST_ROWS_FLOAT32[padded], 16
+        most, block_c = _MOST_ROWS_FLOAT32[padded] if vectorised else 16, 16
     else:
         tables = _MOST_ROWS.get(target.capability[0], (_MMA_SYNC, _MMA_SYNC_DROPOUT))
         most = tables[dropout][padded]

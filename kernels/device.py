@@ -44,7 +44,8 @@ def activation(h, KIND: tl.constexpr):
     if KIND == "identity":
         return h
     elif KIND == "relu":
-        return tl.maximum(h, 0.0)
+        # Not tl.maximum: on a GPU it makes 0 of NaN.
+        return tl.where(h < 0.0, 0.0, h)
     elif KIND == "leaky_relu":
         return tl.where(h > 0.0, h, 0.01 * h)
     elif KIND == "gelu":

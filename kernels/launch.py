@@ -117,12 +117,12 @@ def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
     return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
 
 
-def rows_like(x: torch.Tensor, width: int, channels_first: bool) -> torch.Tensor:
+def rows_like(x: torch.Tensor, width: int, channels_first: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
     batch, length, _ = x.shape
     if channels_first:
-        return x.new_empty((batch, width, length)).transpose(1, 2)
-    return x.new_empty((batch, length, width))
+        return x.new_empty((batch, width, length), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, length, width), dtype=dtype)
 
 
 def vectorised(*tensors: torch.Tensor | None) -> bool:

@@ -62,9 +62,7 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return f"it has no kernels for device type {device.type!r}"
 
 
-def choose(
-    requested: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None
-) -> str:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None) -> str:
     """The backend that serves this call; ``limits`` says for each backend that the call itself is beyond, why.
 
     Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,

@@ -217,7 +217,8 @@ def _describe_adapter_residual(module: str, operator: str, facts: dict) -> Opera
         backend=chosen,
         plan=plan,
         why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, facts["limits"])),
-        saved_bytes=m * hidden * z.element_size() if plan == "save" else 0,
+        # What autocast made of z is no input of the call, and kept too.
+        saved_bytes=m * (hidden * (plan == "save") + channels * facts["cast"]) * z.element_size(),
     )
 
 

@@ -194,7 +194,7 @@ def test_h_over_the_kernels_width(dtype, monkeypatch):
     monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
     monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
     widest = MAX_KERNEL_HIDDEN[dtype.itemsize]
-    assert widest == (256 if dtype == torch.float32 else 512)
+    assert widest == (128 if dtype == torch.float32 else 512)
     tensors = draw((5, 18), widest + 1, dtype)
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call") as caught:
         pyfused.adapter_residual(**tensors, backend="triton")
@@ -227,3 +227,17 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
     cpu = {name: value.cpu() for name, value in _arguments().items()}
     assert "TRITON_INTERPRET=1" in _refused("triton", **cpu)
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_a_residual_wider_than_the_sum_is_refused(backend):
+    z = torch.randn(3, 4)
+    weights = torch.randn(2, 4), None, torch.randn(4, 2), None
+    with pytest.raises(TypeError, match=r"residual must have dtype .*float32.*, got torch.float64"):
+        pyfused.adapter_residual(z, *weights, residual=z.double(), backend=backend)
+    y = pyfused.adapter_residual(z.double(), *_double(weights), residual=z.double())
+    assert y.dtype == torch.float64
+
+
+def _double(weights):
+    return [None if weight is None else weight.double() for weight in weights]

@@ -417,8 +417,8 @@ def test_open_clip_block():
     block.attn = wake(LoRAMultiheadAttention.from_mha(block.attn, rank=3))
     folded.attn = fold(folded.attn, block.attn)
     x, mask = torch.randn(B, L, E), torch.full((L, L), float("-inf")).triu(1)
-    torch.testing.assert_close(block(x, attn_mask=mask), folded(x, attn_mask=mask), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(block(x), folded(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x, attn_mask=mask), folded(x, attn_mask=mask), rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(block(x), folded(x), rtol=1e-4, atol=5e-5)
 
 
 class Subclass(nn.MultiheadAttention):

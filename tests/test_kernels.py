@@ -164,7 +164,7 @@ def _adapter_calls(**options):
     return [launch.kernel.__name__ for launch in launches]
 
 
-@pytest.mark.parametrize("options", [{}, {"save": False}, {"p": 0.1, "sample_scale": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"save": False}, {"p": 0.1}], ids=str)
 def test_the_adapter_takes_one_launch_forward_and_two_backward(options):
     assert _adapter_calls(**options) == [
         "_adapter_fwd_kernel",

@@ -9,7 +9,7 @@ k is one number per sample, gamma one per channel. Backward from dy, with g = k 
     G = g^T a              dU = gamma G    du = gamma sum g   dgamma = skip sum g z + rowsum(U G) + u sum g
 
 so the branch is neither stored nor computed again. Backward keeps z, and h or nothing: `choose_plan`. Rows of samples
-with k = 0 are copied: no backend computes on them, whatever z holds there.
+with k = 0 are the residual's, whatever z and dy hold there; tiles of nothing else are copied and compute nothing.
 
 The raw operators see z as (B, L, C) with any strides; row m is b * L + l, and sample_scale (S,) gives every M / S rows
 the same k. ``channels_first`` is about the memory of what is made: y, or dz.
@@ -28,7 +28,7 @@ from pyfused.ops import checks, layout, registry
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 PLANS = ("save", "recompute")
 # The widest h whose tile stays on chip, by bytes of an element; the portable backend takes any.
-MAX_KERNEL_HIDDEN = {2: 512, 4: 256}
+MAX_KERNEL_HIDDEN = {2: 512, 4: 128}
 
 
 def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
@@ -100,11 +100,13 @@ class _AdapterResidual(torch.autograd.Function):
             z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed, skip,
             activation, dropout_p, channels_first, needed and plan == "save",
         )  # fmt: skip
-        keep_z = needed and (plan == "recompute" or need_d or (need_scale and skip != 0.0))
-        ctx.save_for_backward(
-            z if keep_z else None, down_weight, down_bias, up_weight, up_bias, layer_scale, sample_scale,
-            hidden if needed and plan == "save" else None, seed,
-        )  # fmt: skip
+        keep_z = plan == "recompute" or need_d or (need_scale and skip != 0.0)
+        if needed:
+            ctx.save_for_backward(
+                z if keep_z else None, down_weight, down_bias, up_weight, up_bias, layer_scale, sample_scale,
+                hidden if plan == "save" else None, seed,
+            )  # fmt: skip
+        ctx.needed = needed
         ctx.settings = skip, activation, dropout_p, z_channels_first, residual is None
         ctx.backend = backend
         return y
@@ -113,14 +115,14 @@ class _AdapterResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         # Read once: activation checkpointing hands them out once.
-        saved = ctx.saved_tensors
-        layer_scale, z_is_residual = saved[5], ctx.settings[-1]
+        saved, z_is_residual = ctx.saved_tensors, ctx.settings[-1]
         need_z, need_d, need_d_bias, need_u, need_u_bias, need_residual, need_scale = ctx.needs_input_grad[:7]
         gradients = [None] * 6
-        if need_z or ctx.need_down or ctx.need_up:
+        if ctx.needed:
             gradients = _bwd[ctx.backend](dy, *saved, *ctx.settings, need_z, ctx.need_down, ctx.need_up)
         dz, d_down, d_down_bias, d_up, d_up_bias, d_scale = gradients
         if need_scale:
+            layer_scale = saved[5]
             d_scale = (d_scale if layer_scale.numel() > 1 else d_scale.sum()).reshape(layer_scale.shape)
             d_scale = d_scale.to(layer_scale.dtype)
         return (
@@ -160,13 +162,14 @@ def adapter_residual(
     Args:
         z: (..., C); with ``channel_dim=1`` (B, C, ...), as a 1x1 convolution sees it. float32, float16, bfloat16, and
             float64 on the portable backend. Any strides.
-        down_weight: D, (h, C); z's dtype or float32 (under autocast any floating dtype). A float32 parameter is cast to
-            z's dtype for the products; its gradient is accumulated and returned in float32. The Triton kernels take
-            h up to 512, in float32 up to 256, the portable backend any.
+        down_weight: D, (h, C); z's dtype or float32 (under autocast float32, float16 or bfloat16). A float32 parameter
+            is cast to z's dtype for the products; its gradient is accumulated and returned in float32. The Triton
+            kernels take h up to 512, in float32 up to 128, the portable backend any.
         down_bias: d, (h,) or None; dtypes as ``down_weight``.
         up_weight: U, (C, h); dtypes as ``down_weight``.
         up_bias: u, (C,) or None; dtypes as ``down_weight``.
-        residual: z's shape, any floating dtype and strides. None (the default) means z itself.
+        residual: z's shape, any strides; float32, float16 or bfloat16, with a float64 z also float64. None (the
+            default) means z itself.
         layer_scale: gamma, of any floating dtype: a tensor of one element, or (C,). It is never rounded to 16 bits.
             None (the default) means 1.
         sample_scale: (B,) for z (B, ...), any floating dtype: the drop-path factor of each sample, 0 for a dropped one,
@@ -207,7 +210,8 @@ def adapter_residual(
     checks.one_of(name, "activation", activation, ACTIVATIONS)
     checks.one_of(name, "plan", plan, ("auto", *PLANS))
     dtype = checks.autocast_dtype(z)
-    if dtype is not None and dtype != z.dtype:
+    cast = dtype is not None and dtype != z.dtype
+    if cast:
         residual = z if residual is None else residual
         z = z.to(dtype)
     hidden, channels = down_weight.shape
@@ -220,7 +224,15 @@ def adapter_residual(
     dropout_p = float(dropout_p) if training else 0.0
     if observe.observers:
         observe.notify(
-            name, backend=chosen, plan=resolved, reason=reason, limits=limits, z=z, hidden=hidden, channels=channels
+            name,
+            backend=chosen,
+            plan=resolved,
+            reason=reason,
+            limits=limits,
+            z=z,
+            hidden=hidden,
+            channels=channels,
+            cast=cast,
         )
     seed = checks.seed(name, seed, z.device) if dropout_p > 0.0 else None
     # y is laid out as the residual stream, dz as z.
@@ -258,9 +270,10 @@ def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -
         "up_weight": ((channels, hidden), "(C, h)"),
         "up_bias": ((channels,), "(C,)"),
     }
+    narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
     allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((z.dtype, torch.promote_types(z.dtype, torch.float32))))
     if checks.autocast_dtype(z) is not None:
-        allowed = checks.FLOATING
+        allowed = narrow
     for parameter, value in weights.items():
         if value is None and parameter.endswith("bias"):
             continue
@@ -275,7 +288,14 @@ def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -
             checks.same_device(name, argument, value, z.device, "z")
     if residual is not None:
         checks.shape(name, "residual", residual, tuple(z.shape), "of z")
-    if layer_scale is not None and layer_scale.shape not in ((), (1,), (channels,)):
+        # Its sum with the branch is formed in float32, or with a float64 z in float64.
+        checks.dtype(name, "residual", residual, checks.FLOATING if z.dtype == torch.float64 else narrow)
+    # Not a tuple's ``in``: sizes may be symbols, which it does not compare.
+    if (
+        layer_scale is not None
+        and layer_scale.shape != (channels,)
+        and (layer_scale.dim() > 1 or layer_scale.numel() != 1)
+    ):
         raise ValueError(
             f"{name}: layer_scale must have one element or shape (C,) = {(channels,)}, got {tuple(layer_scale.shape)}"
         )

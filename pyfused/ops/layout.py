@@ -29,12 +29,12 @@ def from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> T
     return y.reshape(x.shape[0], *x.shape[2:], y.shape[-1]).movedim(-1, 1)
 
 
-def rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:
+def rows_like(x: Tensor, width: int, channels_first: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, L, width) tensor, laid out in memory as (B, width, L) when ``channels_first``."""
     batch, length, _ = x.shape
     if channels_first:
-        return x.new_empty((batch, width, length)).transpose(1, 2)
-    return x.new_empty((batch, length, width))
+        return x.new_empty((batch, width, length), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, length, width), dtype=dtype)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 _HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
@@ -47,6 +48,12 @@ def _lazy(module: str, name: str) -> Callable:
 
 def _refuse_gradient(overload, keyset, *args, **kwargs):
     # Without this kernel torch would run the raw operator and drop the gradient without a word.
+    if forward_ad._current_level >= 0:
+        for argument, value in zip(overload._schema.arguments, args, strict=False):
+            if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise RuntimeError(
+                    f"{overload}: {argument.name} has a tangent, but there is no forward-mode derivative"
+                )
     if torch.is_grad_enabled():
         for argument, value in zip(overload._schema.arguments, args, strict=False):
             if isinstance(value, torch.Tensor) and value.requires_grad:

@@ -17,10 +17,10 @@ from pyfused.portable.activations import ACTIVATIONS
 from pyfused.portable.gemm import add_product_, matmul, sum_outer
 from pyfused.portable.philox import dropout_
 
-# Elements of z in a block; on a CPU the block and what is made of it stay in the second-level cache.
-_CPU_BLOCK, _BLOCK = 1 << 18, 1 << 26
-# Images of fewer rows than this are gathered into one block: products of so few rows are slow.
-_SHORT = 128
+# Elements of z in a block; on a CPU the block and what is made of it stay in the caches.
+_CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
+# Images of fewer rows than this are gathered into blocks of about so many elements: products of so few rows are slow.
+_SHORT, _GATHERED = 128, 1 << 17
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
@@ -141,11 +141,11 @@ def adapter_residual_bwd(
     """dz (B, L, C) in z's dtype, the parameters' gradients in theirs, dgamma (C,) wide; empty where not needed."""
     dtype = hidden.dtype if z is None else z.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    down, d_bias, up = _rounded(wide, dtype, down_weight, down_bias, up_weight)
+    down, d_bias, up, u_bias = _rounded(wide, dtype, down_weight, down_bias, up_weight, up_bias)
     gamma = None if layer_scale is None else layer_scale.to(wide)
     gated_up = up if gamma is None else up * gamma[:, None]
     channels, width = up.shape
-    dz = _rows_like(dy, channels, channels_first).to(dtype) if need_dz else dy.new_empty(0, dtype=dtype)
+    dz = _rows_like(dy, channels, channels_first, dtype) if need_dz else dy.new_empty(0, dtype=dtype)
     sums = {name: up.new_zeros((width, channels)) for name in ("down", "outer")}
     sums |= {"down_bias": up.new_zeros(width)} | {name: up.new_zeros(channels) for name in ("dy", "dy z")}
     batch, length, _ = dy.shape
@@ -159,10 +159,13 @@ def adapter_residual_bwd(
         k = block.scale(scale, batch * length)
         dead = _dead(k)
         upstream = _alive(block.of(dy), dead).to(wide)
-        rows = None if z is None else _alive(block.of(z), dead).to(wide)
-        h = matmul(rows, down, d_bias) if hidden is None else block.in_hidden(hidden).to(wide)
+        if hidden is None:
+            h = matmul(_alive(block.of(z), dead).to(wide), down, d_bias)
+        else:
+            h = block.in_hidden(hidden).to(wide)
         t = _dropped(matmul(upstream, gated_up.t()), seed, dropout_p, block.first)
         dh = ACTIVATIONS[activation][1](t, h)
+        del t
         if k is not None:
             dh = dh * k
         if need_dz:
@@ -170,6 +173,8 @@ def adapter_residual_bwd(
             out = _scaled(upstream, skip, gamma, k, block.out(dz, wide), plus)
             add_product_(out, dh, down.t())
             block.store(out, dz)
+            del out
+        rows = None if z is None else _alive(block.of(z), dead).to(wide)
         if need_down:
             sums["down_bias"].add_(dh.sum(0))
             if rows is not None:
@@ -181,24 +186,29 @@ def adapter_residual_bwd(
             sums["dy"].add_(upstream.sum(0))
             if skip != 0.0 and rows is not None:
                 sums["dy z"].add_((upstream * rows).sum(0), alpha=skip)
-    return dz, *_gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_down, need_up)
+    del gated_up
+    return dz, *_gradients(sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
 
 
-def _gradients(sums, down_weight, down_bias, up_weight, up_bias, gamma, need_down, need_up) -> tuple[Tensor, ...]:
+def _gradients(
+    sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up
+) -> tuple[Tensor, ...]:
     """dD, dd, dU, du and dgamma from the sums over rows."""
     nothing = up_weight.new_empty
     d_down = sums["down"].to(down_weight.dtype) if need_down else nothing(0)
     d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing(0)
     if not need_up:
         return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=sums["dy"].dtype)
-    outer, upstream = sums["outer"].t(), sums["dy"]
-    d_gamma = (outer * up_weight).sum(1).add_(sums["dy z"])
-    if up_bias is not None:
-        d_gamma.addcmul_(upstream, up_bias.to(upstream.dtype))
+    outer, upstream = sums["outer"], sums["dy"]
+    d_gamma = (outer * up.t()).sum(0).add_(sums["dy z"])
+    if u_bias is not None:
+        d_gamma.addcmul_(upstream, u_bias)
     if gamma is not None:
-        outer, upstream = outer * gamma[:, None], upstream * gamma
-    d_up = torch.empty_like(up_weight, memory_format=torch.contiguous_format).copy_(outer)
-    return d_down, d_down_bias, d_up, nothing(0) if up_bias is None else upstream.to(up_bias.dtype), d_gamma
+        outer.mul_(gamma)
+        upstream = upstream * gamma
+    d_up = torch.empty_like(up_weight, memory_format=torch.contiguous_format).copy_(outer.t())
+    d_up_bias = up_weight.new_empty(0) if up_bias is None else upstream.to(up_bias.dtype)
+    return d_down, d_down_bias, d_up, d_up_bias, d_gamma
 
 
 def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
@@ -221,7 +231,8 @@ def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
             image, start = divmod(first, length)
             images = 1
             if start == 0 and not (on_cpu and length >= _SHORT):
-                images = max(1, min(most // length, (end - first) // length))
+                gathered = min(most, max(16, _GATHERED // channels)) if on_cpu else most
+                images = max(1, min(gathered // length, (end - first) // length))
             stop = min(start + most, start + end - first, length)
             yield _Block(slice(image, image + images), slice(start, stop), first, live)
             first += images * (stop - start)
@@ -265,8 +276,8 @@ def _rounded(wide: torch.dtype, dtype: torch.dtype, *parameters: Tensor | None) 
     return [None if parameter is None else parameter.to(dtype).to(wide) for parameter in parameters]
 
 
-def _rows_like(x: Tensor, width: int, channels_first: bool) -> Tensor:
+def _rows_like(x: Tensor, width: int, channels_first: bool, dtype: torch.dtype | None = None) -> Tensor:
     batch, length, _ = x.shape
     if channels_first:
-        return x.new_empty((batch, width, length)).transpose(1, 2)
-    return x.new_empty((batch, length, width))
+        return x.new_empty((batch, width, length), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, length, width), dtype=dtype)
