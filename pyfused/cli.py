@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("-k", dest="select", metavar="EXPRESSION", help="only rows with these names, as pytest's -k")
     bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
     bench.add_argument(
-        "--seconds", type=_positive_seconds, default=5.0, help="how long each row is timed (default 5)"
+        "--seconds", type=_positive_seconds, default=4.0, help="how long each row is timed (default 4)"
     )  # fmt: skip
     bench.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
     for command in (check, bench):
