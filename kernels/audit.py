@@ -75,6 +75,8 @@ def _lora_linear_calls(full: bool) -> Iterator[tuple[str, object]]:
         shapes += [(1, 6304, 768, 3072), (1, 6304, 3072, 768), (1, 8192, 4096, 14336), (1, 50, 768, 768)]
         ranks, dtypes = [1, 8, 16, 32, 64, 100, 128, 256], [torch.bfloat16, torch.float16]
     for (batch, length, k, n), rank, dtype, p in itertools.product(shapes, ranks, dtypes, (0.0, 0.1)):
+        if rank == 100 and (length, full) == (2740, False):
+            continue  # the same rows as at the first shape
         for plan in ("one_launch", "shrink_expand"):
             if plan == "one_launch" and rank > lora_linear.ONE_LAUNCH_MAX_RANK:
                 continue
