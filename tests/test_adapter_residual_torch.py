@@ -391,7 +391,7 @@ def test_autocast_takes_parameters_of_other_dtypes_and_leaves_float64_alone():
     y = autocast(pyfused.adapter_residual, torch.bfloat16)(**tensors, backend="portable")
     torch.testing.assert_close(y, reference.adapter_residual(**tensors))
     tensors["z"] = tensors["z"].half()
-    with pytest.raises(TypeError, match=r"down_weight must have dtype torch\.float32 or torch\.float16 or torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"down_weight must have dtype torch\.float32 or torch\.float16"):
         autocast(pyfused.adapter_residual, torch.bfloat16)(**tensors, backend="portable")
     tensors = {name: None if value is None else value.float() for name, value in tensors.items()}
     tensors |= {"z": tensors["z"].half(), "up_weight": tensors["up_weight"].bfloat16()}
