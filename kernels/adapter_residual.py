@@ -44,6 +44,24 @@ from pyfused.kernels.launch import (
 _GROUP = 16
 
 
+@triton.jit
+def _pre_activation(
+    z_rows, stride_zc, ok_m, down_ptr, d_bias_ptr, stride_downc, stride_downh, stride_d_bias, channels, width,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """h = z D^T + d  [BLOCK_M, BLOCK_H] in float32; 0 in columns beyond the width."""
+    h = narrow_product(
+        z_rows, stride_zc, ok_m, down_ptr, stride_downc, stride_downh, None, 0, 1.0, channels, width,
+        DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+    )  # fmt: skip
+    if d_bias_ptr is not None:
+        offs_h = tl.arange(0, BLOCK_H)
+        bias = tl.load(d_bias_ptr + offs_h * stride_d_bias, mask=offs_h < width, other=0.0)
+        h += bias.to(DTYPE).to(tl.float32)[None, :]
+    return h
+
+
 @triton.jit(do_not_specialize=["tiles_l", "per_sample", "threshold"])
 def _adapter_fwd_kernel(
     z_ptr, down_ptr, d_bias_ptr, up_ptr, u_bias_ptr, r_ptr, gamma_ptr, sample_ptr, y_ptr, h_ptr, seed_ptr,
@@ -71,12 +89,10 @@ def _adapter_fwd_kernel(
         ok_z = ok_m & (k != 0.0)
         live = tl.max(ok_z.to(tl.int32)) > 0
     if live:
-        h = narrow_product(
-            z_rows, stride_zc, ok_z, down_ptr, stride_downc, stride_downh, None, 0, 1.0, channels, width,
+        h = _pre_activation(
+            z_rows, stride_zc, ok_z, down_ptr, d_bias_ptr, stride_downc, stride_downh, stride_d_bias, channels, width,
             dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
         )  # fmt: skip
-        if d_bias_ptr is not None:
-            h += tl.load(d_bias_ptr + offs_h * stride_d_bias, mask=ok_h, other=0.0).to(dtype).to(tl.float32)[None, :]
         if h_ptr is not None:
             tl.store(h_ptrs, h.to(dtype), mask=ok_m[:, None] & ok_h[None, :])
         a = activation(h, ACTIVATION)
@@ -147,13 +163,10 @@ def _adapter_bwd_rows_kernel(
         ok_h_tile = ok_live[:, None] & ok_h[None, :]
         if RECOMPUTE:
             z_rows = row_pointers(z_ptr, batch, offs_l, stride_zb, stride_zl, OFFSET)
-            h = narrow_product(
-                z_rows, stride_zc, ok_live, down_ptr, stride_downc, stride_downh, None, 0, 1.0, channels, width,
-                dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+            h = _pre_activation(
+                z_rows, stride_zc, ok_live, down_ptr, d_bias_ptr, stride_downc, stride_downh, stride_d_bias, channels,
+                width, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
             )  # fmt: skip
-            if d_bias_ptr is not None:
-                bias = tl.load(d_bias_ptr + offs_h * stride_d_bias, mask=ok_h, other=0.0)
-                h += bias.to(dtype).to(tl.float32)[None, :]
             # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
             tl.store(h_ptr + h_offs, h.to(dtype), mask=ok_h_tile)
             tl.debug_barrier()
@@ -193,19 +206,19 @@ def _adapter_bwd_rows_kernel(
     elif dz_ptr is not None:
         dz_rows = row_pointers(dz_ptr, batch, offs_l, stride_dzb, stride_dzl, OFFSET)
         # Without a residual gradient to pass on, nothing is read: dz is 0.
-        ok_read = ok_m if Z_IS_RESIDUAL else ok_m & (length < 0)
-        copy_rows(dy_rows, stride_dyc, dz_rows, stride_dzc, ok_m, ok_read, channels, OFFSET, BLOCK_C)
+        copy_rows(dy_rows, stride_dyc, dz_rows, stride_dzc, ok_m, ok_m & Z_IS_RESIDUAL, channels, OFFSET, BLOCK_C)
 
 
 @triton.jit
 def _weights_tile(
-    dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, offs_h, channels, width,
+    dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, first_h, channels, width,
     stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold, root,
     down, outer, sum_dh, sum_dy, sum_dyz,
     NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """What one tile of rows adds to every sum, to G ``root`` times that if dy is wider than z; ``k`` None means 1."""
+    offs_h = first_h + tl.arange(0, BLOCK_H)
     ok_c, ok_h = offs_c < channels, offs_h < width
     dtype = dh_ptr.dtype.element_ty
     h_offs = rows[:, None] * width + offs_h[None, :]
@@ -223,8 +236,7 @@ def _weights_tile(
         dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
         a = activation(tl.load(h_ptr + h_offs, mask=ok_h_tile, other=0.0).to(tl.float32), ACTIVATION)
         if DROP:
-            # The mask is drawn for whole columns of h: this tile starts at column offs_h[0].
-            keep = dropout_keep_mask(tl.load(seed_ptr), rows, tl.min(offs_h), threshold, BLOCK_M, BLOCK_H)
+            keep = dropout_keep_mask(tl.load(seed_ptr), rows, first_h, threshold, BLOCK_M, BLOCK_H)
             a = tl.where(keep, a * inverse_keep, 0.0)
         g = dy.to(tl.float32)
         if k is not None:
@@ -280,9 +292,9 @@ def _adapter_bwd_weights_kernel(
             live = tl.max(ok_m.to(tl.int32)) > 0
         if live:
             down, outer, sum_dh, sum_dy, sum_dyz = _weights_tile(
-                dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, offs_h, channels, width,
-                stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold, root,
-                down, outer, sum_dh, sum_dy, sum_dyz,
+                dy_ptr, z_ptr, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, pid_h * BLOCK_H, channels,
+                width, stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, inverse_keep, threshold,
+                root, down, outer, sum_dh, sum_dy, sum_dyz,
                 NEED_DOWN, NEED_UP, ACTIVATION, DROP, PRECISION, OFFSET, BLOCK_M, BLOCK_H,
             )  # fmt: skip
 
@@ -370,6 +382,7 @@ def adapter_residual_fwd(
     activation: str,
     dropout_p: float,
     channels_first: bool,
+    z_channels_first: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, C) in the residual's dtype, h (M, h) in z's; see `pyfused.ops.adapter_residual` for the contract."""
@@ -435,23 +448,21 @@ def adapter_residual_bwd(
     gradients = dz, d_down, d_d_bias, d_up, d_u_bias, d_gamma
     if rows == 0:
         return dz, *(gradient.zero_() for gradient in gradients[1:])
-    gpu, group = target(dy.device), _GROUP
-    size, kind = (
-        (batch, length, channels, width, like.dtype, gpu),
-        {"vectorised": vectorised(dy, z, dz if need_dz else None), "dropout": dropout_p > 0.0},
-    )
+    size = batch, length, channels, width, like.dtype, target(dy.device)
+    kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "dropout": dropout_p > 0.0}
     rows_cfg = rows_config(*size, weight_bytes=down_weight.itemsize, **kind)
     sums_cfg = weights_config(*size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
-    groups = triton.cdiv(splits, group)
+    groups = triton.cdiv(splits, _GROUP)
     counter = torch.empty((tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
     recompute = hidden is None
-    h, dh = (like.new_empty((rows, width)) for _ in range(2))
+    dh = like.new_empty((rows, width))
+    h = torch.empty_like(dh) if recompute else hidden
     shared = {
-        "dy_ptr": dy, "dh_ptr": dh, "h_ptr": h if recompute else hidden, "counter_ptr": counter, "up_ptr": up_weight,
+        "dy_ptr": dy, "dh_ptr": dh, "h_ptr": h, "counter_ptr": counter, "up_ptr": up_weight,
         "gamma_ptr": layer_scale, "sample_ptr": sample_scale,
         "length": length, "channels": channels, "width": width, "per_sample": _rows_per_sample(rows, sample_scale),
         **strides("dy", "blc", dy), **strides("up", "ch", up_weight),
@@ -485,7 +496,7 @@ def adapter_residual_bwd(
             d_gamma_ptr=d_gamma if need_up else None,
             tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps, splits=splits,
             **strides("z", "blc", z), **_vector_strides(u_bias=up_bias),
-            NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=group,
+            NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=_GROUP,
             BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_H=sums_cfg.block_h,
             num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -193,3 +194,23 @@ def test_sums_over_more_splits_than_one_group(monkeypatch):
     exact = gradients(reference.adapter_residual, torch.float64)
     for value, expected in zip(ours, exact, strict=True):
         assert (value - expected).norm() < 1e-5 * expected.norm()
+
+
+_RELU = """
+import torch, triton
+from pyfused.kernels import audit
+from pyfused.kernels.launch import record
+gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
+with record(gpu) as launches:
+    audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")()
+(target, source, options), _ = audit._signature(launches[0], gpu)
+print(triton.compile(source, target=target, options=options.__dict__).asm["ptx"])
+"""
+
+
+def test_relu_keeps_nan_on_a_gpu():
+    """The machine's maximum makes 0 of it; the interpreter, which would not, cannot show that."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ptx = subprocess.run([sys.executable, "-c", _RELU], capture_output=True, text=True, check=True, env=environment)
+    assert "mma" in ptx.stdout
+    assert not re.search(r"\bmax\.(?!NaN)[.\w]*f32", ptx.stdout)

@@ -6,7 +6,6 @@ so that the branch is linear in gamma and vanishes with it.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from pyfused.models.report import AdapterReport, AdapterRow
 from pyfused.modules import BottleneckAdapter, ConvLoRA, surgery
 from pyfused.modules.adapter import check_settings, drop_path_scale, kept_wide
 from pyfused.modules.lora import check_settings as check_lora_settings
-from pyfused.modules.lora import places
+from pyfused.modules.lora import places, shallow_copy
 
 try:
     from timm.layers import DropPath
@@ -82,7 +81,7 @@ class _BlockAdapter(nn.Module):
         weight = block.get_parameter("mlp.fc2.weight")
         dtype = torch.promote_types(weight.dtype, torch.float32) if adapter_dtype is None else adapter_dtype
         adapted = object.__new__(cls)
-        adapted.__dict__.update(_shallow_copy(block))
+        adapted.__dict__.update(shallow_copy(block))
         if freeze:
             adapted.requires_grad_(False)
             if freeze_batchnorm:
@@ -198,7 +197,7 @@ class ConvLoRAStage(FastVitStage):
         dtype = torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype
         lora = ConvLoRA(weight.shape[0], rank, alpha, kernel_size, weight.device, dtype)
         adapted = object.__new__(cls)
-        adapted.__dict__.update(_shallow_copy(stage))
+        adapted.__dict__.update(shallow_copy(stage))
         if freeze:
             _freeze(adapted)
         adapted.add_module("conv_lora", lora.train(stage.training))
@@ -397,10 +396,6 @@ def _check_block(caller: str, block: nn.Module, cls: type[_BlockAdapter]) -> Non
 
 
 # ---- changing
-
-
-def _shallow_copy(module: nn.Module) -> dict[str, Any]:
-    return {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
 
 
 def _freeze(model: nn.Module) -> None:

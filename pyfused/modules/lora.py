@@ -51,7 +51,8 @@ def _bar_fast_paths(module: nn.Module, args: tuple) -> None:
     its submodules and never calls them, declines as soon as one of them has a hook."""
 
 
-def _shallow_copy(module: nn.Module) -> dict:
+def shallow_copy(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` for another object: dictionaries and sets of its own, what they hold shared."""
     return {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
 
 
@@ -86,7 +87,7 @@ class LoRAModule(nn.Module):
         check_settings(caller, rank, alpha, dropout, lora_dtype)
         check_base(caller, base, cls)
         module = object.__new__(cls)
-        module.__dict__.update(_shallow_copy(base))
+        module.__dict__.update(shallow_copy(base))
         module._configure(rank, alpha, dropout, use_rslora, type(base))
         return module
 
@@ -213,7 +214,7 @@ class LoRAModule(nn.Module):
         """
         with self._held(merged=merge):
             module: nn.Module = object.__new__(self._base_class)
-            module.__dict__.update(_shallow_copy(self))
+            module.__dict__.update(shallow_copy(self))
             for name, base in self._base_weights.items():
                 # A parameter of its own: this module, when it stays merged, keeps one that never trains.
                 merged = self.get_parameter(name).detach()

@@ -12,7 +12,7 @@ so the branch is neither stored nor computed again. Backward keeps z, and h or n
 with k = 0 are the residual's, whatever z and dy hold there; tiles of nothing else are copied and compute nothing.
 
 The raw operators see z as (B, L, C) with any strides; row m is b * L + l, and sample_scale (S,) gives every M / S rows
-the same k. ``channels_first`` is about the memory of what is made: y, or dz.
+the same k. ``channels_first`` is about the memory of what is made: y, or dz; ``z_channels_first`` about z's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
 
 def _fake_fwd(
     z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed, skip, activation,
-    dropout_p, channels_first, save,
+    dropout_p, channels_first, z_channels_first, save,
 ):  # fmt: skip
     y = layout.rows_like(z if residual is None else residual, z.shape[2], channels_first)
     return y, z.new_empty((z.shape[0] * z.shape[1], down_weight.shape[0]) if save else 0)
@@ -65,13 +65,14 @@ def _fake_bwd(
     )  # fmt: skip
 
 
-# ``save`` asks for h, (M, h) before the activation; without it backward computes h from z again.
+# ``save`` asks for h before the activation, M h elements whose order in the buffer is the backend's own; without it
+# backward computes h from z again.
 _fwd = registry.define(
     "adapter_residual",
     "fwd",
     "(Tensor z, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
     "Tensor? layer_scale, Tensor? sample_scale, Tensor? seed, float skip, str activation, float dropout_p, "
-    "bool channels_first, bool save) -> (Tensor y, Tensor hidden)",
+    "bool channels_first, bool z_channels_first, bool save) -> (Tensor y, Tensor hidden)",
     _fake_fwd,
 )
 # A gradient that is not needed comes back empty; need_up asks for dU, du and dgamma, which is (C,) in float32 or wider.
@@ -98,7 +99,7 @@ class _AdapterResidual(torch.autograd.Function):
         needed = need_z or ctx.need_down or ctx.need_up
         y, hidden = _fwd[backend](
             z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed, skip,
-            activation, dropout_p, channels_first, needed and plan == "save",
+            activation, dropout_p, channels_first, z_channels_first, needed and plan == "save",
         )  # fmt: skip
         keep_z = plan == "recompute" or need_d or (need_scale and skip != 0.0)
         if needed:
@@ -239,9 +240,9 @@ def adapter_residual(
     rows, channels_first = layout.as_rows(channel_dim, *((z,) if residual is None else (z, residual)))
     scale = None if layer_scale is None else layer_scale.reshape(-1)
     differentiable = rows[0], *weights.values(), None if residual is None else rows[1], scale
-    constants = sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1]
+    constants = sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1], channels_first[0]
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        y = _AdapterResidual.apply(*differentiable, *constants, channels_first[0], resolved, chosen)
+        y = _AdapterResidual.apply(*differentiable, *constants, resolved, chosen)
     else:
         y, _ = _fwd[chosen](*differentiable, *constants, False)
     return layout.from_rows(y, z, channel_dim, channels_first[-1])

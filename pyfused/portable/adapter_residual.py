@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import add_product_, matmul, sum_outer
+from pyfused.portable.gemm import add_outer_, add_product_, product
 from pyfused.portable.philox import dropout_
 
 # Elements of z in a block; on a CPU the block and what is made of it stay in the caches.
 _CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
-# Images of fewer rows than this are gathered into blocks of about so many elements: products of so few rows are slow.
-_SHORT, _GATHERED = 128, 1 << 17
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
@@ -34,37 +32,12 @@ class _Block(NamedTuple):
     live: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """x (B, L, C) -> (rows, C), a view where it is one image."""
-        return x[self.images, self.rows].reshape(-1, x.shape[2])
+        """x (B, L, C) -> its part (images, rows, C), a view."""
+        return x[self.images, self.rows]
 
-    def in_hidden(self, hidden: Tensor) -> Tensor:
-        return hidden[self.first : self.first + self._count()]
-
-    def scale(self, sample_scale: Tensor | None, rows: int) -> Tensor | None:
-        """k of each row, (rows, 1), or (1, 1) where all rows are of one sample; ``rows``: of all samples together."""
-        if sample_scale is None:
-            return None
-        per_sample = rows // sample_scale.numel()
-        first, last = self.first // per_sample, (self.first + self._count() - 1) // per_sample
-        if first == last:
-            return sample_scale[first].view(1, 1)
-        sample = torch.arange(self.first, self.first + self._count(), device=sample_scale.device) // per_sample
-        return sample_scale[sample][:, None]
-
-    def _count(self) -> int:
-        return (self.images.stop - self.images.start) * (self.rows.stop - self.rows.start)
-
-    def out(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Where to compute this block of y in ``dtype``: y itself if it can be."""
-        view = y[self.images, self.rows]
-        if y.dtype == dtype and len(view) == 1:
-            return view[0]
-        return torch.empty((view.shape[0] * view.shape[1], y.shape[2]), dtype=dtype, device=y.device)
-
-    def store(self, out: Tensor, y: Tensor) -> None:
-        view = y[self.images, self.rows]
-        if out.data_ptr() != view.data_ptr():
-            view.copy_(out.view(view.shape))
+    def scale(self, sample_scale: Tensor | None) -> Tensor | None:
+        """k (images, 1, 1)."""
+        return None if sample_scale is None else sample_scale[self.images, None, None]
 
 
 def adapter_residual_fwd(
@@ -81,41 +54,44 @@ def adapter_residual_fwd(
     activation: str,
     dropout_p: float,
     channels_first: bool,
+    z_channels_first: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, C) in the residual's dtype, h (M, h) in z's; see `pyfused.ops.adapter_residual` for the contract."""
+    """y (B, L, C) in the residual's dtype, h in z's; see `pyfused.ops.adapter_residual` for the contract."""
     wide = torch.promote_types(z.dtype, torch.float32)
     down, d_bias, up, u_bias = _rounded(wide, z.dtype, down_weight, down_bias, up_weight, up_bias)
     gamma = None if layer_scale is None else layer_scale.to(wide)
     if gamma is not None:
         up, u_bias = up * gamma[:, None], None if u_bias is None else u_bias * gamma
-    stream = z if residual is None else residual
-    y = _rows_like(stream, z.shape[2], channels_first)
-    hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else z.new_empty(0)
-    batch, length, _ = z.shape
+    y = _rows_like(z if residual is None else residual, z.shape[2], channels_first)
+    hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else None
     scale = None if sample_scale is None else sample_scale.to(wide)
-    for block in _blocks(z, sample_scale):
+    pre = None if hidden is None else _rows_of(hidden, z, z_channels_first)
+    by_sample = _by_sample(sample_scale, z, z if residual is None else residual, y, pre)
+    for block in _blocks(by_sample[0], sample_scale):
+        x, stream, out, pre = (None if tensor is None else block.of(tensor) for tensor in by_sample)
         if not block.live:
-            y[block.images, block.rows].copy_(stream[block.images, block.rows])
-            block.in_hidden(hidden).zero_()
+            out.copy_(stream)
+            if pre is not None:
+                pre.zero_()
             continue
-        k = block.scale(scale, batch * length)
+        k = block.scale(scale)
         dead = _dead(k)
-        rows = _alive(block.of(z), dead).to(wide)
-        h = matmul(rows, down, d_bias)
-        if save:
-            block.in_hidden(hidden).copy_(h)
+        x = _alive(x, dead).to(wide)
+        h = product(x, down, z_channels_first, d_bias, out=None if pre is None else _computed(pre, wide))
+        if pre is not None:
+            _store(h, pre)
         a = _activated(h, activation, seed, dropout_p, block.first)
         if k is not None:
             a.mul_(k)
-        out = _scaled(rows, skip, gamma, k, block.out(y, wide), plus=block.of(stream))
+        total = _scaled(x, skip, gamma, k, _computed(out, wide), plus=stream)
         if u_bias is not None:
-            out.add_(u_bias) if k is None else out.addcmul_(u_bias, k)
-        add_product_(out, a, up)
+            total.add_(u_bias) if k is None else total.addcmul_(u_bias, k)
+        add_product_(total, a, up)
         if dead is not None:
-            torch.where(dead, block.of(stream).to(wide), out, out=out)
-        block.store(out, y)
-    return y, hidden
+            torch.where(dead, stream.to(wide), total, out=total)
+        _store(total, out)
+    return y, z.new_empty(0) if hidden is None else hidden
 
 
 def adapter_residual_bwd(
@@ -145,49 +121,47 @@ def adapter_residual_bwd(
     gamma = None if layer_scale is None else layer_scale.to(wide)
     gated_up = up if gamma is None else up * gamma[:, None]
     channels, width = up.shape
-    dz = _rows_like(dy, channels, channels_first, dtype) if need_dz else dy.new_empty(0, dtype=dtype)
+    dz = _rows_like(dy, channels, channels_first, dtype) if need_dz else None
+    if hidden is not None:
+        hidden = _rows_of(hidden, dy, channels_first)
     sums = {name: up.new_zeros((width, channels)) for name in ("down", "outer")}
     sums |= {"down_bias": up.new_zeros(width)} | {name: up.new_zeros(channels) for name in ("dy", "dy z")}
-    batch, length, _ = dy.shape
     scale = None if sample_scale is None else sample_scale.to(wide)
-    for block in _blocks(dy, sample_scale):
+    by_sample = _by_sample(sample_scale, dy, z, hidden, dz)
+    for block in _blocks(by_sample[0], sample_scale):
+        g, x, h, out = (None if tensor is None else block.of(tensor) for tensor in by_sample)
+        plus = g if z_is_residual else None
         if not block.live:
-            if need_dz:
-                part = dz[block.images, block.rows]
-                part.copy_(dy[block.images, block.rows]) if z_is_residual else part.zero_()
+            if out is not None:
+                out.zero_() if plus is None else out.copy_(plus)
             continue
-        k = block.scale(scale, batch * length)
+        k = block.scale(scale)
         dead = _dead(k)
-        upstream = _alive(block.of(dy), dead).to(wide)
-        if hidden is None:
-            h = matmul(_alive(block.of(z), dead).to(wide), down, d_bias)
-        else:
-            h = block.in_hidden(hidden).to(wide)
-        t = _dropped(matmul(upstream, gated_up.t()), seed, dropout_p, block.first)
+        g = _alive(g, dead).to(wide)
+        x = None if x is None else _alive(x, dead).to(wide)
+        h = product(x, down, channels_first, d_bias) if h is None else h.to(wide)
+        t = _dropped(product(g, gated_up.t(), channels_first), seed, dropout_p, block.first)
+        if k is not None:
+            t.mul_(k)
         dh = ACTIVATIONS[activation][1](t, h)
         del t
-        if k is not None:
-            dh = dh * k
-        if need_dz:
-            plus = block.of(dy) if z_is_residual else None
-            out = _scaled(upstream, skip, gamma, k, block.out(dz, wide), plus)
-            add_product_(out, dh, down.t())
-            block.store(out, dz)
-            del out
-        rows = None if z is None else _alive(block.of(z), dead).to(wide)
+        if out is not None:
+            total = _scaled(g, skip, gamma, k, _computed(out, wide), plus)
+            add_product_(total, dh, down.t())
+            _store(total, out)
         if need_down:
-            sums["down_bias"].add_(dh.sum(0))
-            if rows is not None:
-                sum_outer(dh, rows, sums["down"])
+            sums["down_bias"].add_(dh.sum((0, 1)))
+            if x is not None:
+                add_outer_(sums["down"], dh, x)
         if need_up:
-            if k is not None:
-                upstream = upstream * k
-            sum_outer(_activated(h, activation, seed, dropout_p, block.first), upstream, sums["outer"])
-            sums["dy"].add_(upstream.sum(0))
-            if skip != 0.0 and rows is not None:
-                sums["dy z"].add_((upstream * rows).sum(0), alpha=skip)
+            a = _activated(h, activation, seed, dropout_p, block.first)
+            add_outer_(sums["outer"], a if k is None else a.mul_(k), g)
+            sums["dy"].add_(_sum_rows(g, k))
+            if skip != 0.0 and x is not None:
+                sums["dy z"].add_(_sum_rows(g * x, k), alpha=skip)
     del gated_up
-    return dz, *_gradients(sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
+    parameters = _gradients(sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
+    return dy.new_empty(0, dtype=dtype) if dz is None else dz, *parameters
 
 
 def _gradients(
@@ -199,43 +173,57 @@ def _gradients(
     d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing(0)
     if not need_up:
         return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=sums["dy"].dtype)
-    outer, upstream = sums["outer"], sums["dy"]
-    d_gamma = (outer * up.t()).sum(0).add_(sums["dy z"])
+    upstream = sums["dy"]
+    d_up = torch.empty_like(up, memory_format=torch.contiguous_format).copy_(sums.pop("outer").t())
+    d_gamma = (d_up * up).sum(1).add_(sums["dy z"])
     if u_bias is not None:
         d_gamma.addcmul_(upstream, u_bias)
     if gamma is not None:
-        outer.mul_(gamma)
+        d_up.mul_(gamma[:, None])
         upstream = upstream * gamma
-    d_up = torch.empty_like(up_weight, memory_format=torch.contiguous_format).copy_(outer.t())
-    d_up_bias = up_weight.new_empty(0) if up_bias is None else upstream.to(up_bias.dtype)
-    return d_down, d_down_bias, d_up, d_up_bias, d_gamma
+    d_up_bias = nothing(0) if up_bias is None else upstream.to(up_bias.dtype)
+    return d_down, d_down_bias, d_up.to(up_weight.dtype), d_up_bias, d_gamma
 
 
-def _blocks(z: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
-    """Blocks that cover all rows.
+def _rows_of(hidden: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """The buffer (M, h) as (B, L, h), which lies in memory as x (B, L, C) does."""
+    batch, length, _ = x.shape
+    if channels_first:
+        return hidden.view(batch, hidden.shape[1], length).transpose(1, 2)
+    return hidden.view(batch, length, hidden.shape[1])
+
+
+def _by_sample(sample_scale: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    """(1, M, C) as (S, M / S, C), so that every image has one k; views."""
+
+    def split(x: Tensor | None) -> Tensor | None:
+        if x is None or len(x) != 1 or sample_scale is None:
+            return x
+        samples = len(sample_scale)
+        return x[0].unflatten(0, (samples, x.shape[1] // max(1, samples)))
+
+    return [split(tensor) for tensor in tensors]
+
+
+def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
+    """Blocks that cover all rows of (B, L, C).
 
     Dropped samples are told apart on a CPU alone: elsewhere that would wait for the device.
     """
-    batch, length, channels = z.shape
-    rows = batch * length
-    runs = [(rows, True)]
-    if sample_scale is not None and z.device.type == "cpu" and rows >= _SKIPPED_ROWS * len(sample_scale) > 0:
-        groups = itertools.groupby((sample_scale != 0).tolist())
-        runs = [(rows // len(sample_scale) * len(list(group)), live) for live, group in groups]
-    on_cpu = z.device.type == "cpu"
-    most = max(16, (_CPU_BLOCK if on_cpu else _BLOCK) // channels)
-    first = 0
+    batch, length, channels = x.shape
+    if x.numel() == 0:
+        return
+    runs = [(batch, True)]
+    if sample_scale is not None and x.device.type == "cpu" and length >= _SKIPPED_ROWS:
+        runs = [(len(list(run)), live) for live, run in itertools.groupby((sample_scale != 0).tolist())]
+    most = max(16, (_CPU_BLOCK if x.device.type == "cpu" else _BLOCK) // channels)
+    image = 0
     for count, live in runs:
-        end = first + count
-        while first < end:
-            image, start = divmod(first, length)
-            images = 1
-            if start == 0 and not (on_cpu and length >= _SHORT):
-                gathered = min(most, max(16, _GATHERED // channels)) if on_cpu else most
-                images = max(1, min(gathered // length, (end - first) // length))
-            stop = min(start + most, start + end - first, length)
-            yield _Block(slice(image, image + images), slice(start, stop), first, live)
-            first += images * (stop - start)
+        end, together = image + count, max(1, most // length)
+        for first, start in itertools.product(range(image, end, together), range(0, length, most)):
+            images = slice(first, min(first + together, end))
+            yield _Block(images, slice(start, min(start + most, length)), first * length + start, live)
+        image = end
 
 
 def _dead(k: Tensor | None) -> Tensor | None:
@@ -255,7 +243,23 @@ def _activated(h: Tensor, activation: str, seed: Tensor | None, p: float, first_
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor:
-    return x if p == 0.0 else dropout_(x, seed, p, first_row)
+    """drop(x), in place unless x's memory runs by channels."""
+    return x if p == 0.0 else dropout_(x.reshape(-1, x.shape[2]), seed, p, first_row).view(x.shape)
+
+
+def _sum_rows(x: Tensor, k: Tensor | None) -> Tensor:
+    """sum over rows of k x: (images, rows, C) -> (C,)."""
+    return x.sum((0, 1)) if k is None else k[:, 0, 0] @ x.sum(1)
+
+
+def _computed(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to compute ``out`` in ``dtype``: itself if it can be."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
+def _store(total: Tensor, out: Tensor) -> None:
+    if total is not out:
+        out.copy_(total)
 
 
 def _scaled(x: Tensor, skip: float, gamma: Tensor | None, k: Tensor | None, out: Tensor, plus: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,6 +34,10 @@ def _find_onednn() -> torch._ops.OpOverload | None:
 _onednn = _find_onednn()
 # Rows handled at a time where a float32 copy of a 16-bit activation is needed.
 _ROWS = 1024
+# Up to this K a product added to y costs little more than the pass over y, and oneDNN's would need a second one.
+_NARROW = 32
+# Images of fewer rows than this are gathered for a sum over rows: products of so few rows are slow.
+_SHORT = 32
 
 
 def _takes_onednn(x: Tensor) -> bool:
@@ -55,57 +58,88 @@ def _dense(matrix: Tensor) -> Tensor:
     return torch.empty(matrix.shape, dtype=matrix.dtype).copy_(matrix)
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (M, K), (N, K), (N,) of any strides -> (M, N)."""
-    if _takes_onednn(x):
-        return _onednn(_dense(x), _dense(weight), None if bias is None else bias.contiguous(), "none", [], "")
-    return F.linear(x, weight, bias)
+    return _onednn(_dense(x), _dense(weight), None if bias is None else bias.contiguous(), "none", [], "")
 
 
-def add_product_(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """y += x W^T, in place: (M, N), (M, K), (N, K)."""
-    if _takes_onednn(x):
-        y.add_(matmul(x, weight))
-    else:
-        y.addmm_(x, weight.t())
+def _runs_by_channels(x: Tensor) -> bool:
+    """Whether the memory of x (B, L, C) runs (B, C, L)."""
+    return x.stride(2) != 1 and x.stride(1) == 1
 
 
-def sum_outer(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
-    """left^T right: (M, I), (M, J) -> (I, J); added to ``total`` where that is given."""
-    if not _takes_onednn(left):
-        return left.t().mm(right) if total is None else total.addmm_(left.t(), right)
-    # oneDNN is several times faster with the narrow matrix on the left.
-    wide = left.shape[1] > right.shape[1]
-    outer = matmul(right.t(), left.t()).t() if wide else matmul(left.t(), right.t())
-    return outer.contiguous() if total is None else total.add_(outer)
+def _images(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.expand(x.shape[0], *weight.shape)
 
 
-def product(x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), which lies in memory as (B, N, L) when ``channels_first``."""
+def product(
+    x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), which lies in memory as (B, N, L) when ``channels_first``.
+
+    ``out``, where given, lies so and receives it.
+    """
+    if out is None:
+        batch, length, width = *x.shape[:2], weight.shape[0]
+        out = x.new_empty((batch, width, length)).transpose(1, 2) if channels_first else (
+            x.new_empty((batch, length, width))
+        )  # fmt: skip
     if not channels_first:
-        y = matmul(x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:2], weight.shape[0])
-    if _takes_onednn(x):
-        y = x.new_empty((x.shape[0], weight.shape[0], x.shape[1]))
-        for image, out in zip(x, y, strict=True):
-            out.copy_(matmul(weight, image)) if bias is None else torch.add(
-                matmul(weight, image), bias[:, None], out=out
-            )
-        return y.transpose(1, 2)
-    batched = weight.expand(x.shape[0], *weight.shape)
-    if bias is None:
-        return torch.bmm(batched, x.transpose(1, 2)).transpose(1, 2)
-    return torch.baddbmm(bias[:, None], batched, x.transpose(1, 2)).transpose(1, 2)
+        rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+        if _takes_onednn(x):
+            flat.copy_(_by_onednn(rows, weight, bias))
+        elif bias is None:
+            torch.mm(rows, weight.t(), out=flat)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=flat)
+    elif _takes_onednn(x):
+        for image, part in zip(x, out.transpose(1, 2), strict=True):
+            part.copy_(_by_onednn(weight, image))
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None:
+        torch.bmm(_images(weight, x), x.transpose(1, 2), out=out.transpose(1, 2))
+    else:
+        torch.baddbmm(bias[:, None], _images(weight, x), x.transpose(1, 2), out=out.transpose(1, 2))
+    return out
+
+
+def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> None:
+    """y += alpha x W^T, in place: (B, L, N), (B, L, K), (N, K)."""
+    by_channels = _runs_by_channels(y)
+    if _takes_onednn(x) and weight.shape[1] > _NARROW:
+        y.add_(product(x, weight, by_channels), alpha=alpha)
+    elif by_channels:
+        y.transpose(1, 2).baddbmm_(_images(weight, x), x.transpose(1, 2), alpha=alpha)
+    else:
+        y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.t(), alpha=alpha)
+
+
+def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
+    by_channels = _runs_by_channels(left) or _runs_by_channels(right)
+    if not by_channels or left.shape[1] < _SHORT:
+        left, right = left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
+    for a, b in zip(left, right, strict=True):
+        if not _takes_onednn(a):
+            total.addmm_(a.t(), b)
+        # oneDNN is several times faster with the narrow matrix on the left.
+        elif a.shape[1] > b.shape[1]:
+            total.add_(_by_onednn(b.t(), a.t()).t())
+        else:
+            total.add_(_by_onednn(a.t(), b.t()))
 
 
 def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
-    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-    if left.dtype == dtype:
-        return sum_outer(left, right)
-    if left.is_cuda:
+    if left.is_cuda and left.dtype != dtype:
+        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
         return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
-    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
+    total = left.new_zeros((left.shape[2], right.shape[2]), dtype=dtype)
+    if left.dtype == dtype:
+        add_outer_(total, left, right)
+        return total
+    left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
         total.addmm_(a.to(dtype).t(), b.to(dtype))
     return total

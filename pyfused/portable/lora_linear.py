@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyfused.portable.gemm import product, sum_over_rows
+from pyfused.portable.gemm import add_product_, product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 # Frozen weights in the dtype that autocast asked for: weight -> {part of it: ((version, address), cast copy)}.
@@ -31,7 +31,7 @@ def lora_linear_fwd(
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     p = product(_dropped(x, seed, dropout_p), lora_a, channels_first)
     y = product(x, weight, channels_first, bias)
-    _add_product_(y, p, lora_b, scaling, channels_first)
+    add_product_(y, p, lora_b, scaling)
     return y, p.reshape(-1, lora_a.shape[0]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
 
 
@@ -63,20 +63,12 @@ def lora_linear_bwd(
             dropout_(low_rank.view(-1, a.shape[1]), seed, dropout_p)
             dx.add_(low_rank)
         else:
-            _add_product_(dx, q, a.t(), 1.0, channels_first)
+            add_product_(dx, q, a.t())
     if need_da:
         da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
         db = sum_over_rows(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
     return dx, da, db
-
-
-def _add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float, channels_first: bool) -> None:
-    """y += alpha x W^T, with one rounding and no temporary."""
-    if channels_first:
-        y.transpose(1, 2).baddbmm_(weight.expand(x.shape[0], *weight.shape), x.transpose(1, 2), alpha=alpha)
-    else:
-        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=alpha)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
