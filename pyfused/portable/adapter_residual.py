@@ -17,8 +17,8 @@ from pyfused.portable.activations import ACTIVATIONS
 from pyfused.portable.gemm import add_outer_, add_product_, product
 from pyfused.portable.philox import dropout_
 
-# Elements of z in a block; on a CPU the block and what is made of it stay in the caches.
-_CPU_BLOCK, _BLOCK = 1 << 20, 1 << 26
+# Elements of z in a block: products want many rows, copies in float32 of what comes in 16 bits want few.
+_CPU_BLOCK, _CPU_WIDENED, _BLOCK = 1 << 22, 1 << 20, 1 << 26
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
@@ -156,9 +156,13 @@ def adapter_residual_bwd(
         if need_up:
             a = _activated(h, activation, seed, dropout_p, block.first)
             add_outer_(sums["outer"], a if k is None else a.mul_(k), g)
-            sums["dy"].add_(_sum_rows(g, k))
+            g = g if k is None else g * k
             if skip != 0.0 and x is not None:
-                sums["dy z"].add_(_sum_rows(g * x, k), alpha=skip)
+                dot, total = _sum_rows_with(g, x)
+                sums["dy z"].add_(dot, alpha=skip)
+                sums["dy"].add_(total)
+            elif u_bias is not None:
+                sums["dy"].add_(g.sum((0, 1)))
     del gated_up
     parameters = _gradients(sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
     return dy.new_empty(0, dtype=dtype) if dz is None else dz, *parameters
@@ -216,7 +220,8 @@ def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
     runs = [(batch, True)]
     if sample_scale is not None and x.device.type == "cpu" and length >= _SKIPPED_ROWS:
         runs = [(len(list(run)), live) for live, run in itertools.groupby((sample_scale != 0).tolist())]
-    most = max(16, (_CPU_BLOCK if x.device.type == "cpu" else _BLOCK) // channels)
+    block = _BLOCK if x.device.type != "cpu" else _CPU_BLOCK if x.dtype.itemsize >= 4 else _CPU_WIDENED
+    most = max(16, block // channels)
     image = 0
     for count, live in runs:
         end, together = image + count, max(1, most // length)
@@ -247,9 +252,23 @@ def _dropped(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor
     return x if p == 0.0 else dropout_(x.reshape(-1, x.shape[2]), seed, p, first_row).view(x.shape)
 
 
-def _sum_rows(x: Tensor, k: Tensor | None) -> Tensor:
-    """sum over rows of k x: (images, rows, C) -> (C,)."""
-    return x.sum((0, 1)) if k is None else k[:, 0, 0] @ x.sum(1)
+def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """sum over rows of g x and of g: (images, rows, C) -> (C,), (C,).
+
+    In one pass where it can be: they are the gradients of batch normalisation with mean 0 and variance 1, of its weight
+    and bias. torch's returns wrong sums where its two tensors do not lie alike.
+    """
+    images = [tensor.transpose(1, 2)[..., None] for tensor in (g, x)]
+    alike = images[0].stride() == images[1].stride()
+    if not alike or not any(
+        images[0].is_contiguous(memory_format=order) for order in (torch.contiguous_format, torch.channels_last)
+    ):
+        return (g * x).sum((0, 1)), g.sum((0, 1))
+    zero, one = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        *images, one, zero, one, None, None, False, 0.0, [False, True, True]
+    )
+    return dot, total
 
 
 def _computed(out: Tensor, dtype: torch.dtype) -> Tensor:
