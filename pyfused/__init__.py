@@ -7,7 +7,7 @@ from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, r
 from pyfused.modules import BottleneckAdapter, ConvLoRA, LoRAConv2d, LoRALinear, LoRAMultiheadAttention
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.report import LoRAReport
-from pyfused.ops import adapter_residual, lora_linear
+from pyfused.ops import adapter_residual, cross_attention_residual, lora_linear, projection_residual
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "adapter_residual",
     "available_backends",
+    "cross_attention_residual",
     "diagnostics",
     "explain",
     "inject_lora",
@@ -29,5 +30,6 @@ __all__ = [
     "lora_linear",
     "lora_state_dict",
     "models",
+    "projection_residual",
     "remove_lora",
 ]

@@ -222,9 +222,57 @@ def _describe_adapter_residual(module: str, operator: str, facts: dict) -> Opera
     )
 
 
+def _describe_cross_attention_residual(module: str, operator: str, facts: dict) -> OperatorCall:
+    x, dtype, chosen, plan = (facts[name] for name in ("x", "dtype", "backend", "plan"))
+    heads, tokens, width = (facts[name] for name in ("heads", "tokens", "head_dim"))
+    (batch, length, channels), inner = x.shape, heads * width
+    m, contexts = batch * length, facts["context_batch"]
+    if plan == "standard":
+        # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
+        kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
+        saved = kept * dtype.itemsize + m * heads * torch.float32.itemsize
+    else:
+        # E, c and F are inputs of the call's core, not of the call.
+        saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + torch.float32.itemsize)
+        saved += m * heads * tokens * dtype.itemsize * (plan == "absorbed")
+    return OperatorCall(
+        module=module,
+        operator=operator,
+        shapes=(("M", m), ("C", channels), ("H", heads), ("d", width), ("T", tokens)),
+        dtype=dtype,
+        device=x.device,
+        backend=chosen,
+        plan=plan,
+        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, facts["limits"])),
+        saved_bytes=saved,
+    )
+
+
+def _describe_projection_residual(module: str, operator: str, facts: dict) -> OperatorCall:
+    o, weight, chosen = facts["o"], facts["weight"], facts["backend"]
+    channels, width = weight.shape
+    m = o.numel() // width
+    return OperatorCall(
+        module=module,
+        operator=operator,
+        shapes=(("M", m), ("K", width), ("C", channels)),
+        dtype=o.dtype,
+        device=o.device,
+        backend=chosen,
+        plan="save" if facts["keeps"] else "-",
+        why=(
+            "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
+            *_not_taken(chosen, o.device, o.dtype, facts["limits"]),
+        ),
+        saved_bytes=m * channels * o.element_size() * facts["keeps"],
+    )
+
+
 _DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {
     "adapter_residual": _describe_adapter_residual,
+    "cross_attention_residual": _describe_cross_attention_residual,
     "lora_linear": _describe_lora_linear,
+    "projection_residual": _describe_projection_residual,
 }
 
 

@@ -115,6 +115,23 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> No
         y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.t(), alpha=alpha)
 
 
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """left right: (B, M, K), (B or 1, K, N) -> (B, M, N)."""
+    if not _takes_onednn(left):
+        return torch.bmm(left, right.expand(len(left), *right.shape[1:]))
+    y = left.new_empty((*left.shape[:2], right.shape[2]))
+    for x, matrix, part in zip(left, right.expand(len(left), *right.shape[1:]), y, strict=True):
+        part.copy_(_by_onednn(x, matrix.t()))
+    return y
+
+
+def baddbmm(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y + left right: (B, M, N), (B, M, K), (B or 1, K, N) -> (B, M, N), y untouched."""
+    if _takes_onednn(left) and left.shape[2] > _NARROW:
+        return bmm(left, right).add_(y)
+    return torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]))
+
+
 def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
     by_channels = _runs_by_channels(left) or _runs_by_channels(right)

@@ -29,12 +29,14 @@ def dropout_(x: Tensor, seed: Tensor, p: float, first_row: int = 0) -> Tensor:
     step = max(1, _BLOCK // quads)
     for start in range(0, rows, step):
         block = x[start : start + step]
-        keep = _keep_mask(seed, first_row + start, block.shape[0], columns, quads, p)
+        keep = keep_mask(seed, first_row + start, block.shape[0], columns, p)
         block.mul_(keep).mul_(1.0 / (1.0 - p))
     return x
 
 
-def _keep_mask(seed: Tensor, first_row: int, rows: int, columns: int, quads: int, p: float) -> Tensor:
+def keep_mask(seed: Tensor, first_row: int, rows: int, columns: int, p: float) -> Tensor:
+    """Rows ``first_row`` and following of the mask, bool (rows, columns)."""
+    quads = -(-columns // 4)
     row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     words = torch.empty((4, rows, quads), dtype=torch.int64, device=seed.device)

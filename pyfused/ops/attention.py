@@ -1,0 +1,187 @@
+"""Attention by torch itself: projections, and what of them depends on the context alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyfused.ops import checks
+
+PROJECTIONS = ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "out_weight", "out_bias")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of one attention, weights and biases as torch's linear layers hold them.
+
+    Attributes:
+        q_weight: (H d, C).
+        k_weight, v_weight: (H d, Cc).
+        out_weight: (C, H d).
+        q_bias, k_bias, v_bias: (H d,) or None.
+        out_bias: (C,) or None.
+        num_heads: H.
+    """
+
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    num_heads: int
+
+    def to(self, dtype: torch.dtype) -> Projections:
+        changes: dict[str, Any] = {}
+        for name in PROJECTIONS:
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else tensor.to(dtype)
+        return replace(self, **changes)
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_weight.shape[0] // self.num_heads
+
+    def heads(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, T, ...) -> (B, T, H, d)."""
+        return F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
+
+
+@dataclass(frozen=True)
+class PreparedContext:
+    """A context as one plan reads it.
+
+    Attributes:
+        plan: the plan.
+        keys: E (B or 1, H, T, C), or K (B or 1, T, H, d) in plan "standard".
+        values: F, or V; shapes as the keys'.
+        logits: c (B or 1, H, T), -inf where a key is masked, or None; plan "standard" has none.
+        mask: of the keys, (B or 1, T), in plan "standard"; elsewhere c has it.
+        reason: why this plan.
+    """
+
+    plan: str
+    keys: Tensor
+    values: Tensor
+    logits: Tensor | None
+    mask: Tensor | None
+    reason: str
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.keys.shape[1 if self.plan == "standard" else 2]
+
+
+def prepare_context(
+    context: Tensor, projections: Projections, mask: Tensor | None, normalize: bool, plan: str, reason: str
+) -> PreparedContext:
+    """What depends on the context alone; projections in its dtype."""
+    if normalize:
+        context = F.normalize(context, dim=-1, eps=1e-12)
+    k = projections.heads(context, projections.k_weight, projections.k_bias)
+    v = projections.heads(context, projections.v_weight, projections.v_bias)
+    batch, tokens, heads, width = k.shape
+    if plan == "standard":
+        return PreparedContext(plan, k, v, None, mask, reason)
+    k = k * width**-0.5
+
+    def absorbed(per_head: Tensor, weight: Tensor) -> Tensor:
+        """(B, T, H, d) times (H, d, C) -> (B, H, T, C)."""
+        rows = per_head.permute(2, 0, 1, 3).flatten(1, 2) @ weight
+        return rows.unflatten(1, (batch, tokens)).transpose(0, 1)
+
+    e = absorbed(k, projections.q_weight.unflatten(0, (heads, width)))
+    f = absorbed(v, projections.out_weight.unflatten(1, (heads, width)).permute(1, 2, 0))
+    c = None
+    if projections.q_bias is not None:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        c = (k.to(wide) * projections.q_bias.to(wide).unflatten(0, (heads, width))).sum(-1).transpose(1, 2)
+    if mask is not None:
+        logits = e.new_zeros((batch, heads, tokens), dtype=torch.float32) if c is None else c
+        c = torch.where(mask[:, None], -torch.inf, logits)
+    return PreparedContext(plan, e, f, c, None, reason)
+
+
+def attend_standard(x: Tensor, prepared: PreparedContext, projections: Projections, dropout_p: float) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, (B, L, H d)."""
+    q = projections.heads(x, projections.q_weight, projections.q_bias).transpose(1, 2)
+    k, v = (tensor.transpose(1, 2).expand(len(x), -1, -1, -1) for tensor in (prepared.keys, prepared.values))
+    if prepared.mask is None:
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    else:
+        # A row without any key would be 0 / 0: it may look at all of them, and what it sees is dropped.
+        dead = prepared.mask.all(-1, keepdim=True)
+        allowed = (~prepared.mask | dead)[:, None, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout_p)
+        attended = attended.masked_fill(dead[:, None, None], 0.0)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def check_projections(name: str, projections: Projections) -> None:
+    """Shapes and devices of the eight tensors among themselves."""
+    for argument in PROJECTIONS:
+        tensor = getattr(projections, argument)
+        if tensor is None and argument.endswith("bias"):
+            continue
+        checks.tensor(name, argument, tensor)
+        checks.dtype(name, argument, tensor, checks.FLOATING)
+        checks.same_device(name, argument, tensor, projections.q_weight.device, "q_weight")
+    heads = projections.num_heads
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f"{name}: num_heads must be an int, got {type(heads).__name__}")
+    q_weight, k_weight = projections.q_weight, projections.k_weight
+    for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+            letters = "(H d, C)" if argument == "q_weight" else "(H d, Cc)"
+            raise ValueError(f"{name}: {argument} must have shape {letters}, got {tuple(weight.shape)}")
+    inner, channels = q_weight.shape
+    if heads < 1 or inner % heads:
+        raise ValueError(f"{name}: num_heads must divide H d = {inner}, the rows of q_weight, got num_heads = {heads}")
+    width = k_weight.shape[1]
+    checks.shape(name, "k_weight", k_weight, (inner, width), "(H d, Cc), H d as in q_weight,")
+    checks.shape(name, "v_weight", projections.v_weight, (inner, width), "(H d, Cc), as in q_weight and k_weight,")
+    checks.shape(name, "out_weight", projections.out_weight, (channels, inner), "(C, H d), as in q_weight,")
+    for argument, size, letters in (
+        ("q_bias", inner, "(H d,)"), ("k_bias", inner, "(H d,)"), ("v_bias", inner, "(H d,)"),
+        ("out_bias", channels, "(C,)"),
+    ):  # fmt: skip
+        bias = getattr(projections, argument)
+        if bias is not None:
+            checks.shape(name, argument, bias, (size,), letters)
+
+
+def check_context(name: str, context: Tensor, mask: Tensor | None, projections: Projections, x: Tensor | None) -> None:
+    """The context and its mask against the projections, and against x where that is known."""
+    checks.tensor(name, "context", context)
+    width = projections.k_weight.shape[1]
+    if context.dim() != 3 or context.shape[1] < 1 or context.shape[2] != width:
+        raise ValueError(
+            f"{name}: context must have shape (B or 1, T, Cc) with T >= 1 and k_weight's Cc = {width}, "
+            f"got {tuple(context.shape)}"
+        )
+    if x is not None:
+        narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
+        checks.dtype(name, "context", context, (x.dtype,) if checks.autocast_dtype(x) is None else narrow)
+        checks.same_device(name, "context", context, x.device)
+        if context.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{name}: context must have x's batch B = {x.shape[0]} or 1, got {context.shape[0]}")
+    if mask is None:
+        return
+    checks.tensor(name, "key_padding_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: key_padding_mask must have dtype torch.bool, got {mask.dtype}")
+    checks.same_device(name, "key_padding_mask", mask, context.device, "context")
+    tokens = context.shape[1]
+    batches = (1, context.shape[0] if x is None else x.shape[0])
+    if mask.dim() != 2 or mask.shape[0] not in batches or mask.shape[1] != tokens:
+        raise ValueError(
+            f"{name}: key_padding_mask must have shape (B or 1, T) = ({batches[1]} or 1, {tokens}), "
+            f"got {tuple(mask.shape)}"
+        )

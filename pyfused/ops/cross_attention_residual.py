@@ -1,0 +1,361 @@
+"""``cross_attention_residual``: contract, autograd, plans and public function.
+
+    y = x + w match(CrossAttention(x, context))        match(c) = c |x| / (|c| + eps), or c
+
+Plan ``standard`` projects, attends with torch's `scaled_dot_product_attention`, and leaves the output projection and
+what follows to `pyfused.projection_residual`. Plan ``absorbed`` moves the query projection onto the keys and the output
+projection onto the values, head by head, which autograd differentiates,
+
+    E[h, t] = k[h, t] W_q[h] / sqrt(d)      c[h, t] = k[h, t] . b_q[h] / sqrt(d)      F[h, t] = W_o[h] v[h, t]
+
+so that rows meet H T columns instead of twice the inner width. Its core is a raw operator: with J = H T,
+
+    p = softmax over T of (x E^T + c)       a = drop(p)       y = x + w rho (a F + b_o)
+
+rho = |x| / (|c| + eps), where |c|^2 = a K a^T + 2 a f + |b_o|^2 with K = F F^T and f = F b_o; without norm matching
+rho = 1 and kappa below is 0. Backward from dy, with g = w dy:
+
+    da = rho g F^T - kappa (a K + f)        kappa = (a . g F^T + g . b_o) |x| / (|c| (|c| + eps)^2)
+    ds = p (dp - sum over T of p dp)        dx = dy + ds E + (a . g F^T + g . b_o) / (|c| + eps) x / |x|
+    dE = ds^T x     dc = sum ds             G = (rho a)^T dy        dF = w G - (kappa a)^T (a F + b_o)
+    db_o = w sum rho dy - (sum kappa a) F - (sum kappa) b_o         dw = rowsum(F G) + b_o sum rho dy, per channel
+
+and 1 / |c| is 0 at c = 0, 1 / |x| at x = 0. Backward keeps x, and p or nothing.
+
+The raw operators see x (B, L, C) with any strides, row m = b L + l; E and F (B or 1, H, T, C), c (B or 1, H, T) with
+-inf where a key is masked: a head with no key left attends to nothing, a = 0. x may be wider than E and F, whose dtype
+the products have. Dropout's mask has row m and column h T' + t, T' the power of two from T on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfused import backend as backends
+from pyfused import observe
+from pyfused.ops import checks, layout, registry
+from pyfused.ops.attention import (
+    PROJECTIONS,
+    PreparedContext,
+    Projections,
+    attend_standard,
+    check_context,
+    check_projections,
+    prepare_context,
+)
+from pyfused.ops.projection_residual import PROJECTION_LIMITS, check_eps, check_gate, keeps_projection, project_residual
+
+_NAME = "cross_attention_residual"
+PLANS = ("absorbed", "absorbed_recompute", "standard")
+# The most columns, H and T each padded to a power of two, that stay on chip, by bytes of an element; the portable
+# backend takes any.
+MAX_KERNEL_COLUMNS = {2: 256, 4: 128}
+
+
+# Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
+# (NOTES.md), a guess elsewhere.
+ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
+CORE_LIMITS = {"triton": f"{_NAME}: plan 'absorbed' has no kernel yet"}
+
+
+def padded_columns(heads: int, tokens: int) -> int:
+    """H and T each padded to a power of two, multiplied."""
+    return (1 << (heads - 1).bit_length()) * (1 << (tokens - 1).bit_length())
+
+
+def choose_plan(
+    rows: int | None,
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    channels: int,
+    norm_match: bool,
+    dtype: torch.dtype,
+    device_type: str,
+) -> tuple[str, str]:
+    """(plan, reason) by what a context costs in multiplications, forward; backward costs in the same proportion,
+    whichever tensors want gradients.
+
+    Args:
+        rows: of x for each context, B L / (the context's batch); None where the context is prepared beforehand.
+        norm_match: |c|^2 costs two products of the columns with each other.
+    """
+    columns, padded, inner = heads * tokens, padded_columns(heads, tokens), heads * head_dim
+    widest = MAX_KERNEL_COLUMNS.get(dtype.itemsize)
+    if device_type == "cuda" and widest is not None and padded > widest:
+        return "standard", f"H T = {columns}, padded to {padded}, is over the {widest} columns that stay on chip"
+    absorbed = ABSORBED_COST.get(device_type, 1.0) * (2 * columns * channels + 2 * norm_match * columns**2)
+    standard = 2 * inner * channels + 2 * tokens * inner
+    # E and F are made of K and V, which both plans need.
+    extra = 0.0 if rows is None else 2 * tokens * inner * channels / max(1, rows)
+    times = (absorbed + extra) / standard
+    reason = f"with H T = {columns} columns for H d = {inner} it costs {times:.2g} of plan 'standard'"
+    if times > 1.0:
+        return "standard", reason.replace("it costs", "plan 'absorbed' costs").replace(
+            "of plan 'standard'", "times as much"
+        )
+    return ("absorbed" if 2 * columns <= channels else "absorbed_recompute"), reason
+
+
+def _fake_fwd(x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, save):
+    columns = e.shape[1] * e.shape[2]
+    return x.new_empty(x.shape), e.new_empty((x.shape[0], x.shape[1], columns) if save else 0)
+
+
+def _fake_bwd(
+    dy, x, e, c, f, bias, gate, p, seed, weight, norm_match, eps, dropout_p, need_dx, need_keys, need_values
+):  # fmt: skip
+    nothing = e.new_empty
+    wide = torch.promote_types(e.dtype, torch.float32)
+    return (
+        dy.new_empty(dy.shape if need_dx else 0),
+        nothing(e.shape if need_keys else 0),
+        nothing(0) if c is None or not need_keys else c.new_empty(c.shape),
+        nothing(f.shape if need_values else 0),
+        nothing(f.shape[3] if need_values and bias is not None else 0),
+        nothing(f.shape[3] if need_values else 0, dtype=wide),
+    )
+
+
+# w is ``gate``, (1,) or (C,), or without it the number ``weight``. ``save`` asks for p before dropout, B L H T elements
+# whose order in the buffer is the backend's own; without it backward computes p from x again.
+_fwd = registry.define(
+    _NAME,
+    "fwd",
+    "(Tensor x, Tensor e, Tensor? c, Tensor f, Tensor? bias, Tensor? gate, Tensor? seed, float weight, "
+    "bool norm_match, float eps, float dropout_p, bool save) -> (Tensor y, Tensor p)",
+    _fake_fwd,
+)
+# A gradient that is not needed comes back empty; need_keys asks for dE and dc, need_values for dF, db_o and dw, (C,).
+_bwd = registry.define(
+    _NAME,
+    "bwd",
+    "(Tensor dy, Tensor? x, Tensor e, Tensor? c, Tensor f, Tensor? bias, Tensor? gate, Tensor? p, Tensor? seed, "
+    "float weight, bool norm_match, float eps, float dropout_p, bool need_dx, bool need_keys, bool need_values) "
+    "-> (Tensor dx, Tensor de, Tensor dc, Tensor df, Tensor d_bias, Tensor d_gate)",
+    _fake_bwd,
+)
+
+
+class _CrossAttentionResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, plan, backend):
+        _, need_e, need_c, need_f, need_bias, need_gate = ctx.needs_input_grad[:6]
+        ctx.need_keys, ctx.need_values = need_e or need_c, need_f or need_bias or need_gate
+        save = plan == "absorbed"
+        settings = weight, norm_match, eps, dropout_p
+        y, p = _fwd[backend](x, e, c, f, bias, gate, seed, *settings, save)
+        keep_x = not save or need_e or norm_match
+        ctx.save_for_backward(x if keep_x else None, e, c, f, bias, gate, p if save else None, seed)
+        ctx.settings = settings
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_x, need_e, need_c, need_f, need_bias, need_gate = ctx.needs_input_grad[:6]
+        # Read once: activation checkpointing hands them out once.
+        saved = ctx.saved_tensors
+        dx, de, dc, df, d_bias, d_gate = _bwd[ctx.backend](
+            dy, *saved, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
+        )
+        if need_gate:
+            gate = saved[5]
+            d_gate = (d_gate if gate.numel() > 1 else d_gate.sum()).reshape(gate.shape).to(gate.dtype)
+        return (
+            dx if need_x else None,
+            de if need_e else None,
+            dc if need_c else None,
+            df if need_f else None,
+            d_bias if need_bias else None,
+            d_gate if need_gate else None,
+            None, None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def attend(
+    x: Tensor,
+    prepared: PreparedContext,
+    projections: Projections,
+    weight: float | Tensor,
+    norm_match: bool,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    backend: str,
+) -> Tensor:
+    """`cross_attention_residual` of checked tensors; projections in the dtype of the prepared context."""
+    limits = _limits(prepared, projections)
+    dtype = prepared.keys.dtype
+    chosen = backends.choose(backend, x.device, dtype, limits)
+    gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    if observe.observers:
+        observe.notify(
+            _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, x=x, dtype=dtype,
+            heads=projections.num_heads, tokens=prepared.tokens, head_dim=projections.head_dim,
+            context_batch=len(prepared.keys),
+            keeps_projection=keeps_projection("identity", norm_match, gate is not None and gate.requires_grad),
+        )  # fmt: skip
+    if prepared.plan == "standard":
+        attended = attend_standard(x.to(dtype), prepared, projections, dropout_p)
+        return project_residual(
+            attended, projections.out_weight, projections.out_bias, x, weight, 1.0, "identity", norm_match, eps, chosen
+        )
+    e, c, f = prepared.keys, prepared.logits, prepared.values
+    seed = checks.seed(_NAME, seed, x.device) if dropout_p > 0.0 else None
+    rows = x
+    if len(e) == 1 and (c is None or len(c) == 1):
+        (rows,), _ = layout.as_rows(-1, x)
+    differentiable = rows, e, c, f, projections.out_bias, gate
+    constants = seed, factor, norm_match, eps, dropout_p
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        y = _CrossAttentionResidual.apply(*differentiable, *constants, prepared.plan, chosen)
+    else:
+        y, _ = _fwd[chosen](*differentiable, *constants, False)
+    return y.view(x.shape)
+
+
+def _limits(prepared: PreparedContext, projections: Projections) -> dict[str, str]:
+    if prepared.plan == "standard":
+        return dict(PROJECTION_LIMITS)
+    padded = padded_columns(projections.num_heads, prepared.tokens)
+    widest = MAX_KERNEL_COLUMNS.get(prepared.keys.itemsize, padded)
+    if padded <= widest:
+        return dict(CORE_LIMITS)
+    return {
+        "triton": f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in "
+        f"{prepared.keys.dtype}, H and T each padded to a power of two; got {padded}"
+    }
+
+
+def cross_attention_residual(
+    x: Tensor,
+    context: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    num_heads: int,
+    weight: float | Tensor = 0.1,
+    norm_match: bool = False,
+    eps: float = 1e-6,
+    normalize_context: bool = False,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    plan: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head cross-attention, its output scaled and added to the rows that asked, in one call:
+    ``x + weight * match(CrossAttention(x, context))``.
+
+    Args:
+        x: (B, L, C); float32, float16, bfloat16, and float64 on the portable backend. Any strides.
+        context: (B, T, Cc), or (1, T, Cc) for all of x; x's dtype, T at least 1. Its gradient is summed over the batch
+            that shared it.
+        q_weight: (H d, C); x's dtype or float32, which is cast to x's.
+        q_bias: (H d,) or None; dtypes of this and what follows as ``q_weight``.
+        k_weight, v_weight: (H d, Cc).
+        k_bias, v_bias: (H d,) or None.
+        out_weight: (C, H d).
+        out_bias: (C,) or None.
+        num_heads: H, divides H d. The logits are scaled by d^-0.5.
+        weight: w, a Python number, or a tensor of one element or (C,) of any floating dtype. Default 0.1.
+        norm_match: scale the attention's output, row by row, to the norm of x, ``|x| / (|c| + eps)``; both norms are
+            differentiated. Default False.
+        eps: a Python number from 0 on. Default 1e-6.
+        normalize_context: divide each token of the context by its norm, at least 1e-12, first. Default False.
+        key_padding_mask: bool (B, T) or (1, T), True for tokens to ignore. A sample without any token left gets
+            ``out_bias`` alone as its attention output.
+        dropout_p: probability of zeroing an attention probability, in [0, 1). Default 0.
+        training: dropout acts only when True (the default).
+        seed: int, or int64 tensor of one element on x's device: the key of the dropout mask in the absorbed plans, the
+            same mask on every backend; with dropout it makes ``plan="auto"`` take one of them. None (the default)
+            draws one from torch's generator of that device. Plan "standard" draws from that generator itself and
+            refuses a seed.
+        plan: "absorbed" moves the query and output projections onto the context and keeps the probabilities for
+            backward, "absorbed_recompute" makes them again, "standard" projects x and attends with torch's
+            `scaled_dot_product_attention`. "auto" (the default) takes what costs least by H T, C, d and T. The Triton
+            kernels take up to 256 columns H T in the absorbed plans, 128 in float32, H and T each padded to a power of
+            two; the portable backend takes any.
+        backend: "auto" (the default), "portable", "triton" or "cuda".
+
+    Returns:
+        (B, L, C) in x's dtype, contiguous. Under autocast everything but x's own part of the sum is cast to its dtype.
+        Every tensor that requires grad gets its exact gradient; differentiating twice raises.
+
+    Raises:
+        ValueError: a shape, device, number, plan or backend name is wrong, or a plan is asked for beyond its limit.
+        TypeError: a dtype or an argument's type is wrong.
+        RuntimeError: the backend that was asked for cannot serve the call.
+
+    Source: the cross-attention between the towers of AA-CLIP (Ma et al., 2025), attention as in Vaswani et al., 2017.
+    """
+    projections = Projections(
+        q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, num_heads
+    )  # fmt: skip
+    check_projections(_NAME, projections)
+    _check_rows(x, projections)
+    check_context(_NAME, context, key_padding_mask, projections, x)
+    check_gate(_NAME, "weight", weight, x.shape[2], x.device)
+    check_eps(_NAME, eps)
+    checks.probability(_NAME, "dropout_p", dropout_p)
+    checks.one_of(_NAME, "plan", plan, ("auto", *PLANS))
+    dtype = checks.autocast_dtype(x) or x.dtype
+    dropout_p = float(dropout_p) if training else 0.0
+    rows = x.shape[0] * x.shape[1] // max(1, context.shape[0])
+    plan, reason = resolve_plan(
+        projections, rows, context.shape[1], norm_match, dtype, x.device, plan, dropout_p > 0.0 and seed is not None
+    )
+    projections = projections.to(dtype)
+    prepared = prepare_context(context.to(dtype), projections, key_padding_mask, normalize_context, plan, reason)
+    return attend(x, prepared, projections, weight, norm_match, float(eps), dropout_p, seed, backend)
+
+
+def resolve_plan(
+    projections: Projections,
+    rows: int | None,
+    tokens: int,
+    norm_match: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    plan: str,
+    seeded: bool,
+) -> tuple[str, str]:
+    """(plan, reason): the plan asked for, or the one `choose_plan` takes; ``seeded``: dropout has a key."""
+    if plan == "standard" and seeded:
+        raise ValueError(f"{_NAME}: seed must be None in plan 'standard', whose dropout draws from torch's generator")
+    if plan != "auto":
+        return plan, "plan asked for by name"
+    heads, channels = projections.num_heads, projections.q_weight.shape[1]
+    plan, reason = choose_plan(
+        rows, heads, tokens, projections.head_dim, channels, norm_match, dtype, device.type
+    )  # fmt: skip
+    if plan == "standard" and seeded:
+        return "absorbed", "dropout has a seed, which plan 'standard' cannot honour"
+    return plan, reason
+
+
+def _check_rows(x: Tensor, projections: Projections) -> None:
+    checks.tensor(_NAME, "x", x)
+    checks.dtype(_NAME, "x", x, checks.FLOATING)
+    channels = projections.q_weight.shape[1]
+    if x.dim() != 3 or x.shape[2] != channels:
+        raise ValueError(f"{_NAME}: x must have shape (B, L, C) with q_weight's C = {channels}, got {tuple(x.shape)}")
+    allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((x.dtype, torch.promote_types(x.dtype, torch.float32))))
+    if checks.autocast_dtype(x) is not None:
+        allowed = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
+    for argument in PROJECTIONS:
+        tensor = getattr(projections, argument)
+        if tensor is not None:
+            checks.dtype(_NAME, argument, tensor, allowed)
+            checks.same_device(_NAME, argument, tensor, x.device)

@@ -1,0 +1,247 @@
+"""``projection_residual``: contract, autograd and public function.
+
+    y = skip x + w match(c)        c = phi(h),  h = o W^T + b  (M, C)        match(c) = rho c,  rho = |x| / (|c| + eps)
+
+w is one number or one per channel; without norm matching rho = 1. Backward from dy, with g = w dy and gc = g . c:
+
+    dc = rho g - gc |x| / (|c| (|c| + eps)^2) c        dh = dc phi'(h)        dx = skip dy + gc / (|c| + eps) x / |x|
+    do = dh W        dW = dh^T o        db = sum dh        dw = sum rho dy c, per channel
+
+1 / |c| is 0 at c = 0, 1 / |x| at x = 0, and match(c) = 0 where |c| + eps is 0. Backward keeps h where phi, the norm or
+w's gradient needs it, and x for the norm alone; otherwise dh = g, and nothing of the size of y is kept.
+
+The raw operators see o (B, L, K) and x (B, L, C) with any strides, W and b in o's dtype, in which the products are made
+and h is kept. y has x's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyfused import backend as backends
+from pyfused import observe
+from pyfused.ops import checks, layout, registry
+from pyfused.ops.adapter_residual import ACTIVATIONS
+
+_NAME = "projection_residual"
+PROJECTION_LIMITS = {"triton": f"{_NAME}: it has no kernel yet"}
+
+
+def _fake_fwd(o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, save):
+    return residual.new_empty(residual.shape), o.new_empty((*o.shape[:2], weight.shape[0]) if save else 0)
+
+
+def _fake_bwd(
+    dy, o, weight, bias, residual, gate, pre, factor, skip, activation, norm_match, eps, need_do, need_weight,
+    need_residual, need_gate,
+):  # fmt: skip
+    channels, width = weight.shape
+    nothing = weight.new_empty
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (
+        nothing((*dy.shape[:2], width) if need_do else 0),
+        nothing((channels, width) if need_weight else 0),
+        nothing(channels if need_weight and bias is not None else 0),
+        dy.new_empty(dy.shape if need_residual else 0),
+        nothing(channels if need_gate else 0, dtype=wide),
+    )
+
+
+# w is ``gate``, (1,) or (C,), or without it the number ``factor``. ``save`` asks for h, (B, L, C).
+_fwd = registry.define(
+    _NAME,
+    "fwd",
+    "(Tensor o, Tensor weight, Tensor? bias, Tensor residual, Tensor? gate, float factor, float skip, str activation, "
+    "bool norm_match, float eps, bool save) -> (Tensor y, Tensor pre)",
+    _fake_fwd,
+)
+# A gradient that is not needed comes back empty; dx is asked for where the norm depends on x.
+_bwd = registry.define(
+    _NAME,
+    "bwd",
+    "(Tensor dy, Tensor? o, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, Tensor? pre, float factor, "
+    "float skip, str activation, bool norm_match, float eps, bool need_do, bool need_weight, bool need_residual, "
+    "bool need_gate) -> (Tensor d_o, Tensor d_weight, Tensor d_bias, Tensor d_residual, Tensor d_gate)",
+    _fake_bwd,
+)
+
+
+class _ProjectionResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, backend):
+        need_o, need_weight, need_bias, need_residual, need_gate = ctx.needs_input_grad[:5]
+        branch = need_o or need_weight or need_bias
+        save = keeps_projection(activation, norm_match, need_gate) and (
+            branch or need_gate or (need_residual and norm_match)
+        )
+        y, pre = _fwd[backend](o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, save)
+        ctx.save_for_backward(
+            o if need_weight else None, weight, bias, residual if norm_match else None, gate, pre if save else None
+        )
+        ctx.settings = factor, skip, activation, norm_match, eps
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_o, need_weight, need_bias, need_residual, need_gate = ctx.needs_input_grad[:5]
+        o, weight, bias, residual, gate, pre = ctx.saved_tensors
+        _, skip, _, norm_match, _ = ctx.settings
+        gradients = [None] * 5
+        if need_o or need_weight or need_bias or need_gate or (need_residual and norm_match):
+            gradients = _bwd[ctx.backend](
+                dy, o, weight, bias, residual, gate, pre, *ctx.settings,
+                need_o, need_weight or need_bias, need_residual and norm_match, need_gate,
+            )  # fmt: skip
+        d_o, d_weight, d_bias, d_residual, d_gate = gradients
+        if need_residual and not norm_match:
+            d_residual = dy if skip == 1.0 else dy * skip
+        if need_gate:
+            d_gate = (d_gate if gate.numel() > 1 else d_gate.sum()).reshape(gate.shape).to(gate.dtype)
+        return (
+            d_o if need_o else None,
+            d_weight if need_weight else None,
+            d_bias if need_bias else None,
+            d_residual if need_residual else None,
+            d_gate if need_gate else None,
+            None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def keeps_projection(activation: str, norm_match: bool, need_gate: bool) -> bool:
+    """Whether backward needs h."""
+    return activation != "identity" or norm_match or need_gate
+
+
+def projection_residual(
+    o: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    gate: float | Tensor = 0.1,
+    skip: float = 1.0,
+    activation: str = "identity",
+    norm_match: bool = False,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer, its activation, a norm matched to the residual's, a gate and the residual in one call:
+    ``skip * residual + gate * match(phi(o weight^T + bias))``.
+
+    Args:
+        o: (..., K); float32, float16, bfloat16, and float64 on the portable backend. Any strides.
+        weight: (C, K); o's dtype, or float32, which is cast to o's.
+        bias: (C,) or None (the default); dtypes as ``weight``.
+        residual: (..., C), leading dimensions as o's, any strides; any floating dtype, float64 only beside a float64 o.
+        gate: a Python number, or a tensor of one element or (C,) of any floating dtype, never rounded to 16 bits.
+            Default 0.1.
+        skip: factor of the residual, a Python number. Default 1.
+        activation: phi, one of "identity" (the default), "relu", "leaky_relu" (slope 0.01), "gelu" (by erf),
+            "gelu_tanh", "quick_gelu", "silu".
+        norm_match: scale each row of the branch to the norm of its row of ``residual``, ``|residual| / (|c| + eps)``;
+            the norms are differentiated too, their gradients at 0 are 0, and so is the row where ``|c| + eps`` is 0.
+            Default False.
+        eps: a Python number from 0 on. Default 1e-6.
+        backend: "auto" (the default), "portable", "triton" or "cuda".
+
+    Returns:
+        (..., C) in the residual's dtype, contiguous. Under autocast o and weight are cast to its dtype, the residual
+        keeps its own. Every tensor that requires grad gets its exact gradient; differentiating twice raises.
+
+    Raises:
+        ValueError: a shape, device, number, activation or backend name is wrong.
+        TypeError: a dtype or an argument's type is wrong.
+        RuntimeError: the backend that was asked for cannot serve the call.
+
+    Source: the adapters of AA-CLIP (Ma et al., 2025), ``(1 - w) x + w |x| / |a| a`` with ``a = LeakyReLU(W x)``, are
+    ``projection_residual(x, W, residual=x, gate=w, skip=1 - w, activation="leaky_relu", norm_match=True, eps=0.0)``.
+    """
+    _check(o, weight, bias, residual)
+    check_gate(_NAME, "gate", gate, weight.shape[0], o.device)
+    checks.finite(_NAME, "skip", skip)
+    checks.one_of(_NAME, "activation", activation, ACTIVATIONS)
+    check_eps(_NAME, eps)
+    dtype = checks.autocast_dtype(o) or o.dtype
+    o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    chosen = backends.choose(backend, o.device, o.dtype, PROJECTION_LIMITS)
+    if observe.observers:
+        keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
+        observe.notify(_NAME, backend=chosen, limits=PROJECTION_LIMITS, o=o, weight=weight, keeps=keeps)
+    return project_residual(
+        o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
+    )  # fmt: skip
+
+
+def project_residual(
+    o: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: float | Tensor,
+    skip: float,
+    activation: str,
+    norm_match: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """`projection_residual` of checked tensors, weight and bias in o's dtype, on one backend."""
+    factor, per_channel = (1.0, gate.reshape(-1)) if isinstance(gate, Tensor) else (float(gate), None)
+    (rows, stream), _ = layout.as_rows(-1, o, residual)
+    differentiable = rows, weight, bias, stream, per_channel
+    settings = factor, skip, activation, norm_match, eps
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        y = _ProjectionResidual.apply(*differentiable, *settings, backend)
+    else:
+        y, _ = _fwd[backend](*differentiable, *settings, False)
+    return y.view(residual.shape)
+
+
+def check_gate(name: str, argument: str, gate: float | Tensor, channels: int, device: torch.device) -> None:
+    """A finite number, or a floating tensor of one element or (C,)."""
+    if not isinstance(gate, Tensor):
+        checks.finite(name, argument, gate)
+        return
+    checks.dtype(name, argument, gate, checks.FLOATING)
+    checks.same_device(name, argument, gate, device)
+    if gate.shape != (channels,) and (gate.dim() > 1 or gate.numel() != 1):
+        raise ValueError(
+            f"{name}: {argument} must be a number, or have one element or shape (C,) = {(channels,)}, "
+            f"got {tuple(gate.shape)}"
+        )
+
+
+def check_eps(name: str, eps: float) -> None:
+    checks.finite(name, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{name}: eps must be at least 0, got {eps}")
+
+
+def _check(o, weight, bias, residual) -> None:
+    checks.tensor(_NAME, "o", o)
+    checks.dtype(_NAME, "o", o, checks.FLOATING)
+    if o.dim() < 1:
+        raise ValueError(f"{_NAME}: o must have at least 1 dimension, got shape {tuple(o.shape)}")
+    checks.tensor(_NAME, "weight", weight)
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"{_NAME}: weight must have shape (C, K), got {tuple(weight.shape)}")
+    channels, width = weight.shape
+    checks.shape(_NAME, "o", o, (*o.shape[:-1], width), "(..., K)")
+    checks.tensor(_NAME, "residual", residual)
+    checks.shape(_NAME, "residual", residual, (*o.shape[:-1], channels), "(..., C)")
+    narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
+    checks.dtype(_NAME, "residual", residual, checks.FLOATING if o.dtype == torch.float64 else narrow)
+    allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((o.dtype, torch.promote_types(o.dtype, torch.float32))))
+    if checks.autocast_dtype(o) is not None:
+        allowed = narrow
+    checks.dtype(_NAME, "weight", weight, allowed)
+    checks.same_device(_NAME, "weight", weight, o.device, "o")
+    checks.same_device(_NAME, "residual", residual, o.device, "o")
+    if bias is not None:
+        checks.tensor(_NAME, "bias", bias)
+        checks.shape(_NAME, "bias", bias, (channels,), "(C,)")
+        checks.dtype(_NAME, "bias", bias, allowed)
+        checks.same_device(_NAME, "bias", bias, o.device, "o")

@@ -1,0 +1,128 @@
+"""``projection_residual`` in plain torch: the library's product, then everything else block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyfused.portable.activations import ACTIVATIONS
+from pyfused.portable.gemm import add_product_, product, sum_over_rows
+
+# Elements of y in a block on a CPU: small copies in float32 of what comes in 16 bits.
+_CPU_BLOCK, _BLOCK = 1 << 19, 1 << 26
+
+
+def projection_residual_fwd(
+    o: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gate: Tensor | None,
+    factor: float,
+    skip: float,
+    activation: str,
+    norm_match: bool,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (B, L, C) in the residual's dtype, h in o's; see `pyfused.ops.projection_residual` for the contract."""
+    wide = torch.promote_types(o.dtype, torch.float32)
+    y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    scale = factor if gate is None else gate.to(wide)
+    if activation == "identity" and not norm_match and not save and residual.dtype == o.dtype == wide:
+        # The product goes onto the residual: the branch has no memory of its own.
+        torch.mul(residual, skip, out=y) if bias is None else torch.add(bias * scale, residual, alpha=skip, out=y)
+        if gate is None:
+            add_product_(y, o, weight, factor)
+        else:
+            add_product_(y, o, weight * scale[:, None])
+        return y, o.new_empty(0)
+    pre = product(o, weight, False, bias)
+    for h, x, out in _blocks(pre, residual, y):
+        c = ACTIVATIONS[activation][0](h.to(wide))
+        x = x.to(wide)
+        if norm_match:
+            c = c.mul_(_match(c, x, eps)[0])
+        out.copy_(c.mul_(scale).add_(x, alpha=skip))
+    return y, pre if save else o.new_empty(0)
+
+
+def projection_residual_bwd(
+    dy: Tensor,
+    o: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    pre: Tensor | None,
+    factor: float,
+    skip: float,
+    activation: str,
+    norm_match: bool,
+    eps: float,
+    need_do: bool,
+    need_weight: bool,
+    need_residual: bool,
+    need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """do, dW, db in o's dtype, dx in dy's, dw (C,) wide; empty where not needed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale = factor if gate is None else gate.to(wide)
+    d_residual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
+    d_gate = weight.new_zeros(weight.shape[0] if need_gate else 0, dtype=wide)
+    if pre is None:
+        # dh is w dy: w goes to the other side of the products, which has no rows.
+        dh, column = dy.to(weight.dtype), factor if gate is None else scale[:, None]
+        weight = (weight * column).to(weight.dtype)
+    else:
+        dh = torch.empty_like(pre)
+        blocks = _blocks(dy, pre, residual, d_residual if need_residual else None, dh)
+        for upstream, h, x, dx, out in blocks:
+            upstream, h = upstream.to(wide), h.to(wide)
+            x = None if x is None else x.to(wide)
+            c = ACTIVATIONS[activation][0](h)
+            g = upstream * scale
+            if norm_match:
+                rho, norm, inverse = _match(c, x, eps)
+                along = (g * c).sum(-1, keepdim=True)
+                g = (g * rho).addcmul_(c, along * rho * inverse / norm.masked_fill(norm == 0, torch.inf), value=-1)
+                if dx is not None:
+                    length = x.norm(dim=-1, keepdim=True)
+                    towards = x * (along * inverse / length.masked_fill(length == 0, torch.inf))
+                    dx.copy_(towards.add_(upstream, alpha=skip))
+                c = c * rho
+            if need_gate:
+                d_gate += (upstream * c).sum((0, 1))
+            out.copy_(ACTIVATIONS[activation][1](g, h))
+    d_o = d_weight = d_bias = weight.new_empty(0)
+    if need_do:
+        d_o = product(dh, weight.t(), False)
+    if need_weight and o is not None:
+        d_weight = sum_over_rows(dh, o, weight.dtype)
+        if pre is None:
+            d_weight.mul_(column)
+    if need_weight and bias is not None:
+        d_bias = dh.sum((0, 1), dtype=wide)
+        d_bias = (d_bias if pre is not None else d_bias * scale).to(bias.dtype)
+    return d_o, d_weight, d_bias, d_residual, d_gate
+
+
+def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rho = |x| / (|c| + eps), |c| and 1 / (|c| + eps), each (images, rows, 1); 1 / 0 is 0."""
+    norm = c.norm(dim=-1, keepdim=True)
+    denominator = norm + eps
+    inverse = 1.0 / denominator.masked_fill_(denominator == 0, torch.inf)
+    return x.norm(dim=-1, keepdim=True) * inverse, norm, inverse
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """The same rows of all, (B, L, C) or None, part by part."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    batch, length, channels = first.shape
+    most = max(16, (_CPU_BLOCK if first.device.type == "cpu" else _BLOCK) // channels)
+    together = max(1, most // max(1, length))
+    for image in range(0, batch, together):
+        for row in range(0, length, most):
+            yield [None if x is None else x[image : image + together, row : row + most] for x in tensors]
