@@ -51,12 +51,12 @@ def _pre_activation(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """h = z D^T + d  [BLOCK_M, BLOCK_H] in float32; 0 in columns beyond the width."""
+    offs_h = tl.arange(0, BLOCK_H)
     h = narrow_product(
-        z_rows, stride_zc, ok_m, down_ptr, stride_downc, stride_downh, None, 0, 1.0, channels, width,
-        DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+        z_rows, stride_zc, ok_m, down_ptr, stride_downc, offs_h.to(OFFSET) * stride_downh, offs_h < width, None, 0, 1.0,
+        channels, DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
     )  # fmt: skip
     if d_bias_ptr is not None:
-        offs_h = tl.arange(0, BLOCK_H)
         bias = tl.load(d_bias_ptr + offs_h * stride_d_bias, mask=offs_h < width, other=0.0)
         h += bias.to(DTYPE).to(tl.float32)[None, :]
     return h
@@ -174,8 +174,8 @@ def _adapter_bwd_rows_kernel(
         if gamma_ptr is not None:
             root = gate_root(gamma_ptr, stride_gamma, channels, BLOCK_ALL)
         t = narrow_product(
-            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, stride_uph, gamma_ptr, stride_gamma, root,
-            channels, width, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+            dy_rows, stride_dyc, ok_live, up_ptr, stride_upc, offs_h.to(OFFSET) * stride_uph, ok_h, gamma_ptr,
+            stride_gamma, root, channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         if DROP:
             keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H)
@@ -393,7 +393,7 @@ def adapter_residual_fwd(
         return y, hidden
     config = rows_config(
         batch, length, channels, width, z.dtype, target(z.device),
-        weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), dropout=dropout_p > 0.0,
+        weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), beside=int(dropout_p > 0.0),
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
     with device_guard(z):
@@ -449,7 +449,7 @@ def adapter_residual_bwd(
     if rows == 0:
         return dz, *(gradient.zero_() for gradient in gradients[1:])
     size = batch, length, channels, width, like.dtype, target(dy.device)
-    kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "dropout": dropout_p > 0.0}
+    kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
     rows_cfg = rows_config(*size, weight_bytes=down_weight.itemsize, **kind)
     sums_cfg = weights_config(*size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)

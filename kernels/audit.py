@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pyfused.kernels import adapter_residual, lora_linear
+from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, projection_residual
 from pyfused.kernels.launch import SHARED_MEMORY, Launch, Target, record
 
 # Multiprocessors of a representative card: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
@@ -66,15 +66,19 @@ def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
     """(label, function that makes the launches) at the shapes and widths that pick each row of the configuration."""
     yield from _lora_linear_calls(full)
     yield from _adapter_residual_calls(full)
+    yield from _cross_attention_residual_calls(full)
+    yield from _projection_residual_calls(full)
 
 
 def _lora_linear_calls(full: bool) -> Iterator[tuple[str, object]]:
     shapes = [(1, 8192, 4096, 4096), (1, 2740, 1024, 1024), (32, 49, 80, 76)]
-    ranks, dtypes = [16, 64, 100, 256], [torch.bfloat16]
+    # Rank and dropout: the ranks that users take, and those that ask most of a row.
+    ranks, dtypes = [(16, 0.0), (64, 0.0), (64, 0.1), (100, 0.1), (256, 0.0), (256, 0.1)], [torch.bfloat16]
     if full:
         shapes += [(1, 6304, 768, 3072), (1, 6304, 3072, 768), (1, 8192, 4096, 14336), (1, 50, 768, 768)]
-        ranks, dtypes = [1, 8, 16, 32, 64, 100, 128, 256], [torch.bfloat16, torch.float16]
-    for (batch, length, k, n), rank, dtype, p in itertools.product(shapes, ranks, dtypes, (0.0, 0.1)):
+        ranks = list(itertools.product((1, 8, 16, 32, 64, 100, 128, 256), (0.0, 0.1)))
+        dtypes = [torch.bfloat16, torch.float16]
+    for (batch, length, k, n), (rank, p), dtype in itertools.product(shapes, ranks, dtypes):
         for plan in ("one_launch", "shrink_expand"):
             if plan == "one_launch" and rank > lora_linear.ONE_LAUNCH_MAX_RANK:
                 continue
@@ -183,6 +187,97 @@ def _adapter_residual_call(
         adapter_residual.adapter_residual_bwd(
             dy, z, *weights, gamma, samples, hidden, seed, *settings, False, True, True, True
         )
+
+    return call
+
+
+def _cross_attention_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+    # (B, L, C) with the heads and tokens; the context is every image's own.
+    rows = 16, 1370, 1024
+    widths = [(rows, 16, 2), (rows, 8, 8), ((10, 77, 768), 12, 3), (rows, 16, 16)]
+    dtypes = [torch.bfloat16]
+    if full:
+        widths += [(rows, heads, tokens) for heads in (1, 8, 12, 16) for tokens in (1, 2, 3, 4, 12, 16)]
+        dtypes = [torch.bfloat16, torch.float16]
+    for (shape, heads, tokens), dtype in itertools.product(widths, dtypes):
+        label = "attention " + "x".join(map(str, shape)) + f" H{heads} T{tokens} {str(dtype)[6:]}"
+        yield label, _cross_attention_residual_call(shape, heads, tokens, dtype)
+        yield (
+            f"{label} dropout, recompute",
+            _cross_attention_residual_call(shape, heads, tokens, dtype, torch.float32, p=0.1, save=False),
+        )
+        # With the Gram matrix on chip, half as many columns: `pyfused.ops.cross_attention_residual`.
+        if triton.next_power_of_2(heads) * triton.next_power_of_2(tokens) <= 128:
+            yield f"{label} norm", _cross_attention_residual_call(shape, heads, tokens, dtype, norm_match=True)
+            yield (
+                f"{label} norm, dropout, recompute",
+                _cross_attention_residual_call(shape, heads, tokens, dtype, p=0.1, save=False, norm_match=True),
+            )
+    yield "attention float32", _cross_attention_residual_call(rows, 16, 8, torch.float32, p=0.1, save=False)
+    yield "attention float32 norm", _cross_attention_residual_call(rows, 16, 4, torch.float32, norm_match=True)
+    yield "attention size 1", _cross_attention_residual_call((1, 1, 1), 1, 1, torch.bfloat16, p=0.6)
+    yield "attention one context", _cross_attention_residual_call(rows, 16, 2, torch.bfloat16, contexts=1)
+
+
+def _cross_attention_residual_call(
+    shape, heads, tokens, dtype, stream_dtype=None, p=0.0, save=True, norm_match=False, contexts=None
+):
+    def call() -> None:
+        batch, _, channels = shape
+
+        def tensor(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x = tensor(*shape, dtype=stream_dtype or dtype)
+        e, f = (tensor(contexts or batch, heads, tokens, channels) for _ in range(2))
+        core = e, tensor(contexts or batch, heads, tokens, dtype=torch.float32), f, tensor(channels)
+        gate = tensor(channels, dtype=torch.float32) if p > 0.0 else None
+        seed = tensor(1, dtype=torch.int64) if p > 0.0 else None
+        settings = 0.1, norm_match, 1e-6, p
+        _, saved = cross_attention_residual.cross_attention_residual_fwd(x, *core, gate, seed, *settings, save)
+        cross_attention_residual.cross_attention_residual_bwd(
+            torch.empty_like(x), x, *core, gate, saved if save else None, seed, *settings, True, True, True
+        )
+
+    return call
+
+
+def _projection_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+    # (M, K, C): AA-CLIP's attention and its adapters' blends.
+    shapes = [(21920, 768, 1024), (21920, 1024, 1024), (1232, 768, 768)] if full else [(21920, 768, 1024)]
+    for m, k, channels in shapes:
+        label = f"projection {m}x{k}->{channels}"
+        yield label, _projection_residual_call(m, k, channels, torch.bfloat16)
+        yield (
+            f"{label} leaky_relu norm",
+            _projection_residual_call(m, k, channels, torch.bfloat16, activation="leaky_relu", norm_match=True),
+        )
+        yield (
+            f"{label} gelu_tanh norm, float32 residual, w per channel",
+            _projection_residual_call(
+                m, k, channels, torch.bfloat16, torch.float32, activation="gelu_tanh", norm_match=True, per_channel=True
+            ),
+        )
+    yield "projection float32", _projection_residual_call(2740, 768, 1024, torch.float32, norm_match=True)
+    yield "projection K, C no multiple of 16", _projection_residual_call(2740, 77, 76, torch.bfloat16, norm_match=True)
+    yield "projection size 1", _projection_residual_call(1, 1, 1, torch.bfloat16, norm_match=True)
+
+
+def _projection_residual_call(
+    m, k, channels, dtype, stream_dtype=None, activation="identity", norm_match=False, per_channel=False
+):
+    def call() -> None:
+        def tensor(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        o, residual = tensor(1, m, k), tensor(1, m, channels, dtype=stream_dtype or dtype)
+        weights, settings = (tensor(channels, k), tensor(channels)), (0.1, 0.9, activation, norm_match, 1e-6)
+        gate = tensor(channels, dtype=torch.float32) if per_channel else None
+        _, pre = projection_residual.projection_residual_fwd(o, *weights, residual, gate, *settings, norm_match)
+        dy, pre, x = torch.empty_like(residual), pre if norm_match else None, residual if norm_match else None
+        projection_residual.projection_residual_bwd(
+            dy, o, *weights, x, gate, pre, *settings, True, True, norm_match, per_channel,
+        )  # fmt: skip
 
     return call
 

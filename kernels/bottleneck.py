@@ -46,24 +46,23 @@ def load_weight(
 
 @triton.jit
 def narrow_product(
-    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, stride_wj, gate_ptr, stride_gate, root, channels, width,
+    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, columns, ok_j, gate_ptr, stride_gate, root, channels,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """x (gate W) / root  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), over all channels.
 
-    gate (C,), or None, multiplies the weight's rows; root is that of the largest |gate|. x and gate share it, because
-    float16 holds neither a gate of 1e-6 nor, of a wider x, what a scaled loss sends back.
+    columns [BLOCK_J] are the offsets of W's columns; those that are not ok_j count as 0. gate (C,), or None, multiplies
+    the weight's rows; root is that of the largest |gate|. x and gate share it, because float16 holds neither a gate of
+    1e-6 nor, of a wider x, what a scaled loss sends back.
     """
     WIDER: tl.constexpr = rows_ptr.dtype.element_ty != DTYPE
-    offs_j = tl.arange(0, BLOCK_J)
-    ok_j = offs_j < width
     acc = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
         x = load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
-        w = load_weight(w_ptr, offs_c, offs_j, stride_wc, stride_wj, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
+        w = load_weight(w_ptr, offs_c, columns, stride_wc, 1, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32) / root
             if WIDER:

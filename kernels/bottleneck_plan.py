@@ -64,12 +64,13 @@ def rows_config(
     *,
     weight_bytes: int,
     vectorised: bool,
-    dropout: bool,
+    beside: int,
 ) -> RowsConfig:
     """Of the tiles that fit on chip the one for which the busiest multiprocessor moves the fewest bytes.
 
     ``weight_bytes``: of one element of a weight, which every tile reads whole. ``vectorised``: rows can be loaded 16
-    bytes at a time; if not, more threads share the addresses.
+    bytes at a time; if not, more threads share the addresses. ``beside``: tiles as wide as the middle that live beside
+    it, such as a dropout mask.
     """
     if target == INTERPRETER:
         return RowsConfig(32, 32, num_warps=4, num_stages=2)
@@ -78,8 +79,9 @@ def rows_config(
         most, block_c = _MOST_ROWS_FLOAT32[padded] if vectorised else 16, 16
     else:
         tables = _MOST_ROWS.get(target.capability[0], (_MMA_SYNC, _MMA_SYNC_DROPOUT))
-        most = tables[dropout][padded]
-        block_c = 64 if padded <= 128 and vectorised else 16 if padded == 512 and dropout else 32
+        most = tables[beside > 0][padded]
+        block_c = 64 if padded <= 128 and vectorised and beside < 2 else 16 if padded == 512 and beside else 32
+    most = max(16, most >> max(0, beside - 1))
 
     def bytes_moved(block_m: int) -> int:
         tiles = batch * -(-length // block_m)
@@ -87,7 +89,7 @@ def rows_config(
         return -(-tiles // target.multiprocessors) * tile
 
     block_m = min((rows for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
-    heavy = block_m == 128 or block_m * padded > 4096 or dropout or not vectorised or dtype == torch.float32
+    heavy = block_m == 128 or block_m * padded > 4096 or beside or not vectorised or dtype == torch.float32
     # Loads in flight hide memory's latency: as many as leave room for a second block.
     stage = block_c * (block_m * dtype.itemsize + padded * weight_bytes)
     stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
@@ -103,19 +105,23 @@ def weights_config(
     target: Target,
     *,
     vectorised: bool,
-    dropout: bool,
+    beside: int,
+    groups: int = 1,
 ) -> WeightsConfig:
-    """Two (C, h) sums at once; as many splits as give every multiprocessor two programs."""
+    """Two (C, h) sums at once; as many splits as give every multiprocessor two programs.
+
+    ``beside`` as in `rows_config`. ``groups``: of images, each with sums of its own; 1 (the default) or ``batch``.
+    """
     if target == INTERPRETER:
         return WeightsConfig(32, 32, 32, 3, num_warps=4, num_stages=2)
-    block_m, block_c, block_h, warps = 64, 64, 64, 8 if dropout else 4
+    block_m, block_c, block_h, warps = 64, 64, 64, 8 if beside else 4
     if dtype == torch.float32:
-        block_m, block_c, block_h, warps = 32, 32, 32, 8
+        block_m, block_c, block_h, warps = (32, 32, 32, 8) if beside < 2 else (32, 16, 16, 8)
     elif not vectorised:
         block_m, block_h, warps = 32, 32, 8
     elif target.capability[0] not in _MOST_ROWS:
-        block_m, warps = 32, 8
+        block_m, block_c, warps = 32, 64 if beside < 2 else 32, 8
     block_h = min(block_h, block_width(width))
-    tiles = -(-channels // block_c) * -(-width // block_h)
-    splits = max(1, min(batch * -(-length // block_m), -(-2 * target.multiprocessors // tiles)))
+    tiles = groups * -(-channels // block_c) * -(-width // block_h)
+    splits = max(1, min(batch // groups * -(-length // block_m), -(-2 * target.multiprocessors // tiles)))
     return WeightsConfig(block_m, block_c, block_h, splits, warps, num_stages=2)

@@ -84,7 +84,9 @@ def prepare_context(
 ) -> PreparedContext:
     """What depends on the context alone; projections in its dtype."""
     if normalize:
-        context = F.normalize(context, dim=-1, eps=1e-12)
+        # float16 has no 1e-12.
+        wide = torch.promote_types(context.dtype, torch.float32)
+        context = F.normalize(context.to(wide), dim=-1, eps=1e-12).to(context.dtype)
     k = projections.heads(context, projections.k_weight, projections.k_bias)
     v = projections.heads(context, projections.v_weight, projections.v_bias)
     batch, tokens, heads, width = k.shape

@@ -49,20 +49,26 @@ from pyfused.ops.projection_residual import PROJECTION_LIMITS, check_eps, check_
 
 _NAME = "cross_attention_residual"
 PLANS = ("absorbed", "absorbed_recompute", "standard")
-# The most columns, H and T each padded to a power of two, that stay on chip, by bytes of an element; the portable
-# backend takes any.
+# The most columns, H and T each padded to a power of two, that stay on chip, by bytes of an element; half as many with
+# norm matching, whose Gram matrix is beside them. The portable backend takes any.
 MAX_KERNEL_COLUMNS = {2: 256, 4: 128}
 
 
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
 # (NOTES.md), a guess elsewhere.
 ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
-CORE_LIMITS = {"triton": f"{_NAME}: plan 'absorbed' has no kernel yet"}
+CORE_LIMITS: dict[str, str] = {}
 
 
 def padded_columns(heads: int, tokens: int) -> int:
     """H and T each padded to a power of two, multiplied."""
     return (1 << (heads - 1).bit_length()) * (1 << (tokens - 1).bit_length())
+
+
+def most_columns(dtype: torch.dtype, norm_match: bool) -> int | None:
+    """The padded columns that the kernels take; None for a dtype they do not."""
+    widest = MAX_KERNEL_COLUMNS.get(dtype.itemsize)
+    return widest // 2 if widest is not None and norm_match else widest
 
 
 def choose_plan(
@@ -83,7 +89,7 @@ def choose_plan(
         norm_match: |c|^2 costs two products of the columns with each other.
     """
     columns, padded, inner = heads * tokens, padded_columns(heads, tokens), heads * head_dim
-    widest = MAX_KERNEL_COLUMNS.get(dtype.itemsize)
+    widest = most_columns(dtype, norm_match)
     if device_type == "cuda" and widest is not None and padded > widest:
         return "standard", f"H T = {columns}, padded to {padded}, is over the {widest} columns that stay on chip"
     absorbed = ABSORBED_COST.get(device_type, 1.0) * (2 * columns * channels + 2 * norm_match * columns**2)
@@ -188,7 +194,7 @@ def attend(
     backend: str,
 ) -> Tensor:
     """`cross_attention_residual` of checked tensors; projections in the dtype of the prepared context."""
-    limits = _limits(prepared, projections)
+    limits = _limits(prepared, projections, norm_match)
     dtype = prepared.keys.dtype
     chosen = backends.choose(backend, x.device, dtype, limits)
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
@@ -218,16 +224,17 @@ def attend(
     return y.view(x.shape)
 
 
-def _limits(prepared: PreparedContext, projections: Projections) -> dict[str, str]:
+def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> dict[str, str]:
     if prepared.plan == "standard":
         return dict(PROJECTION_LIMITS)
-    padded = padded_columns(projections.num_heads, prepared.tokens)
-    widest = MAX_KERNEL_COLUMNS.get(prepared.keys.itemsize, padded)
-    if padded <= widest:
-        return dict(CORE_LIMITS)
+    dtype, padded = prepared.keys.dtype, padded_columns(projections.num_heads, prepared.tokens)
+    widest = most_columns(dtype, norm_match)
+    if widest is None or padded <= widest:
+        return {}
+    case = f"{dtype} with norm_match" if norm_match else f"{dtype}"
     return {
-        "triton": f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in "
-        f"{prepared.keys.dtype}, H and T each padded to a power of two; got {padded}"
+        "triton": f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in {case}, H and T each "
+        f"padded to a power of two; got {padded}"
     }
 
 
@@ -285,8 +292,8 @@ def cross_attention_residual(
         plan: "absorbed" moves the query and output projections onto the context and keeps the probabilities for
             backward, "absorbed_recompute" makes them again, "standard" projects x and attends with torch's
             `scaled_dot_product_attention`. "auto" (the default) takes what costs least by H T, C, d and T. The Triton
-            kernels take up to 256 columns H T in the absorbed plans, 128 in float32, H and T each padded to a power of
-            two; the portable backend takes any.
+            kernels take up to 256 columns H T in the absorbed plans, 128 in float32, half as many with ``norm_match``,
+            H and T each padded to a power of two; the portable backend takes any.
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:

@@ -19,6 +19,8 @@ from pyfused.portable.philox import dropout_
 
 # Elements of z in a block: products want many rows, copies in float32 of what comes in 16 bits want few.
 _CPU_BLOCK, _CPU_WIDENED, _BLOCK = 1 << 22, 1 << 20, 1 << 26
+# Rows that are added up one after another.
+_CHAIN = 512
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
@@ -256,18 +258,23 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """sum over rows of g x and of g: (images, rows, C) -> (C,), (C,).
 
     In one pass where it can be: they are the gradients of batch normalisation with mean 0 and variance 1, of its weight
-    and bias. torch's returns wrong sums where its two tensors do not lie alike.
+    and bias. torch's returns wrong sums where its two tensors do not lie alike, and adds rows up in one long chain.
     """
-    images = [tensor.transpose(1, 2)[..., None] for tensor in (g, x)]
-    alike = images[0].stride() == images[1].stride()
-    if not alike or not any(
-        images[0].is_contiguous(memory_format=order) for order in (torch.contiguous_format, torch.channels_last)
-    ):
+    if g.is_contiguous() and x.is_contiguous():
+        chains = [tensor.view(-1, tensor.shape[2]).split(_CHAIN) for tensor in (g, x)]
+        parts = [[rows.t()[None, :, :, None] for rows in pair] for pair in zip(*chains, strict=True)]
+    elif g.mT.is_contiguous() and x.mT.is_contiguous():
+        parts = [[g.mT, x.mT]]
+    else:
         return (g * x).sum((0, 1)), g.sum((0, 1))
     zero, one = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
-    _, dot, total = torch.ops.aten.native_batch_norm_backward(
-        *images, one, zero, one, None, None, False, 0.0, [False, True, True]
-    )
+    dot, total = torch.zeros_like(zero), torch.zeros_like(zero)
+    for pair in parts:
+        _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+            *pair, one, zero, one, None, None, False, 0.0, [False, True, True]
+        )
+        dot += weight
+        total += bias
     return dot, total
 
 

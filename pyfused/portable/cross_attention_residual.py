@@ -49,7 +49,11 @@ def cross_attention_residual_fwd(
         a = _dropped(p, seed, dropout_p, first, heads, tokens, bias is not None)
         if gram is not None:
             a = a * _match(a @ _of(gram, images), a, part, eps)[0]
-        y[images, rows].copy_(baddbmm(part, a, _of(gated, images)))
+        out = y[images, rows]
+        total = out if out.dtype == wide else torch.empty_like(part)
+        baddbmm(part, a, _of(gated, images), total)
+        if total is not out:
+            out.copy_(total)
     return y, saved
 
 
@@ -118,10 +122,13 @@ def cross_attention_residual_bwd(
                 _add(d_keys, images, bmm(ds.mT, part))
             _add(d_c, images, ds.sum(1).unflatten(-1, (tokens, heads)))
         if need_dx:
-            total = baddbmm(g, ds, _of(keys, images))
+            out = dx[images, rows]
+            total = out if out.dtype == wide else torch.empty_like(g)
+            baddbmm(g, ds, _of(keys, images), total)
             if gram is not None:
                 total.addcmul_(part, along * inverse / length.masked_fill(length == 0, torch.inf))
-            dx[images, rows].copy_(total)
+            if total is not out:
+                out.copy_(total)
     de = d_keys.unflatten(1, (tokens, heads)).transpose(1, 2).to(e.dtype) if need_keys else nothing(0)
     dc = d_c.transpose(1, 2).to(c.dtype) if need_keys and c is not None else nothing(0)
     if not need_values:

@@ -125,11 +125,12 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
     return y
 
 
-def baddbmm(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """y + left right: (B, M, N), (B, M, K), (B or 1, K, N) -> (B, M, N), y untouched."""
+def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out <- y + left right: (B, M, N), (B, M, K), (B or 1, K, N); ``out`` has the factors' dtype."""
     if _takes_onednn(left) and left.shape[2] > _NARROW:
-        return bmm(left, right).add_(y)
-    return torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]))
+        torch.add(y, bmm(left, right), out=out)
+    else:
+        torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]), out=out)
 
 
 def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:

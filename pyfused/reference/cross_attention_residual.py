@@ -11,9 +11,11 @@ from pyfused.reference.philox import dropout_keep_mask
 
 
 def norm_matched(c: Tensor, x: Tensor, eps: float) -> Tensor:
-    """``c * |x| / (|c| + eps)``, norms over the last dimension; 0 where that denominator is 0."""
-    denominator = c.norm(dim=-1, keepdim=True) + eps
-    return c * (x.norm(dim=-1, keepdim=True) / denominator.masked_fill(denominator == 0, torch.inf)).to(c.dtype)
+    """``c * |x| / (|c| + eps)``, norms over the last dimension in float32 or wider; 0 where that denominator is 0."""
+    wide = torch.promote_types(c.dtype, torch.float32)
+    denominator = c.to(wide).norm(dim=-1, keepdim=True) + eps
+    ratio = x.to(wide).norm(dim=-1, keepdim=True) / denominator.masked_fill(denominator == 0, torch.inf)
+    return (c * ratio).to(c.dtype)
 
 
 def projection_residual(
@@ -84,7 +86,9 @@ def cross_attention_residual(
     ``seed`` is required when dropout acts, and gives the mask that the absorbed plan draws on every backend.
     """
     if normalize_context:
-        context = F.normalize(context, dim=-1, eps=1e-12)
+        # float16 has no 1e-12.
+        wide = torch.promote_types(context.dtype, torch.float32)
+        context = F.normalize(context.to(wide), dim=-1, eps=1e-12).to(context.dtype)
 
     def heads(tokens: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
         projected = F.linear(tokens, projection.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))

@@ -1,0 +1,555 @@
+"""``cross_attention_residual``, the core of absorbed attention: y = x + w rho (drop(softmax_T(x E^T + c)) F + b_o).
+
+One launch forward. Two backward: rows (ds and dx), then sums over rows (dE, dc, and G = (rho a)^T dy with its sum
+rho dy). What remains, dF, db_o and dw from G, has no rows and is left to torch, as are the Gram matrix of F and b_o, by
+which norm matching knows |c|^2, and its gradient.
+
+The J = H T columns of a tile are padded to powers of two in both: column j is head j // BLOCK_T, token j % BLOCK_T.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.bottleneck import (
+    gate_root,
+    load_tile,
+    load_weight,
+    narrow_product,
+    row_pointers,
+    sums_slots,
+    tile_rows,
+)
+from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, rows_config, weights_config
+from pyfused.kernels.device import dropout_keep_mask
+from pyfused.kernels.launch import (
+    device_guard,
+    dot_precision,
+    dropout_arguments,
+    launch,
+    offset_type,
+    strides,
+    target,
+    vectorised,
+)
+
+# Slots that one program adds up at a time, and then groups of slots.
+_GROUP = 16
+
+
+@triton.jit
+def _columns(
+    heads, tokens, stride_h, stride_t, OFFSET: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Offset of each column's (head, token), and which columns exist."""
+    offs_j = tl.arange(0, BLOCK_H * BLOCK_T)
+    head, token = offs_j // BLOCK_T, offs_j % BLOCK_T
+    return head.to(OFFSET) * stride_h + token.to(OFFSET) * stride_t, (head < heads) & (token < tokens)
+
+
+@triton.jit
+def _probabilities(
+    x_rows, stride_xc, ok_m, e_ptr, c_ptr, heads, tokens, channels,
+    stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """softmax over the tokens of each head  [BLOCK_M, BLOCK_J] in float32; 0 where a head has none."""
+    columns, ok_j = _columns(heads, tokens, stride_eh, stride_et, OFFSET, BLOCK_H, BLOCK_T)
+    s = narrow_product(
+        x_rows, stride_xc, ok_m, e_ptr, stride_ec, columns, ok_j, None, 0, 1.0, channels,
+        DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+    )  # fmt: skip
+    if c_ptr is not None:
+        columns, ok_j = _columns(heads, tokens, stride_ch, stride_ct, OFFSET, BLOCK_H, BLOCK_T)
+        s += tl.load(c_ptr + columns, mask=ok_j, other=0.0).to(tl.float32)[None, :]
+    s = tl.reshape(tl.where(ok_j[None, :], s, -float("inf")), (BLOCK_M, BLOCK_H, BLOCK_T))
+    top = tl.max(s, axis=2)
+    p = tl.exp(s - tl.where(top == -float("inf"), 0.0, top)[:, :, None])
+    total = tl.sum(p, axis=2)
+    return tl.reshape(p / tl.where(total == 0.0, 1.0, total)[:, :, None], (BLOCK_M, BLOCK_H * BLOCK_T))
+
+
+@triton.jit
+def _row_length(x_rows, stride_xc, ok_m, channels, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """|x| of each row."""
+    square = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        x = load_tile(x_rows, offs_c, stride_xc, ok_m, offs_c < channels, OFFSET).to(tl.float32)
+        square += tl.sum(x * x, axis=1)
+    return tl.sqrt(square)
+
+
+@triton.jit
+def _bias_along(
+    dy_rows, stride_dyc, ok_m, bias_ptr, gate_ptr, stride_gate, channels,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy . (w b_o) of each row, w 1 without a gate."""
+    along = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        bias = tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            bias *= tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
+        along += tl.sum(
+            load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32) * bias[None, :], axis=1
+        )
+    return along
+
+
+@triton.jit
+def _projected_norm(
+    a, gram_ptr, stride_gram, heads, tokens, BIAS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """(a K + f, |c|) of each row: c = a F + b_o, and the Gram matrix holds K, with a bias f and |b_o|^2 behind it."""
+    columns, ok_j = _columns(heads, tokens, tokens, 1, tl.int32, BLOCK_H, BLOCK_T)
+    gram = tl.load(
+        gram_ptr + columns[:, None] * stride_gram + columns[None, :], mask=ok_j[:, None] & ok_j[None, :], other=0.0
+    )
+    product = tl.dot(a, gram.to(DTYPE), input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
+    wide = a.to(tl.float32)
+    if BIAS:
+        last = heads * tokens
+        f = tl.load(gram_ptr + last * stride_gram + columns, mask=ok_j, other=0.0)
+        product += f[None, :]
+        square = tl.sum(wide * (product + f[None, :]), axis=1) + tl.load(gram_ptr + last * stride_gram + last)
+    else:
+        square = tl.sum(wide * product, axis=1)
+    return product, tl.sqrt(tl.maximum(square, 0.0))
+
+
+@triton.jit
+def _inverse(x):
+    return tl.where(x == 0.0, 0.0, 1.0 / x)
+
+
+@triton.jit(do_not_specialize=["tiles_l", "threshold"])
+def _cross_attention_fwd_kernel(
+    x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, gram_ptr, y_ptr, p_ptr, seed_ptr,
+    length, channels, heads, tokens, tiles_l,
+    stride_xb, stride_xl, stride_xc, stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
+    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate, stride_gramb, stride_gram,
+    stride_yb, stride_yl, stride_yc,
+    weight, eps, inverse_keep, threshold,
+    NORM_MATCH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """y and, with p_ptr, p of one tile of rows."""
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
+    dtype = e_ptr.dtype.element_ty
+    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    p = _probabilities(
+        x_rows, stride_xc, ok_m, e_ptr + batch * stride_eb, None if c_ptr is None else c_ptr + batch * stride_cb,
+        heads, tokens, channels, stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+        dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
+    if p_ptr is not None:
+        in_row, ok_j = _columns(heads, tokens, tokens, 1, OFFSET, BLOCK_H, BLOCK_T)
+        p_ptrs = p_ptr + rows[:, None] * (heads * tokens) + in_row[None, :]
+        tl.store(p_ptrs, p.to(dtype), mask=ok_m[:, None] & ok_j[None, :])
+    if DROP:
+        keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
+        p = tl.where(keep, p * inverse_keep, 0.0)
+    a = p.to(dtype)  # [BLOCK_M, BLOCK_J]
+    if NORM_MATCH:
+        _, norm = _projected_norm(
+            a, gram_ptr + batch * stride_gramb, stride_gram, heads, tokens, bias_ptr is not None, dtype, PRECISION,
+            BLOCK_H, BLOCK_T,
+        )  # fmt: skip
+        rho = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C) * _inverse(norm + eps)
+    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        f = load_weight(f_ptr + batch * stride_fb, columns, offs_c, 1, stride_fc, ok_j, ok_c, dtype, OFFSET)
+        out = tl.dot(a, f, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+        if NORM_MATCH:
+            out *= rho[:, None]
+        if gate_ptr is None:
+            out *= weight
+        else:
+            out *= tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+        out += load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+        y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
+        tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles_l", "threshold", "counters"])
+def _cross_attention_bwd_rows_kernel(
+    dy_ptr, x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, gram_ptr, p_ptr, dx_ptr, ds_ptr, seed_ptr, counter_ptr,
+    rho_ptr, kappa_ptr, a_ptr,
+    length, channels, heads, tokens, tiles_l, counters,
+    stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_dxb, stride_dxl, stride_dxc,
+    stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
+    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate, stride_gramb, stride_gram,
+    weight, root, eps, inverse_keep, threshold,
+    NORM_MATCH: tl.constexpr, RECOMPUTE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+):  # fmt: skip
+    """ds / root and, with dx_ptr, dx of one tile of rows; RECOMPUTE: p too; NORM_MATCH: rho, kappa and a."""
+    if tl.program_id(0) == 0:
+        # The sums over rows, which follow, count their programs here.
+        for start in range(tl.cdiv(counters, 128)):
+            offs = start * 128 + tl.arange(0, 128)
+            tl.store(counter_ptr + offs, tl.zeros((128,), tl.int32), mask=offs < counters)
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
+    dtype = ds_ptr.dtype.element_ty
+    dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
+    x_rows = dy_rows if x_ptr is None else row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    in_row, ok_j = _columns(heads, tokens, tokens, 1, OFFSET, BLOCK_H, BLOCK_T)
+    p_offs = rows[:, None] * (heads * tokens) + in_row[None, :]
+    ok_p = ok_m[:, None] & ok_j[None, :]
+    if RECOMPUTE:
+        p = _probabilities(
+            x_rows, stride_xc, ok_m, e_ptr + batch * stride_eb, None if c_ptr is None else c_ptr + batch * stride_cb,
+            heads, tokens, channels, stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+            dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
+        )  # fmt: skip
+        # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
+        tl.store(p_ptr + p_offs, p.to(dtype), mask=ok_p)
+        tl.debug_barrier()
+    if gate_ptr is not None:
+        root = gate_root(gate_ptr, stride_gate, channels, BLOCK_ALL)
+    columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
+    da = narrow_product(
+        dy_rows, stride_dyc, ok_m, f_ptr + batch * stride_fb, stride_fc, columns, ok_j, gate_ptr, stride_gate, root,
+        channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+    )  # fmt: skip
+    # From here on gradients are divided by root.
+    if gate_ptr is None:
+        da *= weight / root
+    p = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
+    if DROP:
+        keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
+    towards = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if NORM_MATCH:
+        a = p
+        if DROP:
+            a = tl.where(keep, p * inverse_keep, 0.0)
+        product, norm = _projected_norm(
+            a.to(dtype), gram_ptr + batch * stride_gramb, stride_gram, heads, tokens, bias_ptr is not None, dtype,
+            PRECISION, BLOCK_H, BLOCK_T,
+        )  # fmt: skip
+        along = tl.sum(a * da, axis=1)
+        if bias_ptr is not None:
+            along += _bias_along(
+                dy_rows, stride_dyc, ok_m, bias_ptr, gate_ptr, stride_gate, channels, OFFSET, BLOCK_M, BLOCK_C
+            ) * (weight / root)  # fmt: skip
+        length_x = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C)
+        inverse = _inverse(norm + eps)
+        rho = length_x * inverse
+        kappa = along * rho * inverse * _inverse(norm)
+        da = da * rho[:, None] - kappa[:, None] * product
+        towards = along * inverse * _inverse(length_x)
+        tl.store(rho_ptr + rows, rho, mask=ok_m)
+        tl.store(a_ptr + p_offs, a, mask=ok_p)
+        tl.store(kappa_ptr + rows, kappa * root, mask=ok_m)
+    if DROP:
+        da = tl.where(keep, da * inverse_keep, 0.0)
+    grouped = tl.reshape(p, (BLOCK_M, BLOCK_H, BLOCK_T))
+    dp = tl.reshape(da, (BLOCK_M, BLOCK_H, BLOCK_T))
+    ds = tl.reshape(grouped * (dp - tl.sum(grouped * dp, axis=2)[:, :, None]), (BLOCK_M, BLOCK_H * BLOCK_T))
+    ds = ds.to(dtype)  # [BLOCK_M, BLOCK_J]
+    tl.store(ds_ptr + p_offs, ds, mask=ok_p)
+    if dx_ptr is not None:
+        dx_rows = row_pointers(dx_ptr, batch, offs_l, stride_dxb, stride_dxl, OFFSET)
+        columns, ok_j = _columns(heads, tokens, stride_eh, stride_et, OFFSET, BLOCK_H, BLOCK_T)
+        for start in range(tl.cdiv(channels, BLOCK_C)):
+            offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+            ok_c = offs_c < channels
+            e = load_weight(e_ptr + batch * stride_eb, columns, offs_c, 1, stride_ec, ok_j, ok_c, dtype, OFFSET)
+            out = tl.dot(ds, e, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
+            if NORM_MATCH:
+                out += towards[:, None] * load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+            out = out * root + load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
+            dx_ptrs = dx_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_dxc
+            tl.store(dx_ptrs, out.to(dx_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles_l", "per_context", "steps", "splits", "threshold"])
+def _cross_attention_bwd_weights_kernel(
+    dy_ptr, x_ptr, p_ptr, ds_ptr, rho_ptr, gate_ptr, seed_ptr, parts_ptr, counter_ptr,
+    length, channels, heads, tokens, tiles_l, per_context, steps, splits,
+    stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_gate,
+    root, inverse_keep, threshold,
+    NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ALL: tl.constexpr,
+):  # fmt: skip
+    """The sums over the rows of each context, cut into ``splits``.
+
+    Each program leaves its part in its split's slot of parts; in the last slot, when all are done, they are summed. A
+    slot holds dE^T / root and G^T (BLOCK_C, COLUMNS each), then the sums of ds / root (COLUMNS) and rho dy (BLOCK_C);
+    G's is root times as large where dy is wider than the products.
+    """
+    pid_c, pid_j = tl.program_id(0), tl.program_id(1)
+    context, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_j = pid_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    ok_c = offs_c < channels
+    head, token = offs_j // BLOCK_T, offs_j % BLOCK_T
+    in_row, ok_j = head * tokens + token, (head < heads) & (token < tokens)
+    dtype = ds_ptr.dtype.element_ty
+    WIDER: tl.constexpr = dy_ptr.dtype.element_ty != dtype
+    keys = tl.zeros((BLOCK_C, BLOCK_J), dtype=tl.float32)
+    outer = tl.zeros((BLOCK_C, BLOCK_J), dtype=tl.float32)
+    sum_ds = tl.zeros((BLOCK_J,), dtype=tl.float32)
+    sum_dy = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    if gate_ptr is not None:
+        root = gate_root(gate_ptr, stride_gate, channels, BLOCK_ALL)
+    for step in range(steps):
+        in_context = split * steps + step
+        batch, offs_l, rows, ok_m = tile_rows(context * per_context + in_context, tiles_l, length, OFFSET, BLOCK_M)
+        ok_m = ok_m & (in_context < per_context)
+        p_offs = rows[:, None] * (heads * tokens) + in_row[None, :]
+        ok_p = ok_m[:, None] & ok_j[None, :]
+        if NEED_KEYS:
+            ds = tl.load(ds_ptr + p_offs, mask=ok_p, other=0.0)  # [BLOCK_M, BLOCK_J]
+            if x_ptr is not None:
+                x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+                x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+                keys = tl.dot(tl.trans(x.to(dtype)), ds, keys, input_precision=PRECISION)
+            sum_ds += tl.sum(ds.to(tl.float32), axis=0)
+        if NEED_VALUES:
+            dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
+            dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+            a = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
+            if DROP:
+                keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_j * BLOCK_J, threshold, BLOCK_M, BLOCK_J)
+                a = tl.where(keep, a * inverse_keep, 0.0)
+            g = dy.to(tl.float32)
+            if rho_ptr is not None:
+                rho = tl.load(rho_ptr + rows, mask=ok_m, other=0.0)
+                a *= rho[:, None]
+                g *= rho[:, None]
+            if WIDER:
+                dy = dy.to(tl.float32) * root
+            outer = tl.dot(tl.trans(dy.to(dtype)), a.to(dtype), outer, input_precision=PRECISION)
+            sum_dy += tl.sum(g, axis=0)
+
+    groups = tl.cdiv(splits, GROUP)
+    slot_size = 2 * BLOCK_C * COLUMNS + COLUMNS + BLOCK_C
+    series = context.to(tl.int64) * tl.num_programs(0) + pid_c
+    parts_ptr += series * (splits + groups + 1) * slot_size
+    slot_ptr = parts_ptr + split.to(tl.int64) * slot_size
+    at = tl.arange(0, BLOCK_C)[:, None] * COLUMNS + offs_j[None, :]
+    tl.store(slot_ptr + at, keys)
+    tl.store(slot_ptr + BLOCK_C * COLUMNS + at, outer)
+    tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + offs_j, sum_ds)
+    if pid_j == 0:
+        tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + COLUMNS + tl.arange(0, BLOCK_C), sum_dy)
+    sums_slots(parts_ptr, slot_size, counter_ptr + series * (groups + 1), split, splits, tl.num_programs(1), GROUP)
+
+
+def cross_attention_residual_fwd(
+    x: torch.Tensor,
+    e: torch.Tensor,
+    c: torch.Tensor | None,
+    f: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    weight: float,
+    norm_match: bool,
+    eps: float,
+    dropout_p: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, L, C) in x's dtype, p in e's; see `pyfused.ops.cross_attention_residual` for the contract."""
+    (batch, length, channels), (heads, tokens) = x.shape, e.shape[1:3]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    p = e.new_empty((batch, length, heads * tokens) if save else 0)
+    if batch * length == 0:
+        return y, p
+    shared = _shared(e, c, f, bias, gate, norm_match)
+    config = rows_config(
+        batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype, target(x.device),
+        weight_bytes=e.itemsize, vectorised=vectorised(x, y),
+        beside=_beside(e.dtype, shared["BLOCK_H"] * shared["BLOCK_T"], dropout_p, norm_match),
+    )  # fmt: skip
+    tiles_l = triton.cdiv(length, config.block_m)
+    with device_guard(x):
+        launch(
+            _cross_attention_fwd_kernel, (batch * tiles_l,), **shared,
+            x_ptr=x, y_ptr=y, p_ptr=p if save else None,
+            length=length, channels=channels, tiles_l=tiles_l, **strides("x", "blc", x), **strides("y", "blc", y),
+            weight=weight, eps=eps, **dropout_arguments(seed, dropout_p),
+            NORM_MATCH=norm_match, DROP=dropout_p > 0.0, OFFSET=offset_type(x, y, e, f),
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+    return y, p
+
+
+def cross_attention_residual_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    e: torch.Tensor,
+    c: torch.Tensor | None,
+    f: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    p: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    weight: float,
+    norm_match: bool,
+    eps: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_keys: bool,
+    need_values: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx in dy's dtype, dE, dc, dF and db_o in their tensors' dtypes, dw (C,) in float32; empty where not needed."""
+    (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
+    wide, nothing = {"dtype": torch.float32, "device": dy.device}, e.new_empty
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
+    shared = _shared(e, c, f, bias, gate, norm_match)
+    rows, columns, padded = batch * length, heads * tokens, shared["BLOCK_H"] * shared["BLOCK_T"]
+    size = batch, length, channels, padded, e.dtype, target(dy.device)
+    vectors = vectorised(dy, x, dx if need_dx else None)
+    beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
+    rows_cfg = rows_config(*size, weight_bytes=e.itemsize, vectorised=vectors, beside=beside)
+    sums_cfg = weights_config(*size, vectorised=vectors, beside=beside, groups=contexts)
+    block_j = min(sums_cfg.block_h, padded)
+    # The channels in whole tiles: what the sums leave beyond C is cut off.
+    tiles_c = triton.cdiv(channels, sums_cfg.block_c)
+    tiles_l = triton.cdiv(length, sums_cfg.block_m)
+    per_context = batch // contexts * tiles_l
+    steps = max(1, triton.cdiv(per_context, sums_cfg.splits))
+    splits = max(1, triton.cdiv(per_context, steps))
+    groups = triton.cdiv(splits, _GROUP)
+    counter = torch.empty((contexts, tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
+    slot_size = (2 * sums_cfg.block_c + 1) * padded + sums_cfg.block_c
+    parts = torch.empty((contexts, tiles_c, splits + groups + 1, slot_size), **wide)
+    recompute = p is None
+    ds = nothing((rows, columns))
+    p = torch.empty_like(ds) if recompute else p
+    rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
+    arguments = {
+        "dy_ptr": dy, "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter,
+        "length": length, "channels": channels, **strides("dy", "blc", dy),
+        "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p), "DROP": dropout_p > 0.0,
+        "BLOCK_ALL": triton.next_power_of_2(channels),
+    }  # fmt: skip
+    if rows == 0:
+        parts.zero_()
+    else:
+        with device_guard(dy):
+            row_tiles = triton.cdiv(length, rows_cfg.block_m)
+            from_x = x if recompute or norm_match else None
+            launch(
+                _cross_attention_bwd_rows_kernel, (batch * row_tiles,), **arguments, **shared,
+                x_ptr=from_x, dx_ptr=dx if need_dx else None, kappa_ptr=kappa, a_ptr=a,
+                tiles_l=row_tiles, counters=counter.numel(),
+                **strides("x", "blc", from_x), **strides("dx", "blc", dx if need_dx else None),
+                weight=weight, eps=eps, NORM_MATCH=norm_match, RECOMPUTE=recompute, OFFSET=offset_type(dy, x, e, f),
+                BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c,
+                num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
+            )  # fmt: skip
+            if not (need_keys or need_values):
+                return dx, nothing(0), nothing(0), nothing(0), nothing(0), torch.empty(0, **wide)
+            launch(
+                _cross_attention_bwd_weights_kernel, (tiles_c, padded // block_j, contexts * splits),
+                **arguments, **{name: shared[name] for name in _OF_ALL},
+                x_ptr=x if need_keys else None, parts_ptr=parts,
+                tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
+                **strides("x", "blc", x if need_keys else None),
+                NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=_GROUP,
+                BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, COLUMNS=padded,
+                num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
+            )  # fmt: skip
+    # What is left has no rows, but for the Gram matrix's gradient.
+    root = arguments["root"] if gate is None else _root(gate)
+    total, block = parts[:, :, -1], sums_cfg.block_c * padded
+
+    def by_head(sums: torch.Tensor) -> torch.Tensor:
+        """(..., columns padded) -> (..., H, T)."""
+        return sums.unflatten(-1, (shared["BLOCK_H"], shared["BLOCK_T"]))[..., :heads, :tokens]
+
+    def by_channel(start: int) -> torch.Tensor:
+        """(contexts, H, T, C) of what starts there in the slots."""
+        sums = total[:, :, start : start + block].unflatten(2, (sums_cfg.block_c, padded)).flatten(1, 2)
+        return by_head(sums[:, :channels]).permute(0, 2, 3, 1)
+
+    de = dc = df = db = nothing(0)
+    d_gate = torch.empty(0, **wide)
+    if need_keys:
+        de = (by_channel(0) * root).to(e.dtype, memory_format=torch.contiguous_format)
+        if c is not None:
+            dc = (by_head(total[:, 0, 2 * block : 2 * block + padded]) * root).to(c.dtype)
+            dc = dc.expand(len(c), -1, -1) if len(c) == len(dc) else _logits_gradient(ds, root, batch, heads, tokens)
+    if need_values:
+        values, outer = _values(f, bias), by_channel(block).flatten(1, 2)
+        if dy.dtype != e.dtype:
+            outer = outer / root
+        if bias is not None:
+            sum_dy = total[:, :, 2 * block + padded :].flatten(1)[:, None, :channels]
+            outer = torch.cat((outer, sum_dy), dim=1)
+        d_gate = (values * outer).sum((0, 1))
+        d_values = outer * (weight if gate is None else gate.to(torch.float32))
+        if norm_match:
+            a = a.view(contexts, rows // contexts, columns)
+            a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
+            d_values -= (kappa.view(contexts, -1, 1) * a).mT @ a @ values
+        df = d_values[:, :columns].unflatten(1, (heads, tokens)).to(f.dtype, memory_format=torch.contiguous_format)
+        db = nothing(0) if bias is None else d_values[:, columns].sum(0).to(bias.dtype)
+    return dx, de, dc, df, db, d_gate
+
+
+def _logits_gradient(ds: torch.Tensor, root, batch: int, heads: int, tokens: int) -> torch.Tensor:
+    """dc of each image, where E has none of its own: a mask alone gives c a batch that E lacks."""
+    return ds.view(batch, -1, heads, tokens).sum(1, dtype=torch.float32) * root
+
+
+def _beside(dtype: torch.dtype, padded: int, dropout_p: float, norm_match: bool) -> int:
+    """Tiles that live beside the logits in forward: the mask, or a Gram matrix's product."""
+    return int(padded >= 64 or dropout_p > 0.0 or norm_match) + (dtype == torch.float32)
+
+
+def _root(gate: torch.Tensor) -> torch.Tensor:
+    """As `gate_root` has it."""
+    largest = gate.to(torch.float32).abs().amax()
+    return torch.where(largest < 1e-30, 1.0, largest).sqrt()
+
+
+def _values(f: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F (contexts, H T, C) in float32 and, below it, b_o."""
+    values = f.flatten(1, 2).to(torch.float32)
+    return values if bias is None else torch.cat((values, bias.expand(len(f), 1, -1)), dim=1)
+
+
+# What the sums over rows need of `_shared`.
+_OF_ALL = ("gate_ptr", "heads", "tokens", "stride_gate", "PRECISION", "BLOCK_T")
+
+
+def _shared(e, c, f, bias, gate, norm_match) -> dict[str, object]:
+    """The arguments that forward and backward have in common; what serves all images has a stride of 0 between them."""
+    heads, tokens = e.shape[1:3]
+    block_t = triton.next_power_of_2(tokens)
+    values = _values(f, bias) if norm_match else None
+    gram = None if values is None else values @ values.mT
+    arguments: dict[str, object] = {
+        "e_ptr": e, "c_ptr": c, "f_ptr": f, "bias_ptr": None if bias is None else bias.contiguous(), "gate_ptr": gate,
+        "gram_ptr": gram, "heads": heads, "tokens": tokens,
+        **strides("e", ("b", "h", "t", "c"), e), **strides("c", ("b", "h", "t"), c),
+        **strides("f", ("b", "h", "t", "c"), f),
+        "stride_gate": 0 if gate is None or gate.numel() == 1 else gate.stride(0),
+        "stride_gramb": 0 if gram is None else gram.stride(0), "stride_gram": 0 if gram is None else gram.stride(1),
+        "PRECISION": dot_precision(e.dtype),
+        # A matrix instruction takes 16 columns at least.
+        "BLOCK_H": max(triton.next_power_of_2(heads), 16 // block_t), "BLOCK_T": block_t,
+    }  # fmt: skip
+    for name, tensor in (("eb", e), ("cb", c), ("fb", f), ("gramb", gram)):
+        if tensor is not None and len(tensor) == 1:
+            arguments[f"stride_{name}"] = 0
+    return arguments

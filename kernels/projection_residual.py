@@ -1,0 +1,291 @@
+"""``projection_residual`` in Triton: y = skip x + w match(phi(o W^T + b)).
+
+One launch forward; with norm matching, which needs whole rows, a second, light one over what the first wrote, h and the
+squares of each tile's part of |c|. Backward one launch for everything of y's size (dh, dx, and dw and db tile by tile);
+the products do = dh W and dW = dh^T o are the library's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyfused.kernels.bottleneck import load_tile, row_pointers, tile_rows
+from pyfused.kernels.device import activation, activation_slope, swizzle
+from pyfused.kernels.launch import (
+    INTERPRETER,
+    device_guard,
+    dot_precision,
+    launch,
+    offset_type,
+    strides,
+    target,
+    vectorised,
+)
+from pyfused.kernels.lora_linear_plan import gemm_config
+
+# Rows and channels of a tile in the passes over rows, which multiply no matrices; not timed on a GPU yet.
+_ROWS, _CHANNELS = 16, 128
+
+
+@triton.jit
+def _gate(gate_ptr, stride_gate, offs_c, ok_c, factor):
+    """w of each channel, float32."""
+    if gate_ptr is None:
+        return tl.where(ok_c, factor, 0.0)
+    else:
+        return tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inverse(x):
+    return tl.where(x == 0.0, 0.0, 1.0 / x)
+
+
+@triton.jit(do_not_specialize=["tiles_l", "tiles_m", "tiles_n"])
+def _projection_fwd_kernel(
+    o_ptr, w_ptr, bias_ptr, x_ptr, gate_ptr, pre_ptr, squares_ptr, y_ptr,
+    length, channels, k, tiles_l, tiles_m, tiles_n,
+    stride_ob, stride_ol, stride_ok, stride_wn, stride_wk, stride_bias, stride_gate,
+    stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc,
+    factor, skip,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of h = o W^T + b, and of y; with squares_ptr the tile's part of |c|^2 in place of y."""
+    pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    batch, offs_l, rows, ok_m = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
+    offs_c, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    ok_c = offs_c < channels
+    dtype = o_ptr.dtype.element_ty
+    step_k = tl.full((), BLOCK_K, tl.int64)
+    o_rows = row_pointers(o_ptr, batch, offs_l, stride_ob, stride_ol, OFFSET)
+    o_ptrs = o_rows[:, None] + offs_k.to(OFFSET)[None, :] * stride_ok
+    w_ptrs = w_ptr + offs_c.to(OFFSET)[None, :] * stride_wn + offs_k.to(OFFSET)[:, None] * stride_wk
+    h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(tl.cdiv(k, BLOCK_K)):
+        ok_k = offs_k < k - start * BLOCK_K
+        o = tl.load(o_ptrs, mask=ok_m[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=ok_c[None, :] & ok_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        h = tl.dot(o, w, h, input_precision=PRECISION)
+        o_ptrs += step_k * stride_ok
+        w_ptrs += step_k * stride_wk
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + offs_c * stride_bias, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+    ok = ok_m[:, None] & ok_c[None, :]
+    if pre_ptr is not None:
+        tl.store(pre_ptr + rows[:, None] * channels + offs_c[None, :], h.to(dtype), mask=ok)
+    if squares_ptr is not None:
+        # Of what is stored: the second pass reads that. Where nothing is, phi(0) = 0.
+        c = activation(h.to(dtype).to(tl.float32), ACTIVATION)
+        tl.store(squares_ptr + rows * tiles_n + pid_n, tl.sum(c * c, axis=1), mask=ok_m)
+    else:
+        x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+        x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+        y = skip * x + _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :] * activation(h, ACTIVATION)
+        y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+        y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["tiles_l", "tiles_n"])
+def _projection_match_kernel(
+    pre_ptr, squares_ptr, x_ptr, gate_ptr, y_ptr, length, channels, tiles_l, tiles_n,
+    stride_gate, stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc, factor, skip, eps,
+    ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y of one tile of rows from h and the parts of |c|^2."""
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
+    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    square, square_x = tl.zeros((BLOCK_M,), dtype=tl.float32), tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for tile in range(tiles_n):
+        square += tl.load(squares_ptr + rows * tiles_n + tile, mask=ok_m, other=0.0)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        x = load_tile(x_rows, offs_c, stride_xc, ok_m, offs_c < channels, OFFSET).to(tl.float32)
+        square_x += tl.sum(x * x, axis=1)
+    rho = tl.sqrt(square_x) * _inverse(tl.sqrt(square) + eps)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        ok = ok_m[:, None] & ok_c[None, :]
+        h = tl.load(pre_ptr + rows[:, None] * channels + offs_c[None, :], mask=ok, other=0.0).to(tl.float32)
+        x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+        gate = _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)
+        y = skip * x + gate[None, :] * (rho[:, None] * activation(h, ACTIVATION))
+        tl.store(y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["tiles_l"])
+def _projection_bwd_kernel(
+    dy_ptr, pre_ptr, x_ptr, gate_ptr, dh_ptr, dx_ptr, parts_ptr,
+    length, channels, tiles_l, stride_dyb, stride_dyl, stride_dyc, stride_gate, stride_xb, stride_xl, stride_xc,
+    factor, skip, eps,
+    ACTIVATION: tl.constexpr, NORM_MATCH: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dh and, with dx_ptr, dx of one tile of rows; the tile's parts of dw and db, (2, C)."""
+    batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
+    dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
+    rho = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if NORM_MATCH:
+        x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+        along, square, square_x = rho * 0.0, rho * 0.0, rho * 0.0
+        for start in range(tl.cdiv(channels, BLOCK_C)):
+            offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+            ok_c = offs_c < channels
+            ok = ok_m[:, None] & ok_c[None, :]
+            h = tl.load(pre_ptr + rows[:, None] * channels + offs_c[None, :], mask=ok, other=0.0).to(tl.float32)
+            c = activation(h, ACTIVATION)
+            x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+            dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
+            along += tl.sum(dy * _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :] * c, axis=1)
+            square += tl.sum(c * c, axis=1)
+            square_x += tl.sum(x * x, axis=1)
+        norm, norm_x = tl.sqrt(square), tl.sqrt(square_x)
+        inverse = _inverse(norm + eps)
+        rho = norm_x * inverse
+        kappa = along * rho * inverse * _inverse(norm)
+        towards = along * inverse * _inverse(norm_x)
+    parts_ptr += tl.program_id(0).to(tl.int64) * 2 * channels
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        ok = ok_m[:, None] & ok_c[None, :]
+        at = rows[:, None] * channels + offs_c[None, :]
+        h = tl.load(pre_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        c = activation(h, ACTIVATION)
+        dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
+        scaled = dy * rho[:, None]
+        dc = scaled * _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :]
+        if NORM_MATCH:
+            dc -= kappa[:, None] * c
+        dh = dc * activation_slope(h, ACTIVATION)
+        tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=ok)
+        tl.store(parts_ptr + offs_c, tl.sum(scaled * c, axis=0), mask=ok_c)
+        tl.store(parts_ptr + channels + offs_c, tl.sum(dh, axis=0), mask=ok_c)
+        if dx_ptr is not None:
+            x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+            dx = skip * dy + towards[:, None] * x
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+def projection_residual_fwd(
+    o: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gate: torch.Tensor | None,
+    factor: float,
+    skip: float,
+    activation: str,
+    norm_match: bool,
+    eps: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, L, C) in the residual's dtype, h in o's; see `pyfused.ops.projection_residual` for the contract."""
+    (batch, length, k), channels = o.shape, weight.shape[0]
+    y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    pre = o.new_empty((batch, length, channels) if save or norm_match else 0)
+    if batch * length == 0:
+        return y, pre if save else o.new_empty(0)
+    # The residual's tile lies beside the accumulator, as a masked term of lora_linear's would.
+    config = gemm_config(
+        batch, length, channels, 16, o.dtype, target(o.device), weight_bytes=weight.itemsize,
+        vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
+    )  # fmt: skip
+    tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
+    squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None
+    shared = {
+        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y, "length": length, "channels": channels,
+        "stride_gate": _stride(gate), **strides("x", "blc", residual), **strides("y", "blc", y),
+        "factor": factor, "skip": skip, "ACTIVATION": activation, "OFFSET": offset_type(o, weight, residual),
+    }  # fmt: skip
+    with device_guard(o):
+        launch(
+            _projection_fwd_kernel, (batch * tiles_l * tiles_n,), **shared,
+            o_ptr=o, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if save or norm_match else None, squares_ptr=squares,
+            k=k, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
+            **strides("o", "blk", o), **strides("w", "nk", weight), stride_bias=_stride(bias),
+            PRECISION=dot_precision(o.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if norm_match:
+            block_m, block_c = _rows_block(o.device)
+            row_tiles = triton.cdiv(length, block_m)
+            launch(
+                _projection_match_kernel, (batch * row_tiles,), **shared,
+                pre_ptr=pre, squares_ptr=squares, tiles_l=row_tiles, tiles_n=tiles_n, eps=eps,
+                BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
+            )  # fmt: skip
+    return y, pre if save else o.new_empty(0)
+
+
+def projection_residual_bwd(
+    dy: torch.Tensor,
+    o: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    pre: torch.Tensor | None,
+    factor: float,
+    skip: float,
+    activation: str,
+    norm_match: bool,
+    eps: float,
+    need_do: bool,
+    need_weight: bool,
+    need_residual: bool,
+    need_gate: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """do, dW, db in o's dtype, dx in dy's, dw (C,) in float32; empty where not needed."""
+    (batch, length, channels), nothing = dy.shape, weight.new_empty
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
+    d_o, d_weight, d_bias = nothing(0), nothing(0), nothing(0)
+    d_gate = nothing(channels if need_gate else 0, dtype=torch.float32).zero_()
+    scale = torch.ones((), device=dy.device)
+    sum_dh = None
+    if pre is None:
+        # dh is w dy: w goes to the other side of the products, which has no rows.
+        dh = dy.reshape(-1, channels).to(weight.dtype)
+        scale = factor * scale if gate is None else gate.to(torch.float32)[:, None]
+        weight = (weight * scale).to(weight.dtype)
+    else:
+        dh = nothing((batch * length, channels))
+        block_m, block_c = _rows_block(dy.device)
+        tiles_l = triton.cdiv(length, block_m)
+        parts = torch.empty((batch * tiles_l, 2, channels), dtype=torch.float32, device=dy.device)
+        if batch * length > 0:
+            with device_guard(dy):
+                launch(
+                    _projection_bwd_kernel, (batch * tiles_l,),
+                    dy_ptr=dy, pre_ptr=pre, x_ptr=residual, gate_ptr=gate, dh_ptr=dh,
+                    dx_ptr=dx if need_residual else None, parts_ptr=parts,
+                    length=length, channels=channels, tiles_l=tiles_l, **strides("dy", "blc", dy),
+                    stride_gate=_stride(gate), **strides("x", "blc", residual), factor=factor, skip=skip, eps=eps,
+                    ACTIVATION=activation, NORM_MATCH=norm_match, OFFSET=offset_type(dy, residual),
+                    BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
+                )  # fmt: skip
+        d_gate, sum_dh = parts.sum(0)
+        d_gate = d_gate if need_gate else nothing(0, dtype=torch.float32)
+    if need_do:
+        d_o = (dh @ weight).view(batch, length, -1)
+    if need_weight and o is not None:
+        d_weight = dh.mT @ o.reshape(-1, o.shape[2])
+        if pre is None:
+            d_weight.mul_(scale)
+    if need_weight and bias is not None:
+        if sum_dh is None:
+            sum_dh = dh.sum(0, dtype=torch.float32) * scale.flatten()
+        d_bias = sum_dh.to(bias.dtype)
+    return d_o, d_weight, d_bias, dx, d_gate
+
+
+def _stride(vector: torch.Tensor | None) -> int:
+    """A scalar repeats: its stride is 0."""
+    return 0 if vector is None or vector.numel() == 1 else vector.stride(0)
+
+
+def _rows_block(device: torch.device) -> tuple[int, int]:
+    return (32, 32) if target(device) == INTERPRETER else (_ROWS, _CHANNELS)
