@@ -4,7 +4,14 @@ from pyfused import diagnostics, models
 from pyfused.backend import available_backends
 from pyfused.explain import explain
 from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
-from pyfused.modules import BottleneckAdapter, ConvLoRA, LoRAConv2d, LoRALinear, LoRAMultiheadAttention
+from pyfused.modules import (
+    BottleneckAdapter,
+    ConvLoRA,
+    LoRAConv2d,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    ScaledCrossAttention,
+)
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.report import LoRAReport
 from pyfused.ops import adapter_residual, cross_attention_residual, lora_linear, projection_residual
@@ -19,6 +26,7 @@ __all__ = [
     "LoRAModule",
     "LoRAMultiheadAttention",
     "LoRAReport",
+    "ScaledCrossAttention",
     "__version__",
     "adapter_residual",
     "available_backends",

@@ -1,4 +1,4 @@
-"""The command ``pyfused``: ``info``, ``check`` and ``bench``. The first two need torch alone."""
+"""The command ``pyfused``: ``info``, ``check`` and ``bench``. ``info`` and a plain ``check`` need torch alone."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="compare every backend here with float64, at the benchmarks' shapes")
     check.set_defaults(function=_check)
+    check.add_argument(
+        "what", nargs="?", choices=("gradient-ratio",),
+        help="instead: what cross-attention does to an adapter's gradient, on a small random AA-CLIP (needs open_clip)",
+    )  # fmt: skip
 
     bench = commands.add_parser("bench", help="parity, time and memory against plain torch, torch.compile and PEFT")
     bench.set_defaults(function=_bench)
@@ -129,9 +133,17 @@ def _version(distribution: str) -> str | None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pyfused.bench import check
+    if arguments.what is None:
+        from pyfused.bench import check
 
-    return check.run(arguments.device, arguments.threads)
+        return check.run(arguments.device, arguments.threads)
+    from pyfused.bench import gradient_ratio, thirdparty
+
+    try:
+        return gradient_ratio.run(arguments.device, arguments.threads)
+    except thirdparty.Unavailable as error:
+        print(f"pyfused check gradient-ratio: {error}", file=sys.stderr)
+        return 2
 
 
 def _bench(arguments: argparse.Namespace) -> int:

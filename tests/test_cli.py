@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_version(capsys):
         (["bench", "--device", "tpu"], "expected cpu, cuda or cuda:N, got 'tpu'"),
         (["check", "--device", "mps"], "expected cpu, cuda or cuda:N, got 'mps'"),
         (["check", "--device", "cuda:99"], "'cuda:99' is not there"),
+        (["check", "gradient"], "invalid choice: 'gradient'"),
         (["check", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
         (["bench", "--seconds", "-1"], "expected a positive number of seconds, got '-1'"),
         (["bench", "--seconds", "nan"], "expected a positive number of seconds, got 'nan'"),
@@ -103,6 +105,43 @@ def test_check_covers_dropout_and_mixed_dtypes():
         (4, False),
         (4, True),
     }
+
+
+class TestGradientRatio:
+    """`pyfused check gradient-ratio`."""
+
+    def test_prints_both_ratios_and_the_verdict(self, capsys):
+        pytest.importorskip("open_clip", reason="open_clip is not installed")
+        threads = torch.get_num_threads()
+        assert cli.main(["check", "gradient-ratio", "--device", "cpu", "--threads", str(threads)]) == 0
+        printed = capsys.readouterr().out
+        ratios = dict(
+            re.findall(r"^(.*?) +\|grad image_adapters\.0\| .* ratio (\S+), unchanged$", printed, re.MULTILINE)
+        )
+        assert ratios.keys() == {"fused", "reference", "fused, w = 0"}
+        assert float(ratios["fused"]) == pytest.approx(float(ratios["reference"]), abs=2e-6)
+        assert ratios["fused"] != ratios["fused, w = 0"] == "1.000000"
+        assert printed.count("\nok ") == 2
+
+    def test_a_ratio_that_differs_from_the_reference_fails(self, capsys, monkeypatch):
+        pytest.importorskip("open_clip", reason="open_clip is not installed")
+        from pyfused import reference
+
+        right = reference.cross_attention_residual
+        monkeypatch.setattr(
+            reference,
+            "cross_attention_residual",
+            lambda *given, **settings: right(*given, **settings | {"weight": 0.2}),
+        )
+        assert cli.main(["check", "gradient-ratio", "--device", "cpu"]) == 1
+        assert "FAILED  fused and reference ratios differ by" in capsys.readouterr().out
+
+    def test_without_open_clip(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "open_clip", None)
+        assert cli.main(["check", "gradient-ratio", "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("pyfused check gradient-ratio: open_clip cannot be imported")
+        assert 'pip install "pyfused[bench]"' in error
 
 
 def test_info_and_check_need_torch_alone(tmp_path):

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pyfused.models.report import AdapterReport, AdapterRow
 
 if TYPE_CHECKING:
+    from pyfused.models.aa_clip import AdaptedCLIP, AdaptedCLIPReport, AdaptedFeatures
+    from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
     from pyfused.models.fastvit import AttentionBlockAdapter, ConvLoRAStage, RepMixerBlockAdapter, add_adapters
 
 __all__ = [
+    "AdaptedCLIP",
+    "AdaptedCLIPReport",
+    "AdaptedFeatures",
+    "AdapterBlend",
     "AdapterReport",
     "AdapterRow",
     "AttentionBlockAdapter",
     "ConvLoRAStage",
+    "ImageCrossAttention",
     "RepMixerBlockAdapter",
+    "SimpleProj",
+    "TextCrossAttention",
     "add_adapters",
 ]
+_FASTVIT = ("AttentionBlockAdapter", "ConvLoRAStage", "RepMixerBlockAdapter", "add_adapters")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pyfused.models import fastvit
-
-    return getattr(fastvit, name)
+    module = "fastvit" if name in _FASTVIT else "aa_clip"
+    return getattr(importlib.import_module(f"pyfused.models.{module}"), name)
 
 
 def __dir__() -> list[str]:
