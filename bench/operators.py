@@ -6,10 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from pyfused.bench import adapter_residual, lora_linear
+from pyfused.bench import adapter_residual, cross_attention_residual, lora_linear, projection_residual
 from pyfused.bench.cases import Case
 
-OPERATORS = {"lora_linear": lora_linear, "adapter_residual": adapter_residual}
+OPERATORS = {
+    "lora_linear": lora_linear,
+    "adapter_residual": adapter_residual,
+    "cross_attention_residual": cross_attention_residual,
+    "projection_residual": projection_residual,
+}
 
 
 def timed_cases(device: torch.device) -> list[Case]:

@@ -83,6 +83,7 @@ def _cells(row: Row) -> dict[str, str]:
         "pyfused": _time(own),
         "vs eager": _ratio(row.ratios.get("eager", row.ratios.get("reference"))),
         "vs compile": _ratio(row.ratios.get("torch.compile")),
+        "vs SDPA": _ratio(row.ratios.get("projections + SDPA")),
         "vs PEFT": " / ".join(_ratio(row.ratios[name]) for name in _peft(row)),
         "x GEMM": _ratio(1 / row.ratios[BASE] if BASE in row.ratios else None),
         "% floor": f"{100 * floor / own:.0f}" if isinstance(floor, float) and own else "",

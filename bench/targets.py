@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyfused.bench.baselines import BASE
+from pyfused.bench.cross_attention_residual import SDPA
 from pyfused.bench.rows import Row
 
 # Shape (M, K, N) -> (forward at most this many times the bare GEMM, forward+backward at least this many times faster
@@ -30,6 +31,22 @@ ADAPTER_H200 = {
     (65536, 128, 64): (0.6, None, None, None),
     (16384, 256, 128): (0.6, None, None, None),
 }
+# T -> forward+backward at least this many times faster than projections and torch's attention, float32 on a CPU.
+ATTENTION_CPU = {2: 7.0, 12: 2.5, 77: 0.97}
+# (B, T, whether norms are matched) -> forward, then forward+backward at least this many times faster than that.
+# bfloat16, CUDA-graph replay, H200.
+ATTENTION_H200 = {
+    (16, 2, False): (4.0, 4.0),
+    (16, 16, False): (2.5, 2.5),
+    (16, 77, False): (None, 1.15),
+    (16, 77, True): (None, 1.3),
+    (2, 2, False): (2.5, 2.5),
+    (2, 1232, True): (None, 1.3),
+}
+# Operator -> peak memory at most this share of the eager formula's; 1 for all others, and for models.
+MEMORY = {"cross_attention_residual": 0.75}
+# The same for a context of this many tokens, against projections and torch's attention, on a GPU.
+LONG_CONTEXT_MEMORY = (1232, 0.7)
 
 
 @dataclass(frozen=True)
@@ -48,14 +65,18 @@ class Verdict:
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """The numbers that these rows can answer; nothing for rows that were not measured."""
     timed = [row for row in rows if row.passed and row.ratios]
-    lora, adapter = (_of(timed, operator) for operator in ("lora_linear", "adapter_residual"))
+    lora, adapter, attention = (
+        _of(timed, operator) for operator in ("lora_linear", "adapter_residual", "cross_attention_residual")
+    )
     return [
         *_lora_cpu(lora),
         *_peft_models(timed),
         *_lora_h200(lora),
         *_adapter_cpu(adapter),
         *_adapter_h200(adapter),
+        *_attention_speed(attention),
         *_memory(timed),
+        *_long_context_memory(attention),
     ]
 
 
@@ -153,8 +174,21 @@ def _near_floor(name: str, wanted: float, seconds: float, floor: float) -> Verdi
     return Verdict(name, f">= {wanted:.0%} of the floor's speed", f"{share:.0%}", share >= wanted)
 
 
+def _attention_speed(rows: list[Row]) -> Iterable[Verdict]:
+    for row in rows:
+        tokens, matched = _shape(row, "tokens", "norm_match")
+        forward = both = None
+        if _on_h200(row):
+            forward, both = ATTENTION_H200.get((row.facts["batch"], tokens, matched), (None, None))
+        elif row.mode == "wall clock" and not matched:
+            both = ATTENTION_CPU.get(tokens)
+        wanted = forward if row.measured == "forward" else both
+        if wanted is not None and SDPA in row.ratios:
+            yield _faster(row, SDPA, wanted)
+
+
 def _memory(rows: list[Row]) -> Iterable[Verdict]:
-    """Never more than the eager formula: the largest share among the shapes of an operator, and every model."""
+    """The largest share of the eager formula's among the shapes of an operator, and every model's."""
     shares: dict[str, list[float]] = {}
     for row in rows:
         if {"eager", row.subject} <= row.peak_bytes.keys():
@@ -162,4 +196,17 @@ def _memory(rows: list[Row]) -> Iterable[Verdict]:
             shares.setdefault(name, []).append(row.peak_bytes[row.subject] / row.peak_bytes["eager"])
     for name, found in shares.items():
         label = f"{name}, peak memory against eager" + (f", largest of {len(found)}" if len(found) > 1 else "")
-        yield Verdict(label, "<= 1x", f"{max(found):.3f}x", max(found) <= 1.0)
+        yield _less_memory(label, MEMORY.get(name, 1.0), max(found))
+
+
+def _long_context_memory(rows: list[Row]) -> Iterable[Verdict]:
+    tokens, wanted = LONG_CONTEXT_MEMORY
+    for row in rows:
+        # Graphs replay the memory of the eager launches: one row is enough.
+        if row.facts.get("tokens") == tokens and row.mode == "eager launches" and SDPA in row.peak_bytes:
+            share = row.peak_bytes[row.subject] / row.peak_bytes[SDPA]
+            yield _less_memory(f"{row.name}, peak memory against {SDPA}", wanted, share)
+
+
+def _less_memory(name: str, wanted: float, share: float) -> Verdict:
+    return Verdict(name, f"<= {wanted:g}x", f"{share:.3f}x", share <= wanted)

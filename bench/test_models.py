@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyfused.bench import data, fastvit, memory, thirdparty, towers, training
+from pyfused.bench import aa_clip, data, fastvit, memory, parity, thirdparty, towers, training
 from pyfused.bench.adapter_residual import eager_adapter_residual
 from pyfused.bench.baselines import compile_refusal
 from pyfused.bench.plugin import Compare
 from pyfused.bench.rows import Row
 from pyfused.bench.session import Session
-from pyfused.bench.training import Classifier, TrainingStep
+from pyfused.bench.training import TrainingStep, reference_operators
 
 _LORA = {
     "pyfused": "inject_lora: in_proj, out_proj, c_fc and c_proj of 12 blocks",
@@ -28,10 +28,14 @@ _ADAPTERS = {
     "pyfused": "add_adapters: one adapter in each of 10 RepMixer blocks, two in each of 2 attention blocks",
     "eager": "the same modules on 1x1 convolutions, GELU, a product with gamma and sums",
 }
+_STAGE_2 = {
+    "pyfused": "AdaptedCLIP.encode_image: 6 adapters, 4 projections, cross-attention to 16 prompts of 77 tokens",
+    "reference": "the same model on plain torch's formulas",
+}
 
 
-def _batch(device: torch.device, dtype: torch.dtype, copies: int = 1) -> tuple[Tensor, Tensor]:
-    images, labels = data.photographs(size=224)
+def _batch(device: torch.device, dtype: torch.dtype, copies: int = 1, size: int = 224) -> tuple[Tensor, Tensor]:
+    images, labels = data.photographs(size)
     return images.repeat(copies, 1, 1, 1).to(device, dtype), labels.repeat(copies).to(device)
 
 
@@ -42,15 +46,15 @@ def _dtype(device: torch.device) -> torch.dtype:
 def _row(
     compare: Compare,
     name: str,
-    model: Classifier,
+    deviations: list[parity.Deviation],
     batch: tuple[Tensor, Tensor],
     steps: dict[str, TrainingStep],
     baseline: str,
     facts: dict[str, object],
     unavailable: dict[str, str],
 ) -> None:
-    """Parity of ``model`` first, then the steps' time, memory and loss; ``baseline`` is to reach pyfused's loss."""
-    images, labels = batch
+    """Parity first, then the steps' time, memory and loss; ``baseline`` is to reach pyfused's loss."""
+    images, _ = batch
     dtype = _dtype(images.device)
 
     def losses(row: Row) -> None:
@@ -62,7 +66,7 @@ def _row(
         {name: [step] for name, step in steps.items()},
         kind="model",
         measured="training step",
-        deviations=training.deviations(model, images, labels),
+        deviations=deviations,
         facts={"dtype": str(dtype), "batch": len(images), **facts},
         peak_bytes={name: memory.peak_bytes(step, images.device) for name, step in steps.items()},
         saved_bytes={
@@ -99,9 +103,8 @@ def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) ->
     except thirdparty.Unavailable as error:
         unavailable["PEFT"] = str(error)
     facts = {"lora_parameters": count, "how": _LORA}
-    _row(
-        compare, "open_clip ViT-B-32 visual, batch 8, 48 LoRA r16", model, batch, steps, "reference", facts, unavailable
-    )
+    name = "open_clip ViT-B-32 visual, batch 8, 48 LoRA r16"
+    _row(compare, name, training.deviations(model, *batch), batch, steps, "reference", facts, unavailable)
 
 
 def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) -> None:
@@ -128,4 +131,24 @@ def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) ->
         unavailable["torch.compile of FastViT"] = refusal
     facts = {"adapter_parameters": count, "how": _ADAPTERS}
     name = f"timm fastvit_sa12, batch {len(batch[0])}, 14 adapters h = C/2"
-    _row(compare, name, model, batch, steps, "eager", facts, unavailable)
+    _row(compare, name, training.deviations(model, *batch), batch, steps, "eager", facts, unavailable)
+
+
+def test_aa_clip_stage_2_training_step(compare: Compare, bench_session: Session) -> None:
+    device = bench_session.settings.device
+    dtype = _dtype(device)
+    tower, size = ("ViT-B-32", 224) if device.type == "cpu" else ("ViT-L-14", 518)
+    try:
+        model = aa_clip.second_stage(tower, size, classes=2).to(device, dtype)
+        batch = _batch(device, dtype, size=size)
+    except thirdparty.Unavailable as error:
+        pytest.skip(str(error))
+    steps = {
+        "pyfused": TrainingStep(copy.deepcopy(model), [batch]),
+        "reference": TrainingStep(copy.deepcopy(model), [batch], reference_operators),
+    }
+    facts = {"trained_parameters": sum(p.numel() for p in model.trained().values()), "how": _STAGE_2}
+    name = f"AdaptedCLIP stage 2, open_clip {tower} at {size} px, batch {len(batch[0])}"
+    # One window of each photograph is enough for the gate.
+    found = aa_clip.deviations(model, *(tensor[::4] for tensor in batch))
+    _row(compare, name, found, batch, steps, "reference", facts, {})

@@ -12,12 +12,19 @@ import pyfused
 from pyfused import observe
 from pyfused.bench import check, memory, operators, parity, targets
 from pyfused.bench.adapter_residual import AdapterCase, eager_adapter_residual
+from pyfused.bench.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
 from pyfused.bench.lora_linear import LoRACase
+from pyfused.bench.projection_residual import ProjectionCase, eager_projection_residual
+from pyfused.bench.rows import Row
+from pyfused.ops.cross_attention_residual import PLANS
 
 CPU = torch.device("cpu")
 SMALL = LoRACase(33, 40, 24, rank=3)
 SMALL_ADAPTER = AdapterCase((3, 11, 24), 5)
 SMALL_MAPS = AdapterCase((3, 24, 5, 7), 5, drop_path=0.34)
+SMALL_ATTENTION = CrossAttentionCase(2, 11, 24, 3, 5)
+SMALL_MATCHED = CrossAttentionCase(2, 11, 24, 3, 5, context_channels=20, head_dim=4, norm_match=True)
+SMALL_PROJECTION = ProjectionCase((2, 11, 20), 24)
 
 
 # ---- the gate
@@ -31,6 +38,11 @@ SMALL_MAPS = AdapterCase((3, 24, 5, 7), 5, drop_path=0.34)
         SMALL_ADAPTER,
         SMALL_MAPS,
         AdapterCase((3, 24, 5, 7), 5, torch.bfloat16, torch.float32, drop_path=0.34, dropout_p=0.3),
+        SMALL_ATTENTION,
+        SMALL_MATCHED,
+        dataclasses.replace(SMALL_MATCHED, dtype=torch.bfloat16),
+        SMALL_PROJECTION,
+        dataclasses.replace(SMALL_PROJECTION, activation="identity", norm_match=False, dtype=torch.bfloat16),
     ],
     ids=lambda case: case.name,
 )
@@ -69,6 +81,27 @@ def _nothing_dropped(*arguments, sample_scale, **options):
     return pyfused.adapter_residual(*arguments, sample_scale=torch.full_like(sample_scale, 1 / 0.66), **options)
 
 
+def _without_norms(*arguments, norm_match, **options):
+    operator = pyfused.projection_residual if "residual" in options else pyfused.cross_attention_residual
+    return operator(*arguments, **options)
+
+
+def _heads_of_one(*arguments, num_heads, **options):
+    return pyfused.cross_attention_residual(*arguments, num_heads=1, **options)
+
+
+def _no_query_bias(x, context, q_weight, q_bias, *rest, **options):
+    return pyfused.cross_attention_residual(x, context, q_weight, 0 * q_bias, *rest, **options)
+
+
+def _another_weight(*arguments, weight, **options):
+    return pyfused.cross_attention_residual(*arguments, weight=weight * 1.0001, **options)
+
+
+def _factors_swapped(*arguments, gate, skip, **options):
+    return pyfused.projection_residual(*arguments, gate=skip, skip=gate, **options)
+
+
 @pytest.mark.parametrize(
     ("case", "wrong"),
     [
@@ -79,6 +112,12 @@ def _nothing_dropped(*arguments, sample_scale, **options):
         (SMALL_MAPS, _gamma_inside),
         (SMALL_ADAPTER, _tanh_gelu),
         (SMALL_MAPS, _nothing_dropped),
+        (SMALL_MATCHED, _without_norms),
+        (SMALL_ATTENTION, _heads_of_one),
+        (SMALL_ATTENTION, _no_query_bias),
+        (SMALL_ATTENTION, _another_weight),
+        (SMALL_PROJECTION, _without_norms),
+        (SMALL_PROJECTION, _factors_swapped),
     ],
 )
 def test_the_gate_rejects_a_wrong_result(case, wrong):
@@ -93,7 +132,12 @@ def test_the_gate_rejects_another_dropout_mask(dtype):
 
 @pytest.mark.parametrize(
     ("case", "lost"),
-    [(case, f"d{name}") for case in (SMALL, SMALL_ADAPTER) for name in (*case.inputs, *case.trained)],
+    [
+        (case, f"d{name}")
+        for case in (SMALL, SMALL_ADAPTER, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION)
+        for name in (*case.inputs, *case.trained)
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_the_gate_looks_at_every_gradient(case, lost):
     tensors = case.tensors(CPU)
@@ -163,7 +207,11 @@ def test_the_gate_covers_the_contender_with_float32_adapters(monkeypatch):
 # ---- cases
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_ADAPTER, SMALL_MAPS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [SMALL, SMALL_ADAPTER, SMALL_MAPS, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION],
+    ids=lambda case: case.name,
+)
 def test_benchmark_inputs_give_nonzero_gradients(case):
     found = parity.results(case, getattr(pyfused, case.operator), case.tensors(CPU))
     assert found.keys() == {"y", *(f"d{name}" for name in (*case.inputs, *case.trained))}
@@ -180,12 +228,48 @@ def test_neither_term_hides_the_other():
     for name in ("up_weight", "z", "residual"):
         without = SMALL_ADAPTER.call(pyfused.adapter_residual, tensors | {name: torch.zeros_like(tensors[name])})
         assert (full - without).norm() > 0.3 * without.norm()
+    for case, branch in ((SMALL_ATTENTION, "out_weight"), (SMALL_MATCHED, "out_weight"), (SMALL_PROJECTION, "weight")):
+        tensors = case.tensors(CPU)
+        operator = getattr(pyfused, case.operator)
+        full = case.call(operator, tensors)
+        without = case.call(operator, tensors | {branch: torch.zeros_like(tensors[branch])})
+        assert (full - without).norm() > 0.3 * without.norm()
 
 
-def test_drop_path_drops_some_samples():
-    scale = SMALL_MAPS.tensors(CPU)["sample_scale"]
-    assert scale.sort().values.tolist() == pytest.approx([0.0, 1 / 0.66, 1 / 0.66])
-    assert "sample_scale" not in SMALL_ADAPTER.tensors(CPU)
+@pytest.mark.parametrize("tokens", [2, 16, 77, 1232])
+def test_logits_are_of_unit_size_and_the_attended_is_as_large_as_x(tokens):
+    case = CrossAttentionCase(2, 64, 256, 4, tokens, context_channels=96, weight=1.0)
+    tensors = case.tensors(CPU)
+    q = torch.nn.functional.linear(tensors["x"], tensors["q_weight"], tensors["q_bias"])
+    k = torch.nn.functional.linear(tensors["context"], tensors["k_weight"], tensors["k_bias"])
+    q, k = (tensor.unflatten(-1, (4, 64)).transpose(1, 2) for tensor in (q, k))
+    assert (q @ k.mT / 8).std() == pytest.approx(1.0, abs=0.15)
+    branch = case.call(pyfused.reference.cross_attention_residual, tensors) - tensors["x"]
+    assert 0.7 < branch.std() < 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rounding_decides_on_which_side_of_zero_a_projection_falls(dtype):
+    tensors = ProjectionCase((2, 65, 1024), 512, dtype=dtype).tensors(CPU)
+    o, weight, bias = (tensors[name].float() for name in ("o", "weight", "bias"))
+    exact = torch.nn.functional.linear(o.double(), weight.double(), bias.double())
+    for columns in (torch.arange(1024), torch.arange(1023, -1, -1)):
+        assert torch.equal(torch.nn.functional.linear(o[..., columns], weight[:, columns], bias).double(), exact)
+    assert weight.unique().numel() > 30
+    assert o.unique().numel() > 30
+
+
+def test_plans_are_those_that_the_backend_has():
+    # 16 heads and 5 tokens, padded to 8: 128 columns, the most that float32 has room for; half of that with norms.
+    fits = CrossAttentionCase(2, 11, 24, 16, 5)
+    half, wide = (dataclasses.replace(fits, tokens=tokens) for tokens in (4, 9))
+    matched = [dataclasses.replace(case, norm_match=True) for case in (half, fits)]
+    assert all(case.plans("portable") == PLANS for case in (fits, wide, *matched))
+    assert all(
+        case.plans("triton") == PLANS for case in (fits, matched[0], dataclasses.replace(wide, dtype=torch.bfloat16))
+    )
+    assert wide.plans("triton") == matched[1].plans("triton") == ("standard",)
+    assert SMALL_PROJECTION.plans("triton") == ("auto",)
 
 
 @pytest.mark.parametrize("case", [SMALL_ADAPTER, SMALL_MAPS], ids=lambda case: case.name)
@@ -205,14 +289,35 @@ def test_the_eager_adapter_is_the_formula(case, options):
     torch.testing.assert_close(of(eager_adapter_residual), of(pyfused.reference.adapter_residual))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": torch.linspace(-1, 1, 24)}, {"skip": 1.0, "activation": "gelu"}, {"norm_match": False}]
+)
+def test_the_eager_projection_is_the_formula(options):
+    def of(function):
+        return SMALL_PROJECTION.call(lambda *a, **k: function(*a, **k | options), SMALL_PROJECTION.tensors(CPU))
+
+    torch.testing.assert_close(of(eager_projection_residual), of(pyfused.reference.projection_residual))
+
+
+@pytest.mark.parametrize("case", [SMALL_ATTENTION, SMALL_MATCHED], ids=lambda case: case.name)
+def test_the_eager_attention_is_the_formula(case):
+    for options in ({}, {"weight": torch.linspace(-1, 1, 24)}, {"eps": 0.3}):
+
+        def of(function, options=options):
+            return case.call(lambda *a, **k: function(*a, **k | options), case.tensors(CPU))
+
+        torch.testing.assert_close(of(eager_cross_attention_residual), of(pyfused.reference.cross_attention_residual))
+
+
 def test_every_contender_computes_the_same(monkeypatch):
     monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
-    for case in (SMALL, SMALL_ADAPTER, SMALL_MAPS):
+    for case in (SMALL, SMALL_ADAPTER, SMALL_MAPS, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION):
         tensors = case.tensors(CPU)
         inputs = [tensors[name] for name in case.inputs]
         found = case.contenders(tensors)
         assert found.unavailable["torch.compile"] == "left out here"
         assert next(iter(found.named)) == "pyfused"
+        assert (SDPA in found.named) == isinstance(case, CrossAttentionCase)
         wanted = parity.results(case, getattr(pyfused.reference, case.operator), tensors)
         for name, contender in found.named.items():
             if name == "base GEMM":
@@ -239,6 +344,8 @@ def test_every_contender_computes_the_same(monkeypatch):
         (AdapterCase((64, 512, 8, 8), 256), 3.05, 6.8),
         # 48 of 64 samples live: (3 * 48 + 2 * 16) / (3 * 64) of the forward's bytes, (3 * 48 + 16) / (3 * 64).
         (AdapterCase((64, 64, 64, 64), 32, drop_path=0.25), 23.4 * 176 / 192, 23.4 * 160 / 192),
+        # M K C = 21920 * 1024 * 1024 in one product forward, in two backward.
+        (ProjectionCase((16, 1370, 1024), 1024), 58.2, 116.4),
     ],
     ids=lambda value: value.name if hasattr(value, "name") else None,
 )
@@ -246,6 +353,23 @@ def test_floors_in_microseconds(case, forward, backward):
     floor = dataclasses.replace(case, dtype=torch.bfloat16).floor_seconds()
     assert floor["forward"] * 1e6 == pytest.approx(forward, rel=0.01)
     assert (floor["forward+backward"] - floor["forward"]) * 1e6 == pytest.approx(backward, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "absorbed", "standard"),
+    [(16, 2, 22.6, 116.7), (16, 16, 31.5, 119.2), (16, 77, 151.5, 130.0), (2, 2, 4.3, 14.6)],
+)
+def test_floors_of_attention_in_microseconds(batch, tokens, absorbed, standard):
+    case = CrossAttentionCase(batch, 1370, 1024, 16, tokens, dtype=torch.bfloat16)
+    floors = {plan: case.plan_floor(plan) for plan in PLANS}
+    for plan, wanted in zip(PLANS, (absorbed, absorbed, standard), strict=True):
+        assert floors[plan][0] * 1e6 == pytest.approx(wanted, rel=0.1)
+    least = floors["standard" if absorbed > standard else min(PLANS[:2], key=lambda plan: sum(floors[plan]))]
+    assert case.floor_seconds() == {"forward": least[0], "forward+backward": sum(least)}
+    # Rows and columns meet twice forward; backward twice as often, and once more for logits that were not kept.
+    long = dataclasses.replace(case, batch=1, length=1 << 20, tokens=64)
+    (forward, kept), (_, again) = (long.plan_floor(plan) for plan in PLANS[:2])
+    assert (kept / forward, again / forward) == pytest.approx((2.0, 2.5), rel=0.01)
 
 
 def _shapes(found, *keys):
@@ -270,6 +394,15 @@ def test_timed_cases_are_those_of_the_targets():
     assert {(25088, 64, 32), (6272, 128, 64), (1568, 256, 128), (392, 512, 256)} < shapes[0]
     assert set(targets.ADAPTER_H200) | {(4096, 512, 256)} == shapes[1]
     assert all(sum(bool(case.drop_path) for case in found) == 1 for found in adapter)
+
+    attention = [[case for case in found if isinstance(case, CrossAttentionCase)] for found in (on_cpu, on_gpu)]
+    assert _shapes([c for c in attention[0] if not c.norm_match], "tokens") == {(t,) for t in targets.ATTENTION_CPU}
+    assert _shapes(attention[1], "batch", "tokens", "norm_match") == set(targets.ATTENTION_H200)
+    wide = {(1370, 1024, 16, 64, 1024)}
+    assert [_shapes(found, "length", "channels", "heads", "head_dim", "context_channels") for found in attention] == [
+        wide,
+        wide | {(1370, 1024, 8, 96, 768)},
+    ]
 
 
 def test_rows_have_names_of_their_own():
@@ -301,6 +434,84 @@ def test_saved_bytes_of_adapter_residual_is_the_hidden_layer_or_nothing():
             lambda plan=plan: SMALL_ADAPTER.call(pyfused.adapter_residual, tensors, plan=plan), tensors.values()
         )
         assert saved == wanted
+
+
+def test_saved_bytes_of_absorbed_attention_are_its_probabilities_and_what_the_context_makes():
+    def saved(case, plan):
+        tensors = case.tensors(CPU)
+        for name in (*case.inputs, *case.trained):
+            tensors[name].requires_grad_()
+        operator = pyfused.cross_attention_residual
+        return memory.saved_bytes(lambda: case.call(operator, tensors, plan=plan), tensors.values())
+
+    for case in (SMALL_ATTENTION, SMALL_MATCHED):
+        context = saved(case, "absorbed_recompute")
+        assert saved(case, "absorbed") - context == 4 * case.rows * case.heads * case.tokens
+        assert saved(dataclasses.replace(case, length=50), "absorbed_recompute") == context
+
+
+# ---- targets
+
+
+def _attention_row(tokens, measured, ratio, batch=2, matched=False, peak=(), gpu=None):
+    return Row(
+        f"cross_attention_residual {batch}x1370x1024 T{tokens}", "operator", measured, mode=gpu or "wall clock",
+        facts={"batch": batch, "tokens": tokens, "norm_match": matched}, ratios={"eager": 9.0, SDPA: ratio},
+        peak_bytes=dict(zip(("pyfused", "eager", SDPA), peak, strict=False)),
+        provenance={"device": "NVIDIA H200" if gpu else "a CPU"},
+    )  # fmt: skip
+
+
+def test_attention_numbers_to_reach_on_a_cpu():
+    both = "forward+backward"
+    rows = [
+        _attention_row(2, both, 7.1, peak=(7, 10)),
+        _attention_row(2, "forward", 1.0),
+        _attention_row(12, both, 2.4, peak=(76, 100)),
+        _attention_row(77, both, 0.98),
+        _attention_row(2, both, 1.0, matched=True),
+        _attention_row(3, both, 1.0),
+    ]
+    found = targets.verdicts(rows)
+    assert [(item.wanted, item.measured, item.met) for item in found] == [
+        (">= 7x", "7.100x", True),
+        (">= 2.5x", "2.400x", False),
+        (">= 0.97x", "0.980x", True),
+        ("<= 0.75x", "0.760x", False),
+    ]
+    assert all(SDPA in item.name for item in found[:3])
+    assert "largest of 2" in found[3].name
+
+
+def test_attention_numbers_to_reach_on_an_h200():
+    both, graph = "forward+backward", "graph replay"
+    rows = [
+        _attention_row(2, "forward", 3.9, batch=16, gpu=graph),
+        _attention_row(2, both, 4.1, batch=16, gpu=graph),
+        _attention_row(2, both, 1.0, batch=16, gpu="eager launches"),
+        _attention_row(2, both, 2.6, gpu=graph),
+        _attention_row(77, "forward", 1.0, batch=16, gpu=graph),
+        _attention_row(77, both, 1.2, batch=16, gpu=graph),
+        _attention_row(77, both, 1.2, batch=16, matched=True, gpu=graph),
+        _attention_row(12, both, 1.0, batch=16, gpu=graph),
+    ]
+    found = targets.verdicts(rows)
+    assert [(item.wanted, item.met) for item in found] == [
+        (">= 4x", False),
+        (">= 4x", True),
+        (">= 2.5x", True),
+        (">= 1.15x", True),
+        (">= 1.3x", False),
+    ]
+    rows = [
+        _attention_row(1232, both, 1.4, matched=True, gpu=mode, peak=(7, 70, 9)) for mode in (graph, "eager launches")
+    ]
+    found = targets.verdicts(rows)
+    assert [(item.wanted, item.measured, item.met) for item in found] == [
+        (">= 1.3x", "1.400x", True),
+        ("<= 0.75x", "0.100x", True),
+        ("<= 0.7x", "0.778x", False),
+    ]
 
 
 # ---- models
@@ -357,6 +568,38 @@ def test_a_model_with_a_wrong_operator_is_rejected():
     assert not all(item.passed for item in parity.deviations(ours, exact, exact, torch.float32))
     for name, value in exact.items():
         assert torch.allclose(eager[name], value, rtol=1e-3, atol=1e-3 * value.abs().max()), name
+
+
+def test_a_second_stage_with_a_wrong_operator_is_rejected(monkeypatch):
+    pytest.importorskip("open_clip")
+    from pyfused.bench import aa_clip, gradient_ratio, training
+    from pyfused.models import aa_clip_parts
+    from pyfused.modules import cross_attention
+
+    adapted, images, tokens = gradient_ratio.small_model(CPU)
+    with torch.no_grad():
+        context = adapted.encode_text(tokens)[1].flatten(0, 1)[None]
+    model = training.Classifier(aa_clip.SecondStage(adapted, context), context.shape[-1], 2)
+    labels = torch.tensor([0, 1, 0, 1])
+    unused = "text_adapters", "text_cross_attention", "clip", "k_bias"
+    found = aa_clip.deviations(model, images, labels)
+    assert {item.tensor for item in found} == {"logits", *(f"d{name}" for name in model.trained())}
+    assert not any(part in name for name in model.trained() for part in unused)
+    assert len(model.trained()) == len(adapted.image_adapters) + len(adapted.projections) + 7 + 2
+    assert all(item.passed for item in found)
+    # float32 is compared in float64, where the only error is of that size.
+    assert max(item.error for item in found) < 1e-9
+    assert all(item.limit < 1e-5 for item in found)
+
+    wrong = {
+        "projection_residual": (aa_clip_parts, {"eps": 0.1}),
+        "cross_attention_residual": (cross_attention, {"norm_match": False}),
+    }
+    for name, (module, options) in wrong.items():
+        right = getattr(module, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *a, right=right, options=options, **k: right(*a, **k | options))
+            assert not all(item.passed for item in aa_clip.deviations(model, images, labels))
 
 
 def test_a_step_under_torch_compile_is_the_same_step():
