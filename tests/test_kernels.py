@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 import pyfused  # noqa: E402
 from pyfused import reference  # noqa: E402
-from pyfused.kernels import adapter_residual, audit, bottleneck_plan  # noqa: E402
+from pyfused.kernels import adapter_residual, audit, bottleneck_plan, cross_attention_residual  # noqa: E402
 from pyfused.kernels import lora_linear_plan as plan  # noqa: E402
 from pyfused.kernels.launch import INTERPRETER, SHARED_MEMORY, Target, offset_type, record, target  # noqa: E402
 from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
@@ -141,8 +141,8 @@ def test_bottleneck_configurations_fit_every_target(device):
     for ((batch, length), channels, width), dtype in itertools.product(sizes, (torch.bfloat16, torch.float32)):
         if width > MAX_KERNEL_HIDDEN[dtype.itemsize]:
             continue
-        for vectorised, dropout in itertools.product((False, True), repeat=2):
-            options = {"vectorised": vectorised, "dropout": dropout}
+        for vectorised, beside in itertools.product((False, True), range(4)):
+            options = {"vectorised": vectorised, "beside": beside}
             size = batch, length, channels, width, dtype, device
             rows = bottleneck_plan.rows_config(*size, weight_bytes=4, **options)
             padded = bottleneck_plan.block_width(width)
@@ -152,48 +152,93 @@ def test_bottleneck_configurations_fit_every_target(device):
             assert (rows.num_stages - 1) * stage + copy <= device.shared_memory
             # The accumulator of the narrow product leaves half of a thread's registers to the rest.
             assert rows.block_m * padded <= 64 * 32 * rows.num_warps
-            sums = bottleneck_plan.weights_config(*size, **options)
-            assert 1 <= sums.splits <= batch * -(-length // sums.block_m)
-            assert sums.block_h <= padded
+            for groups in {1, batch}:
+                sums = bottleneck_plan.weights_config(*size, **options, groups=groups)
+                assert 1 <= sums.splits <= batch // groups * -(-length // sums.block_m)
+                assert sums.block_h <= padded
 
 
-def _adapter_calls(**options):
+def _launches(call):
     """Launches of a forward and of a backward on meta tensors."""
-    target = Target((9, 0), 132, SHARED_MEMORY[9, 0])
-    with record(target) as launches:
-        audit._adapter_residual_call((1, 6304, 768), 64, torch.bfloat16, **options)()
+    with record(Target((9, 0), 132, SHARED_MEMORY[9, 0])) as launches:
+        call()
     return [launch.kernel.__name__ for launch in launches]
 
 
 @pytest.mark.parametrize("options", [{}, {"save": False}, {"p": 0.1}], ids=str)
-def test_the_adapter_takes_one_launch_forward_and_two_backward(options):
-    assert _adapter_calls(**options) == [
-        "_adapter_fwd_kernel",
-        "_adapter_bwd_rows_kernel",
-        "_adapter_bwd_weights_kernel",
-    ]
+def test_one_launch_forward_and_two_backward(options):
+    adapter = audit._adapter_residual_call((1, 6304, 768), 64, torch.bfloat16, **options)
+    assert _launches(adapter) == ["_adapter_fwd_kernel", "_adapter_bwd_rows_kernel", "_adapter_bwd_weights_kernel"]
+    for norm_match in (False, True):
+        attention = audit._cross_attention_residual_call(
+            (16, 1370, 1024), 16, 2, torch.bfloat16, norm_match=norm_match, **options
+        )
+        names = ("fwd", "bwd_rows", "bwd_weights")
+        assert _launches(attention) == [f"_cross_attention_{name}_kernel" for name in names]
+
+
+def test_projection_takes_a_second_launch_for_norms_alone():
+    size = 2740, 768, 1024, torch.bfloat16
+    assert _launches(audit._projection_residual_call(*size)) == ["_projection_fwd_kernel"]
+    matched = _launches(audit._projection_residual_call(*size, norm_match=True))
+    assert matched == [f"_projection_{name}_kernel" for name in ("fwd", "match", "bwd")]
+
+
+def _in_splits(monkeypatch, module, splits):
+    """So many slots for the sums over rows, of which two are added up at a time."""
+    monkeypatch.setattr(module, "_GROUP", 2)
+    config = bottleneck_plan.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
+    monkeypatch.setattr(module, "weights_config", lambda *args, **kwargs: config)
+
+
+def _assert_exact(function, oracle, tensors, dy, **options):
+    """The gradients of all tensors, for the cotangent dy, against float64."""
+
+    def gradients(function, dtype, **options):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(function(leaves, **options), leaves, dy.to(dtype))
+
+    ours, exact = gradients(function, torch.float32, **options), gradients(oracle, torch.float64)
+    for value, expected in zip(ours, exact, strict=True):
+        assert (value - expected).norm() < 1e-5 * expected.norm()
 
 
 @interpreted
 def test_sums_over_more_splits_than_one_group(monkeypatch):
     splits = 5
-    monkeypatch.setattr(adapter_residual, "_GROUP", 2)
-    config = bottleneck_plan.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
-    monkeypatch.setattr(adapter_residual, "weights_config", lambda *args, **kwargs: config)
+    _in_splits(monkeypatch, adapter_residual, splits)
     torch.manual_seed(0)
     z, dy = torch.randn(2, splits * 32 - 7, 40).unbind()
     # The width takes two tiles: two programs leave their parts in each slot.
     parameters = [torch.randn(size) / 6 for size in ((35, 40), (35,), (40, 35), (40,), (40,))]
 
-    def gradients(function, dtype, **options):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (z, *parameters)]
-        y = function(*leaves[:5], layer_scale=leaves[5], **options)
-        return torch.autograd.grad(y, leaves, dy.to(dtype))
+    def call(function):
+        return lambda leaves, **options: function(*leaves[:5], layer_scale=leaves[5], **options)
 
-    ours = gradients(pyfused.adapter_residual, torch.float32, backend="triton")
-    exact = gradients(reference.adapter_residual, torch.float64)
-    for value, expected in zip(ours, exact, strict=True):
-        assert (value - expected).norm() < 1e-5 * expected.norm()
+    ours, exact = call(pyfused.adapter_residual), call(reference.adapter_residual)
+    _assert_exact(ours, exact, (z, *parameters), dy, backend="triton")
+
+
+@interpreted
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_sums_of_each_context_over_more_splits_than_one_group(monkeypatch, contexts):
+    splits, heads, tokens = 5, 5, 6
+    _in_splits(monkeypatch, cross_attention_residual, splits)
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 2, splits * 32 // (3 - contexts) - 7, 40).unbind()
+    # 8 x 8 columns with the padding: two programs leave their parts in each slot.
+    context = torch.randn(contexts, tokens, 20)
+    weights = [torch.randn(size) / 5 for size in ((heads * 4, 40), (heads * 4, 20), (heads * 4, 20), (40, heads * 4))]
+
+    def call(function):
+        def run(leaves, **options):
+            x, context, q, k, v, out = leaves
+            return function(x, context, q, None, k, None, v, None, out, None, num_heads=heads, weight=1.0, **options)
+
+        return run
+
+    ours, exact = call(pyfused.cross_attention_residual), call(reference.cross_attention_residual)
+    _assert_exact(ours, exact, (x, context, *weights), dy, backend="triton", plan="absorbed")
 
 
 _RELU = """
