@@ -468,47 +468,55 @@ def cross_attention_residual_bwd(
                 BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, COLUMNS=padded,
                 num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
-    # What is left has no rows, but for the Gram matrix's gradient.
     root = arguments["root"] if gate is None else _root(gate)
-    total, block = parts[:, :, -1], sums_cfg.block_c * padded
-
-    def by_head(sums: torch.Tensor) -> torch.Tensor:
-        """(..., columns padded) -> (..., H, T)."""
-        return sums.unflatten(-1, (shared["BLOCK_H"], shared["BLOCK_T"]))[..., :heads, :tokens]
-
-    def by_channel(start: int) -> torch.Tensor:
-        """(contexts, H, T, C) of what starts there in the slots."""
-        sums = total[:, :, start : start + block].unflatten(2, (sums_cfg.block_c, padded)).flatten(1, 2)
-        return by_head(sums[:, :channels]).permute(0, 2, 3, 1)
-
+    keys, values, sum_ds, sum_dy = _unpacked(
+        parts[:, :, -1], sums_cfg.block_c, shared["BLOCK_H"], shared["BLOCK_T"], (heads, tokens, channels)
+    )
     de = dc = df = db = nothing(0)
     d_gate = torch.empty(0, **wide)
     if need_keys:
-        de = (by_channel(0) * root).to(e.dtype, memory_format=torch.contiguous_format)
+        de = (keys * root).to(e.dtype, memory_format=torch.contiguous_format)
         if c is not None:
-            dc = (by_head(total[:, 0, 2 * block : 2 * block + padded]) * root).to(c.dtype)
-            dc = dc.expand(len(c), -1, -1) if len(c) == len(dc) else _logits_gradient(ds, root, batch, heads, tokens)
+            if len(c) != contexts:
+                # A mask of each image over a context that they share.
+                sum_ds = ds.view(batch, length, heads, tokens).sum(1, dtype=torch.float32)
+            dc = (sum_ds * root).to(c.dtype, memory_format=torch.contiguous_format)
     if need_values:
-        values, outer = _values(f, bias), by_channel(block).flatten(1, 2)
-        if dy.dtype != e.dtype:
-            outer = outer / root
-        if bias is not None:
-            sum_dy = total[:, :, 2 * block + padded :].flatten(1)[:, None, :channels]
-            outer = torch.cat((outer, sum_dy), dim=1)
-        d_gate = (values * outer).sum((0, 1))
-        d_values = outer * (weight if gate is None else gate.to(torch.float32))
-        if norm_match:
-            a = a.view(contexts, rows // contexts, columns)
-            a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
-            d_values -= (kappa.view(contexts, -1, 1) * a).mT @ a @ values
-        df = d_values[:, :columns].unflatten(1, (heads, tokens)).to(f.dtype, memory_format=torch.contiguous_format)
-        db = nothing(0) if bias is None else d_values[:, columns].sum(0).to(bias.dtype)
+        values = values if dy.dtype == e.dtype else values / root
+        df, db, d_gate = _value_gradients(values, sum_dy, f, bias, gate, weight, a, kappa)
     return dx, de, dc, df, db, d_gate
 
 
-def _logits_gradient(ds: torch.Tensor, root, batch: int, heads: int, tokens: int) -> torch.Tensor:
-    """dc of each image, where E has none of its own: a mask alone gives c a batch that E lacks."""
-    return ds.view(batch, -1, heads, tokens).sum(1, dtype=torch.float32) * root
+def _unpacked(slots, block_c: int, block_h: int, block_t: int, size: tuple[int, int, int]):
+    """What the summed slots (contexts, tiles of channels, slot) hold, without the padding to whole tiles and columns.
+
+    Two sums (contexts, H, T, C), then the vectors (contexts, H, T) and (contexts, C).
+    """
+    heads, tokens, channels = size
+    padded = block_h * block_t
+    matrices, of_columns, of_channels = slots.split((2 * block_c * padded, padded, block_c), dim=2)
+    matrices = matrices.unflatten(2, (2, block_c, block_h, block_t))[..., :heads, :tokens]
+    keys, values = (part.flatten(1, 2)[:, :channels].permute(0, 2, 3, 1) for part in matrices.unbind(2))
+    of_columns = of_columns[:, 0].unflatten(1, (block_h, block_t))[:, :heads, :tokens]
+    return keys, values, of_columns, of_channels.flatten(1)[:, :channels]
+
+
+def _value_gradients(outer, sum_dy, f, bias, gate, weight: float, a, kappa):
+    """dF, db_o and dw per channel, from G (contexts, H, T, C) and sum rho dy (contexts, C)."""
+    contexts, heads, tokens, _ = f.shape
+    values, outer = _values(f, bias), outer.flatten(1, 2)
+    if bias is not None:
+        outer = torch.cat((outer, sum_dy[:, None]), dim=1)
+    d_gate = (values * outer).sum((0, 1))
+    d_values = outer * (weight if gate is None else gate.to(torch.float32))
+    if a is not None:
+        # The Gram matrix's gradient has the rows in it.
+        a = a.view(contexts, -1, heads * tokens) if a.numel() else a[None].expand(contexts, -1, -1)
+        a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
+        d_values -= (kappa.view(contexts, a.shape[1], 1) * a).mT @ a @ values
+    df = d_values[:, : heads * tokens].unflatten(1, (heads, tokens))
+    df = df.to(f.dtype, memory_format=torch.contiguous_format)
+    return df, f.new_empty(0) if bias is None else d_values[:, -1].sum(0).to(bias.dtype), d_gate
 
 
 def _beside(dtype: torch.dtype, padded: int, dropout_p: float, norm_match: bool) -> int:
