@@ -23,7 +23,7 @@ from pyfused.kernels.bottleneck import (
     tile_rows,
 )
 from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, rows_config, weights_config
-from pyfused.kernels.device import dropout_keep_mask
+from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero
 from pyfused.kernels.launch import (
     device_guard,
     dot_precision,
@@ -124,11 +124,6 @@ def _projected_norm(
     return product, tl.sqrt(tl.maximum(square, 0.0))
 
 
-@triton.jit
-def _inverse(x):
-    return tl.where(x == 0.0, 0.0, 1.0 / x)
-
-
 @triton.jit(do_not_specialize=["tiles_l", "threshold"])
 def _cross_attention_fwd_kernel(
     x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, gram_ptr, y_ptr, p_ptr, seed_ptr,
@@ -162,7 +157,7 @@ def _cross_attention_fwd_kernel(
             a, gram_ptr + batch * stride_gramb, stride_gram, heads, tokens, bias_ptr is not None, dtype, PRECISION,
             BLOCK_H, BLOCK_T,
         )  # fmt: skip
-        rho = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C) * _inverse(norm + eps)
+        rho = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C) * inverse_or_zero(norm + eps)
     y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
     columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
     for start in range(tl.cdiv(channels, BLOCK_C)):
@@ -246,11 +241,11 @@ def _cross_attention_bwd_rows_kernel(
                 dy_rows, stride_dyc, ok_m, bias_ptr, gate_ptr, stride_gate, channels, OFFSET, BLOCK_M, BLOCK_C
             ) * (weight / root)  # fmt: skip
         length_x = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C)
-        inverse = _inverse(norm + eps)
+        inverse = inverse_or_zero(norm + eps)
         rho = length_x * inverse
-        kappa = along * rho * inverse * _inverse(norm)
+        kappa = along * rho * inverse * inverse_or_zero(norm)
         da = da * rho[:, None] - kappa[:, None] * product
-        towards = along * inverse * _inverse(length_x)
+        towards = along * inverse * inverse_or_zero(length_x)
         tl.store(rho_ptr + rows, rho, mask=ok_m)
         tl.store(a_ptr + p_offs, a, mask=ok_p)
         tl.store(kappa_ptr + rows, kappa * root, mask=ok_m)

@@ -39,6 +39,12 @@ def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def inverse_or_zero(x):
+    """1 / x; 0 at 0."""
+    return tl.where(x == 0.0, 0.0, 1.0 / x)
+
+
+@triton.jit
 def activation(h, KIND: tl.constexpr):
     """phi(h) in float32; phi(0) = 0 for every kind, so that padded columns stay 0."""
     if KIND == "identity":

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.bottleneck import load_tile, row_pointers, tile_rows
-from pyfused.kernels.device import activation, activation_slope, swizzle
+from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
     device_guard,
@@ -34,11 +34,6 @@ def _gate(gate_ptr, stride_gate, offs_c, ok_c, factor):
         return tl.where(ok_c, factor, 0.0)
     else:
         return tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _inverse(x):
-    return tl.where(x == 0.0, 0.0, 1.0 / x)
 
 
 @triton.jit(do_not_specialize=["tiles_l", "tiles_m", "tiles_n"])
@@ -104,7 +99,7 @@ def _projection_match_kernel(
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         x = load_tile(x_rows, offs_c, stride_xc, ok_m, offs_c < channels, OFFSET).to(tl.float32)
         square_x += tl.sum(x * x, axis=1)
-    rho = tl.sqrt(square_x) * _inverse(tl.sqrt(square) + eps)
+    rho = tl.sqrt(square_x) * inverse_or_zero(tl.sqrt(square) + eps)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
@@ -143,10 +138,10 @@ def _projection_bwd_kernel(
             square += tl.sum(c * c, axis=1)
             square_x += tl.sum(x * x, axis=1)
         norm, norm_x = tl.sqrt(square), tl.sqrt(square_x)
-        inverse = _inverse(norm + eps)
+        inverse = inverse_or_zero(norm + eps)
         rho = norm_x * inverse
-        kappa = along * rho * inverse * _inverse(norm)
-        towards = along * inverse * _inverse(norm_x)
+        kappa = along * rho * inverse * inverse_or_zero(norm)
+        towards = along * inverse * inverse_or_zero(norm_x)
     parts_ptr += tl.program_id(0).to(tl.int64) * 2 * channels
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cross_attention_cases import draw, draw_projection
+from operator_cases import leaves_of
 from torch import nn
 
 import pyfused
 from pyfused import backend as backends
 from pyfused import observe
 from pyfused.explain import _DESCRIBE, _bytes, explain
+from pyfused.ops.cross_attention_residual import PLANS as CROSS_ATTENTION_PLANS
+from pyfused.ops.cross_attention_residual import choose_plan as choose_cross_attention_plan
+from pyfused.ops.cross_attention_residual import most_columns
 
 
 class Layer(nn.Module):
@@ -103,6 +108,128 @@ def test_what_an_adapter_saves_is_what_autograd_saves(hidden, options, plan, sav
     assert call.shapes == (("M", 126), ("C", 16), ("h", hidden))
     assert call.saved_bytes == sum(saved.values()) == saved_bytes
     assert call.why[0].startswith(why)
+
+
+def _saved_beyond(inputs, function) -> int:
+    """Bytes that autograd keeps for the backward of ``function()``, beyond the inputs."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # What is kept dies with the output, and its addresses with it.
+        output = function()
+    assert output.requires_grad
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("context_batch", [1, 2])
+@pytest.mark.parametrize(("weight", "norm_match"), [("channels", False), (None, False), (None, True)])
+@pytest.mark.parametrize("plan", CROSS_ATTENTION_PLANS)
+def test_what_cross_attention_saves_is_what_autograd_saves(plan, weight, norm_match, context_batch):
+    leaves = leaves_of(draw(2, 13, 3, 24, 2, 5, context_channels=7, context_batch=context_batch, weight=weight))
+    options = {"num_heads": 2, "norm_match": norm_match, "plan": plan, "backend": "portable"}
+
+    def call():
+        return pyfused.cross_attention_residual(**leaves, **options)
+
+    (described,) = explain(call).calls
+    assert (described.operator, described.plan, described.backend) == ("cross_attention_residual", plan, "portable")
+    assert described.shapes == (("M", 26), ("C", 24), ("H", 2), ("d", 5), ("T", 3))
+    assert described.why[0] == "plan asked for by name"
+    saved = _saved_beyond(leaves.values(), call)
+    assert described.saved_bytes == saved
+
+
+def test_cross_attention_explains_the_plan_that_auto_takes():
+    for tokens, length, plan, why in (
+        (2, 300, "absorbed", "with H T = 4 columns for H d = 48 it costs 0."),
+        (30, 300, "standard", "with H T = 60 columns for H d = 48 plan 'absorbed' costs "),
+    ):
+        tensors = draw(1, length, tokens, 64, 2, 24, device="cpu")
+        (call,) = explain(
+            lambda t=tensors: pyfused.cross_attention_residual(**t, num_heads=2, backend="portable")
+        ).calls
+        assert call.plan == plan
+        assert call.why[0].startswith(why)
+    (call,) = explain(
+        lambda: pyfused.cross_attention_residual(**tensors, num_heads=2, dropout_p=0.1, seed=3, backend="portable")
+    ).calls
+    assert (call.plan, call.why[0]) == ("absorbed", "dropout has a seed, which plan 'standard' cannot honour")
+
+
+def test_cross_attention_under_autocast_saves_in_its_dtype():
+    tensors = draw(1, 300, 2, 64, 2, 24, device="cpu")
+    calls = {}
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (calls[enabled],) = explain(lambda: pyfused.cross_attention_residual(**tensors, num_heads=2)).calls
+    assert (calls[True].dtype, calls[False].dtype) == (torch.bfloat16, torch.float32)
+    assert calls[True].saved_bytes < 0.6 * calls[False].saved_bytes
+
+
+# One image of AA-CLIP: 1370 rows of 1024, 16 heads of 64, and a context for each image.
+AA_CLIP = {"heads": 16, "head_dim": 64, "channels": 1024, "norm_match": False, "dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "plan"),
+    [(1370, 1, "absorbed"), (1370, 2, "absorbed"), (1370, 12, "absorbed"), (1370, 77, "standard"),
+     (None, 2, "absorbed"), (None, 12, "absorbed"), (None, 77, "standard"),
+     (1, 1, "standard"), (1, 2, "standard"), (1, 77, "standard"), (0, 2, "standard")],
+)  # fmt: skip
+def test_the_plan_of_cross_attention_on_a_cpu(rows, tokens, plan):
+    chosen, reason = choose_cross_attention_plan(rows=rows, tokens=tokens, device_type="cpu", **AA_CLIP)
+    assert chosen == plan
+    assert f"H T = {16 * tokens} columns for H d = 1024" in reason
+    assert ("times as much" in reason) == (plan == "standard")
+    assert (chosen, reason) == choose_cross_attention_plan(rows=rows, tokens=tokens, device_type="cpu", **AA_CLIP)
+
+
+def test_what_decides_the_plan_of_cross_attention():
+    def plan(tokens, **changes):
+        sizes = {"rows": 1370, "device_type": "cpu"} | AA_CLIP | changes
+        return choose_cross_attention_plan(tokens=tokens, **sizes)
+
+    plans = [plan(tokens)[0] for tokens in range(1, 100)]
+    switches = [i for i in range(1, 99) if plans[i].startswith("absorbed") != plans[i - 1].startswith("absorbed")]
+    assert len(switches) == 1, "absorbed up to one T, standard from there on"
+    matched = [plan(tokens, norm_match=True)[0] for tokens in range(1, 100)]
+    assert matched.index("standard") < plans.index("standard"), "the norm costs more with every column"
+    # p is made again where it is more than half as wide as x.
+    assert plan(32)[0] == "absorbed"
+    assert plan(33)[0] == "absorbed_recompute"
+    # On a GPU what is beyond the kernels' columns is not absorbed, however cheap.
+    widest = most_columns(torch.float32, False)
+    assert plan(widest // 16, device_type="cuda")[0] == "absorbed"
+    beyond, reason = plan(widest // 16 + 1, device_type="cuda")
+    assert (beyond, f"over the {widest} columns" in reason) == ("standard", True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm_match", "gate", "keeps"),
+    [("identity", False, None, False), ("identity", False, "channels", True), ("identity", True, None, True),
+     ("leaky_relu", False, None, True)],
+)  # fmt: skip
+def test_what_a_projection_saves_is_what_autograd_saves(activation, norm_match, gate, keeps):
+    leaves = leaves_of(draw_projection((2, 13, 7), 5, gate=gate))
+
+    def call():
+        return pyfused.projection_residual(
+            **leaves, activation=activation, norm_match=norm_match, backend="portable"
+        )  # fmt: skip
+
+    (described,) = explain(call).calls
+    assert (described.operator, described.plan) == ("projection_residual", "save" if keeps else "-")
+    assert described.shapes == (("M", 26), ("K", 7), ("C", 5))
+    assert ("needs the projection" in described.why[0]) == keeps
+    saved = _saved_beyond(leaves.values(), call)
+    assert described.saved_bytes == saved == keeps * 26 * 5 * 4
 
 
 def test_a_limit_of_a_backend_is_among_the_reasons(monkeypatch):
