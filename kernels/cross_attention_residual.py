@@ -467,15 +467,16 @@ def cross_attention_residual_bwd(
     keys, values, sum_ds, sum_dy = _unpacked(
         parts[:, :, -1], sums_cfg.block_c, shared["BLOCK_H"], shared["BLOCK_T"], (heads, tokens, channels)
     )
-    de = dc = df = db = nothing(0)
+    # One empty tensor for all that is not needed would be outputs that alias.
+    de, dc, df, db = (nothing(0) for _ in range(4))
     d_gate = torch.empty(0, **wide)
     if need_keys:
-        de = (keys * root).to(e.dtype, memory_format=torch.contiguous_format)
+        de = (keys * root).to(e.dtype).contiguous()
         if c is not None:
             if len(c) != contexts:
                 # A mask of each image over a context that they share.
                 sum_ds = ds.view(batch, length, heads, tokens).sum(1, dtype=torch.float32)
-            dc = (sum_ds * root).to(c.dtype, memory_format=torch.contiguous_format)
+            dc = (sum_ds * root).to(c.dtype).contiguous()
     if need_values:
         values = values if dy.dtype == e.dtype else values / root
         df, db, d_gate = _value_gradients(values, sum_dy, f, bias, gate, weight, a, kappa)
@@ -510,7 +511,7 @@ def _value_gradients(outer, sum_dy, f, bias, gate, weight: float, a, kappa):
         a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
         d_values -= (kappa.view(contexts, a.shape[1], 1) * a).mT @ a @ values
     df = d_values[:, : heads * tokens].unflatten(1, (heads, tokens))
-    df = df.to(f.dtype, memory_format=torch.contiguous_format)
+    df = df.to(f.dtype).contiguous()
     return df, f.new_empty(0) if bias is None else d_values[:, -1].sum(0).to(bias.dtype), d_gate
 
 

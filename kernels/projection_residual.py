@@ -116,7 +116,7 @@ def _projection_bwd_kernel(
     dy_ptr, pre_ptr, x_ptr, gate_ptr, dh_ptr, dx_ptr, parts_ptr,
     length, channels, tiles_l, stride_dyb, stride_dyl, stride_dyc, stride_gate, stride_xb, stride_xl, stride_xc,
     factor, skip, eps,
-    ACTIVATION: tl.constexpr, NORM_MATCH: tl.constexpr, OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM_MATCH: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dh and, with dx_ptr, dx of one tile of rows; the tile's parts of dw and db, (2, C)."""
@@ -156,6 +156,10 @@ def _projection_bwd_kernel(
         if NORM_MATCH:
             dc -= kappa[:, None] * c
         dh = dc * activation_slope(h, ACTIVATION)
+        if NORM_MATCH:
+            # rho is |x| / eps where c is 0: times o = 0, where every key is masked, not NaN.
+            bounded = tl.minimum(tl.maximum(dh, -LARGEST), LARGEST)
+            dh = tl.where((norm == 0.0)[:, None], bounded, dh)
         tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=ok)
         tl.store(parts_ptr + offs_c, tl.sum(scaled * c, axis=0), mask=ok_c)
         tl.store(parts_ptr + channels + offs_c, tl.sum(dh, axis=0), mask=ok_c)
@@ -238,14 +242,15 @@ def projection_residual_bwd(
     (batch, length, channels), nothing = dy.shape, weight.new_empty
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
     d_o, d_weight, d_bias = nothing(0), nothing(0), nothing(0)
-    d_gate = nothing(channels if need_gate else 0, dtype=torch.float32).zero_()
-    scale = torch.ones((), device=dy.device)
-    sum_dh = None
-    if pre is None:
-        # dh is w dy: w goes to the other side of the products, which has no rows.
-        dh = dy.reshape(-1, channels).to(weight.dtype)
-        scale = factor * scale if gate is None else gate.to(torch.float32)[:, None]
-        weight = (weight * scale).to(weight.dtype)
+    d_gate = nothing(channels if need_gate else 0, dtype=torch.float32)
+    scale = factor if gate is None else gate.to(torch.float32)
+    # Without h dh is w dy: w goes to the other side of the products, which has no rows, where dy may do without it.
+    folded, sum_dh = None, None
+    if pre is None and dy.dtype == weight.dtype:
+        dh, folded = dy.reshape(-1, channels), factor if gate is None else gate.to(torch.float32)[:, None]
+        weight = (weight * folded).to(weight.dtype)
+    elif pre is None:
+        dh = (dy.to(torch.float32) * scale).to(weight.dtype).view(-1, channels)
     else:
         dh = nothing((batch * length, channels))
         block_m, block_c = _rows_block(dy.device)
@@ -259,20 +264,23 @@ def projection_residual_bwd(
                     dx_ptr=dx if need_residual else None, parts_ptr=parts,
                     length=length, channels=channels, tiles_l=tiles_l, **strides("dy", "blc", dy),
                     stride_gate=_stride(gate), **strides("x", "blc", residual), factor=factor, skip=skip, eps=eps,
-                    ACTIVATION=activation, NORM_MATCH=norm_match, OFFSET=offset_type(dy, residual),
+                    ACTIVATION=activation, NORM_MATCH=norm_match, LARGEST=torch.finfo(pre.dtype).max,
+                    OFFSET=offset_type(dy, residual),
                     BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
                 )  # fmt: skip
-        d_gate, sum_dh = parts.sum(0)
-        d_gate = d_gate if need_gate else nothing(0, dtype=torch.float32)
+        if need_gate:
+            torch.sum(parts[:, 0], 0, out=d_gate)
+        sum_dh = parts[:, 1].sum(0)
     if need_do:
-        d_o = (dh @ weight).view(batch, length, -1)
+        d_o = (dh @ weight).view(batch, length, weight.shape[1])
     if need_weight and o is not None:
         d_weight = dh.mT @ o.reshape(-1, o.shape[2])
-        if pre is None:
-            d_weight.mul_(scale)
+        if folded is not None:
+            d_weight.mul_(folded)
     if need_weight and bias is not None:
         if sum_dh is None:
-            sum_dh = dh.sum(0, dtype=torch.float32) * scale.flatten()
+            sum_dh = dh.sum(0, dtype=torch.float32)
+            sum_dh = sum_dh if folded is None else sum_dh * scale
         d_bias = sum_dh.to(bias.dtype)
     return d_o, d_weight, d_bias, dx, d_gate
 

@@ -232,8 +232,9 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
         kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
         saved = kept * dtype.itemsize + m * heads * torch.float32.itemsize
     else:
-        # E, c and F are inputs of the call's core, not of the call.
+        # E, c and F are inputs of the call's core, not of the call; K and V are what they are made of.
         saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + torch.float32.itemsize)
+        saved += contexts * tokens * 2 * inner * dtype.itemsize
         saved += m * heads * tokens * dtype.itemsize * (plan == "absorbed")
     return OperatorCall(
         module=module,
@@ -262,7 +263,7 @@ def _describe_projection_residual(module: str, operator: str, facts: dict) -> Op
         plan="save" if facts["keeps"] else "-",
         why=(
             "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
-            *_not_taken(chosen, o.device, o.dtype, facts["limits"]),
+            *_not_taken(chosen, o.device, o.dtype),
         ),
         saved_bytes=m * channels * o.element_size() * facts["keeps"],
     )

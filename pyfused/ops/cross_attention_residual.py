@@ -45,7 +45,7 @@ from pyfused.ops.attention import (
     check_projections,
     prepare_context,
 )
-from pyfused.ops.projection_residual import PROJECTION_LIMITS, check_eps, check_gate, keeps_projection, project_residual
+from pyfused.ops.projection_residual import check_eps, check_gate, keeps_projection, project_residual
 
 _NAME = "cross_attention_residual"
 PLANS = ("absorbed", "absorbed_recompute", "standard")
@@ -57,7 +57,6 @@ MAX_KERNEL_COLUMNS = {2: 256, 4: 128}
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
 # (NOTES.md), a guess elsewhere.
 ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
-CORE_LIMITS: dict[str, str] = {}
 
 
 def padded_columns(heads: int, tokens: int) -> int:
@@ -96,13 +95,11 @@ def choose_plan(
     standard = 2 * inner * channels + 2 * tokens * inner
     # E and F are made of K and V, which both plans need.
     extra = 0.0 if rows is None else 2 * tokens * inner * channels / max(1, rows)
-    times = (absorbed + extra) / standard
-    reason = f"with H T = {columns} columns for H d = {inner} it costs {times:.2g} of plan 'standard'"
-    if times > 1.0:
-        return "standard", reason.replace("it costs", "plan 'absorbed' costs").replace(
-            "of plan 'standard'", "times as much"
-        )
-    return ("absorbed" if 2 * columns <= channels else "absorbed_recompute"), reason
+    sizes = f"with H T = {columns} columns for H d = {inner} and C = {channels}"
+    if absorbed + extra > standard:
+        return "standard", f"absorbing costs more {sizes}"
+    plan, kept = ("absorbed", "kept") if 2 * columns <= channels else ("absorbed_recompute", "made again")
+    return plan, f"absorbing costs less {sizes}; p is {kept}"
 
 
 def _fake_fwd(x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, save):
@@ -226,7 +223,7 @@ def attend(
 
 def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> dict[str, str]:
     if prepared.plan == "standard":
-        return dict(PROJECTION_LIMITS)
+        return {}
     dtype, padded = prepared.keys.dtype, padded_columns(projections.num_heads, prepared.tokens)
     widest = most_columns(dtype, norm_match)
     if widest is None or padded <= widest:
@@ -293,7 +290,8 @@ def cross_attention_residual(
             backward, "absorbed_recompute" makes them again, "standard" projects x and attends with torch's
             `scaled_dot_product_attention`. "auto" (the default) takes what costs least by H T, C, d and T. The Triton
             kernels take up to 256 columns H T in the absorbed plans, 128 in float32, half as many with ``norm_match``,
-            H and T each padded to a power of two; the portable backend takes any.
+            H and T each padded to a power of two; the portable backend takes any, with a matrix of H T x H T for
+            ``norm_match``.
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:

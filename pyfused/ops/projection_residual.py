@@ -26,7 +26,6 @@ from pyfused.ops import checks, layout, registry
 from pyfused.ops.adapter_residual import ACTIVATIONS
 
 _NAME = "projection_residual"
-PROJECTION_LIMITS: dict[str, str] = {}
 
 
 def _fake_fwd(o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, save):
@@ -167,10 +166,10 @@ def projection_residual(
     check_eps(_NAME, eps)
     dtype = checks.autocast_dtype(o) or o.dtype
     o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chosen = backends.choose(backend, o.device, o.dtype, PROJECTION_LIMITS)
+    chosen = backends.choose(backend, o.device, o.dtype)
     if observe.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
-        observe.notify(_NAME, backend=chosen, limits=PROJECTION_LIMITS, o=o, weight=weight, keeps=keeps)
+        observe.notify(_NAME, backend=chosen, o=o, weight=weight, keeps=keeps)
     return project_residual(
         o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
     )  # fmt: skip

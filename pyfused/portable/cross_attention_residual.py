@@ -129,15 +129,15 @@ def cross_attention_residual_bwd(
                 total.addcmul_(part, along * inverse / length.masked_fill(length == 0, torch.inf))
             if total is not out:
                 out.copy_(total)
-    de = d_keys.unflatten(1, (tokens, heads)).transpose(1, 2).to(e.dtype) if need_keys else nothing(0)
-    dc = d_c.transpose(1, 2).to(c.dtype) if need_keys and c is not None else nothing(0)
+    de = d_keys.unflatten(1, (tokens, heads)).transpose(1, 2).to(e.dtype).contiguous() if need_keys else nothing(0)
+    dc = d_c.transpose(1, 2).to(c.dtype).contiguous() if need_keys and c is not None else nothing(0)
     if not need_values:
         return dx, de, dc, nothing(0), nothing(0), nothing(0, dtype=wide)
     d_gate = (values * outer).sum((0, 1))
     d_values = outer.mul_(weight if gate is None else gate.to(wide))
     if d_gram is not None:
         d_values -= d_gram @ values
-    df = d_values[:, :columns].unflatten(1, (tokens, heads)).transpose(1, 2).to(f.dtype)
+    df = d_values[:, :columns].unflatten(1, (tokens, heads)).transpose(1, 2).to(f.dtype).contiguous()
     db = nothing(0) if bias is None else d_values[:, columns].sum(0).to(bias.dtype)
     return dx, de, dc, df, db, d_gate
 

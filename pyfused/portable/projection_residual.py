@@ -72,12 +72,15 @@ def projection_residual_bwd(
     scale = factor if gate is None else gate.to(wide)
     d_residual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
     d_gate = weight.new_zeros(weight.shape[0] if need_gate else 0, dtype=wide)
-    if pre is None:
-        # dh is w dy: w goes to the other side of the products, which has no rows.
-        dh, column = dy.to(weight.dtype), factor if gate is None else scale[:, None]
-        weight = (weight * column).to(weight.dtype)
+    # Without h dh is w dy: w goes to the other side of the products, which has no rows, where dy may do without it.
+    folded = factor if gate is None else scale[:, None]
+    if pre is None and dy.dtype == weight.dtype:
+        dh, weight = dy, (weight * folded).to(weight.dtype)
+    elif pre is None:
+        dh, folded = (dy.to(wide) * scale).to(weight.dtype), None
     else:
-        dh = torch.empty_like(pre)
+        folded = None
+        dh, largest = torch.empty_like(pre), torch.finfo(pre.dtype).max
         blocks = _blocks(dy, pre, residual, d_residual if need_residual else None, dh)
         for upstream, h, x, dx, out in blocks:
             upstream, h = upstream.to(wide), h.to(wide)
@@ -95,17 +98,21 @@ def projection_residual_bwd(
                 c = c * rho
             if need_gate:
                 d_gate += (upstream * c).sum((0, 1))
-            out.copy_(ACTIVATIONS[activation][1](g, h))
-    d_o = d_weight = d_bias = weight.new_empty(0)
+            dh_part = ACTIVATIONS[activation][1](g, h)
+            if norm_match:
+                # rho is |x| / eps where c is 0: times o = 0, where every key is masked, not NaN.
+                dh_part = torch.where(norm == 0, dh_part.clamp(-largest, largest), dh_part)
+            out.copy_(dh_part)
+    d_o, d_weight, d_bias = (weight.new_empty(0) for _ in range(3))
     if need_do:
         d_o = product(dh, weight.t(), False)
     if need_weight and o is not None:
         d_weight = sum_over_rows(dh, o, weight.dtype)
-        if pre is None:
-            d_weight.mul_(column)
+        if folded is not None:
+            d_weight.mul_(folded)
     if need_weight and bias is not None:
         d_bias = dh.sum((0, 1), dtype=wide)
-        d_bias = (d_bias if pre is not None else d_bias * scale).to(bias.dtype)
+        d_bias = (d_bias if folded is None else d_bias * scale).to(bias.dtype)
     return d_o, d_weight, d_bias, d_residual, d_gate
 
 
