@@ -110,7 +110,7 @@ def test_float32_projections_beside_16_bits(backend, plan, dtype, norm_match):
     assert results["dq_weight"].dtype == results["dout_bias"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("logits", [0.01, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("logits", [0.01, 2.0, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_plan
 def test_logits_of_any_size(backend, plan, dtype, logits):

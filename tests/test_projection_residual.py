@@ -62,11 +62,11 @@ def test_every_activation(backend, activation, skip, norm_match):
     assert results["output"].is_contiguous()
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
-def test_odd_sizes(backend, dtype, shape, norm_match):
+def test_odd_sizes(backend, dtype, shape):
+    norm_match = (DTYPES.index(dtype) + SHAPES.index(shape)) % 2 == 0
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("no kernel takes float64")
     rows, width, channels = shape
@@ -128,11 +128,11 @@ def test_the_blend_of_aa_clip(backend, dtype):
         assert (actual - value).norm() < 4 * torch.finfo(dtype).eps * value.norm() + 1e-6
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
 @pytest.mark.parametrize("residual", ["o's strides", *(name for name in COTANGENTS if name != "channels_last")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_backend
-def test_layouts(backend, layout, residual, norm_match):
+def test_layouts(backend, layout, residual):
+    norm_match = (list(LAYOUTS).index(layout) + len(residual)) % 2 == 0
     o = cast(LAYOUTS[layout](), torch.bfloat16)
     tensors = draw_projection(tuple(o.shape), 20, torch.bfloat16, gate="scalar") | {"o": o}
     tensors["residual"] = o if residual == "o's strides" else COTANGENTS[residual](o)
@@ -224,7 +224,7 @@ def test_float16_under_a_float32_stream_survives_a_scaled_loss(backend, norm_mat
 
 
 # Each alone, each with each, all but one, all.
-SUBSETS = [subset for size in (1, 2, 4, 5) for subset in itertools.combinations(PROJECTION_NAMES, size)]
+SUBSETS = [subset for size in (1, 4, 5) for subset in itertools.combinations(PROJECTION_NAMES, size)]
 
 
 @pytest.mark.parametrize(("activation", "norm_match"), [("identity", False), ("gelu", False), ("identity", True)])

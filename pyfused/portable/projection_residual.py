@@ -86,20 +86,21 @@ def projection_residual_bwd(
             upstream, h = upstream.to(wide), h.to(wide)
             x = None if x is None else x.to(wide)
             c = ACTIVATIONS[activation][0](h)
-            g = upstream * scale
             if norm_match:
-                rho, norm, inverse = _match(c, x, eps)
-                along = (g * c).sum(-1, keepdim=True)
-                g = (g * rho).addcmul_(c, along * rho * inverse / norm.masked_fill(norm == 0, torch.inf), value=-1)
+                rho, length, norm, inverse = _match(c, x, eps)
+                along = _along(upstream, c, gate, scale)
+                dc = upstream * (rho * scale)
+                dc.addcmul_(c, along * rho * inverse / norm.masked_fill(norm == 0, torch.inf), value=-1)
                 if dx is not None:
-                    length = x.norm(dim=-1, keepdim=True)
                     towards = x * (along * inverse / length.masked_fill(length == 0, torch.inf))
                     dx.copy_(towards.add_(upstream, alpha=skip))
-                c = c * rho
+                c = c.mul_(rho) if need_gate else c
+            else:
+                dc = upstream * scale
             if need_gate:
                 d_gate += (upstream * c).sum((0, 1))
-            dh_part = ACTIVATIONS[activation][1](g, h)
-            if norm_match:
+            dh_part = ACTIVATIONS[activation][1](dc, h)
+            if norm_match and out.dtype == torch.float16:
                 # rho is |x| / eps where c is 0: times o = 0, where every key is masked, not NaN.
                 dh_part = torch.where(norm == 0, dh_part.clamp(-largest, largest), dh_part)
             out.copy_(dh_part)
@@ -116,12 +117,19 @@ def projection_residual_bwd(
     return d_o, d_weight, d_bias, d_residual, d_gate
 
 
-def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rho = |x| / (|c| + eps), |c| and 1 / (|c| + eps), each (images, rows, 1); 1 / 0 is 0."""
-    norm = c.norm(dim=-1, keepdim=True)
+def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rho = |x| / (|c| + eps), |x|, |c| and 1 / (|c| + eps), each (images, rows, 1); 1 / 0 is 0."""
+    length, norm = x.norm(dim=-1, keepdim=True), c.norm(dim=-1, keepdim=True)
     denominator = norm + eps
     inverse = 1.0 / denominator.masked_fill_(denominator == 0, torch.inf)
-    return x.norm(dim=-1, keepdim=True) * inverse, norm, inverse
+    return length * inverse, length, norm, inverse
+
+
+def _along(upstream: Tensor, c: Tensor, gate: Tensor | None, scale: float | Tensor) -> Tensor:
+    """w dy . c of each row, (images, rows, 1)."""
+    if gate is None:
+        return (upstream * c).sum(-1, keepdim=True).mul_(scale)
+    return (upstream * c) @ scale.expand(c.shape[-1])[:, None]
 
 
 def _blocks(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
