@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,11 @@ def _facts() -> Iterator[tuple[str, str]]:
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         yield f"cuda:{index}", f"{properties.name}, capability {properties.major}.{properties.minor}, {memory}"
+    if "pyfused._C" in sys.modules:
+        library = sys.modules["pyfused._C"]
+        built = json.loads(library.build_info())
+        kernels = f"{len(library.kernel_names())} kernels by nvcc {built['nvcc']} for {', '.join(built['targets'])}"
+        yield "pyfused._C", f"{kernels}, beside torch {built['torch']}"
     for distribution, purpose in _OPTIONAL.items():
         yield distribution.removesuffix("_torch"), _version(distribution) or f"not installed ({purpose})"
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_info_names_versions_and_every_backend_with_its_reason(capsys):
     for name, reason in pyfused.available_backends().items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
         assert line.endswith("available" if reason is None else f"not available: {reason}")
+
+
+def test_info_says_how_the_kernels_were_built(capsys, monkeypatch):
+    library = types.SimpleNamespace(
+        build_info=lambda: '{"nvcc": "13.0.88", "targets": ["sm_80", "compute_80"], "torch": "2.10.0"}',
+        kernel_names=lambda: ["one_kernel", "other_kernel<64>"],
+    )
+    monkeypatch.setitem(sys.modules, "pyfused._C", library)
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "\npyfused._C  2 kernels by nvcc 13.0.88 for sm_80, compute_80, beside torch 2.10.0\n" in printed
 
 
 def test_version(capsys):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -34,13 +35,14 @@ double = [group for group in names.values() if len(group) > 1 and any("pyfused" 
 print(json.dumps({"where": where, "double": double}))
 """
 METADATA = """
-import importlib.metadata, json
+import importlib.metadata, json, pyfused
 about = importlib.metadata.metadata("pyfused")
 print(json.dumps({
     "licence": about["License-Expression"],
     "version": about["Version"],
     "files": [str(file) for file in importlib.metadata.files("pyfused")],
     "console": [entry.value for entry in importlib.metadata.entry_points(group="console_scripts", name="pyfused")],
+    "cuda": pyfused.available_backends()["cuda"],
     "needs": [line for line in importlib.metadata.requires("pyfused") if "extra" not in line],
 }))
 """
@@ -48,6 +50,8 @@ print(json.dumps({
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
+    # Kernels take minutes to compile: test_cuda_build.py builds a small one.
+    environment["PYFUSED_CUDA"] = "0"
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -65,7 +69,9 @@ def modules(package: Path) -> set[str]:
 
 def clone(copy: Path) -> Path:
     """A copy of what a clone holds: builds leave folders behind, and editable installs point into it."""
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results", "_C.*"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skip)
     return copy
 
@@ -99,6 +105,9 @@ def installation(kind: str, home: Path) -> tuple[Path, Path, Path]:
             build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
             run(sys.executable, "-c", build, home, cwd=checkout)
             (source,) = home.glob("pyfused-*.tar.gz")
+            with tarfile.open(source) as archive:
+                packed = {Path(name).name for name in archive.getnames() if Path(name).parent.name == "csrc"}
+            assert packed == set(os.listdir(checkout / "csrc"))
         pip("wheel", *OFFLINE, "--wheel-dir", home, source)
         (wheel,) = home.glob("pyfused-*.whl")
         install(wheel)
@@ -130,5 +139,6 @@ def test_installation(kind, tmp_path):
     assert about["licence"] == "MIT"
     assert any(file.endswith("licenses/LICENSE") for file in about["files"])
     assert about["version"] == pyfused.__version__
+    assert about["cuda"].endswith("(pyfused._C): it was installed with PYFUSED_CUDA=0")
     assert set(about["console"]) == {"pyfused.cli:main"}
     assert about["needs"] == ["torch>=2.10"]

@@ -1,0 +1,341 @@
+"""The compiled library `pyfused._C`: what is installed here, and how setup.py builds it, shown on a small kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import pyfused
+from pyfused import backend as backends
+
+ROOT = Path(__file__).resolve().parent.parent
+# Stands in for the operators, on everything that they are built upon.
+PROBE = {
+    "operators.h": """
+#pragma once
+#include <string>
+#include <tuple>
+#include "tensors.h"
+namespace pyfused {
+std::tuple<Tensor, Tensor> probe_fwd(const Tensor& x, const OptionalTensor& seed, double factor,
+                                     const std::string& kind, bool channels_first);
+}
+""",
+    "probe.h": """
+#pragma once
+#include "types.h"
+namespace pyfused {
+struct ProbeParameters {
+  Rows x, y;
+  Dropout dropout;
+  float factor;
+};
+void probe(const ProbeParameters& parameters, void* stream);
+}
+""",
+    "probe.cu": """
+#include "probe.h"
+#include "device.cuh"
+#include "launch.h"
+namespace pyfused {
+template <class T, int kWidth>
+__global__ void probe_kernel(const ProbeParameters p) {
+  const T* x = static_cast<const T*>(p.x.data) + threadIdx.x % kWidth;
+  store_global(static_cast<T*>(p.y.data) + threadIdx.x, from_float<T>(to_float(load_global(x)) * p.factor));
+}
+void probe(const ProbeParameters& p, void* stream) {
+  launch<probe_kernel<bfloat16, 8>>(dim3(1), 32, 0, stream, p);
+  launch<probe_kernel<float, 16>>(dim3(1), 32, 0, stream, p);
+}
+}
+""",
+    "probe.cpp": """
+#include "probe.h"
+#include "operators.h"
+namespace pyfused {
+std::tuple<Tensor, Tensor> probe_fwd(const Tensor& x, const OptionalTensor& seed, double factor,
+                                     const std::string& kind, bool channels_first) {
+  const Call call(x);
+  const Tensor y = rows_like(x, 8, channels_first), rest = empty({x.size(0), 2}, Number::kFloat32, x);
+  probe({const_rows(x), mutable_rows(y), dropout(seed, 0.5), static_cast<float>(factor)}, call.stream());
+  return {y, rest};
+}
+}
+""",
+}
+# Imports the library of a probe without pyfused's own schemas in the way, and runs it as far as a machine without a
+# GPU can.
+TRY_PROBE = """
+import json, sys, torch
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("pyfused._C", sys.argv[1])
+library = module_from_spec(spec)
+spec.loader.exec_module(library)
+schemas = torch.library.Library("pyfused_cuda", "DEF")
+schemas.define("probe_fwd(Tensor x, Tensor? seed, float factor, str kind, bool channels_first) -> (Tensor y, Tensor z)")
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.pyfused_cuda.probe_fwd.default.redispatch(cuda, torch.ones(1, 2, 8), None, 2.0, "kind", True)
+except RuntimeError as error:
+    print(json.dumps([json.loads(library.build_info()), library.kernel_names(), str(error)]))
+"""
+
+needs_library = pytest.mark.skipif(
+    "pyfused._C" not in sys.modules, reason=str(backends.CUDA_REFUSAL or "pyfused._C is not loaded")
+)
+host = pytest.mark.host
+
+
+def registered() -> list[str]:
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    return sorted(name for name in names if name.startswith("pyfused_cuda::"))
+
+
+@needs_library
+def test_the_library_lists_its_kernels():
+    library = sys.modules["pyfused._C"]
+    names = library.kernel_names()
+    assert len(set(names)) == len(names)
+    assert [name for name in names if not re.fullmatch(r"\w+_kernel(<.*>)?", name)] == []
+    built = json.loads(library.build_info())
+    assert re.fullmatch(r"\d+\.\d+\.\d+", built["nvcc"])
+    assert any(target.startswith("sm_") for target in built["targets"])
+    assert built["targets"][-1].startswith("compute_")
+
+
+@needs_library
+def test_kernel_attributes():
+    library = sys.modules["pyfused._C"]
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"^kernel_attributes needs a GPU: "):
+            library.kernel_attributes()
+        return
+    attributes = library.kernel_attributes()
+    assert attributes.keys() == set(library.kernel_names())
+    for name, found in attributes.items():
+        assert 0 < found["registers"] <= 255, name
+        assert found["local_memory"] <= 64, name
+        assert found["max_threads"] % 32 == 0, name
+
+
+@needs_library
+def test_every_implementation_has_its_schema_and_its_other_direction():
+    assert "pyfused_cuda::" not in "\n".join(torch._C._dispatch_find_dangling_impls())
+    names = {name.removeprefix("pyfused_cuda::") for name in registered()}
+    assert names == {f"{operator}_{way}" for operator in backends.CUDA_OPERATORS["cuda"] for way in ("fwd", "bwd")}
+
+
+@needs_library
+@pytest.mark.parametrize("optional", ["absent", "present"])
+def test_every_implementation_takes_what_its_schema_says(optional):
+    """Each is called with CPU tensors, past the dispatcher, and gets as far as refusing them."""
+    if not registered():
+        pytest.skip("pyfused._C has no operator")
+    sample = {"Tensor": torch.zeros(1, 1, 1), "float": 0.5, "bool": False, "str": "", "int": 1}
+    sample["Optional[Tensor]"] = None if optional == "absent" else torch.zeros(1)
+    for name in registered():
+        overload = getattr(torch.ops.pyfused_cuda, name.removeprefix("pyfused_cuda::")).default
+        arguments = [sample[str(argument.type)] for argument in overload._schema.arguments]
+        with pytest.raises(RuntimeError, match="the kernels take CUDA tensors"):
+            overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+
+
+CALLS = {
+    "lora_linear": (
+        pyfused.lora_linear,
+        {"x": (2, 5, 16), "weight": (8, 16), "lora_a": (4, 16), "lora_b": (8, 4), "bias": (8,)},
+        {},
+    ),
+    "adapter_residual": (
+        pyfused.adapter_residual,
+        {"z": (2, 5, 16), "down_weight": (4, 16), "down_bias": (4,), "up_weight": (16, 4), "up_bias": (16,)},
+        {},
+    ),
+    "cross_attention_residual": (
+        pyfused.cross_attention_residual,
+        {
+            "x": (2, 5, 16), "context": (2, 3, 8), "q_weight": (16, 16), "q_bias": (16,), "k_weight": (16, 8),
+            "k_bias": (16,), "v_weight": (16, 8), "v_bias": (16,), "out_weight": (16, 16), "out_bias": (16,),
+        },
+        {"num_heads": 2, "plan": "absorbed"},
+    ),
+    "projection_residual": (
+        pyfused.projection_residual,
+        {"o": (2, 5, 8), "weight": (16, 8), "bias": (16,), "residual": (2, 5, 16)},
+        {},
+    ),
+}  # fmt: skip
+
+
+def fake_step(operator: str, backend: str) -> list[tuple]:
+    """Shape, strides and dtype of the output and of each gradient, computed on fake tensors."""
+    function, shapes, options = CALLS[operator]
+    with FakeTensorMode():
+        leaves = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        y = function(**leaves, **options, backend=backend)
+        gradients = torch.autograd.grad(y, list(leaves.values()), torch.empty_like(y))
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in (y, *gradients)]
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_fake_tensors_pass_through(operator, monkeypatch):
+    if operator not in backends.CUDA_OPERATORS["cuda"]:
+        pytest.skip(f"pyfused._C has no kernels for {operator}")
+    # On CPU tensors, which autograd takes without a GPU; fake ones ask no library.
+    monkeypatch.setitem(backends.CUDA_OPERATORS, "cpu", backends.CUDA_OPERATORS["cuda"])
+    assert fake_step(operator, "cuda") == fake_step(operator, "portable")
+
+
+def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
+    """Standard output and error of a command that must succeed, or fail."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A checkout whose only kernels are the probe's."""
+    copy = tmp_path_factory.mktemp("probe") / "checkout"
+    (copy / "csrc").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "pyfused/__init__.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    for path in (ROOT / "csrc").iterdir():
+        if path.suffix in (".h", ".cuh") or path.name in ("launch.cu", "module.cu"):
+            shutil.copy2(path, copy / "csrc")
+    for name, text in PROBE.items():
+        (copy / "csrc" / name).write_text(text)
+    binding = (ROOT / "csrc" / "binding.cpp").read_text()
+    binding, count = re.subn(r"\{[^{}]*\}\s*$", "{ PYFUSED_IMPL(probe_fwd); }\n", binding)
+    assert count == 1
+    (copy / "csrc" / "binding.cpp").write_text(binding)
+    return copy
+
+
+def build(checkout: Path, *, fails: bool = False, **variables: str) -> str:
+    return run(
+        sys.executable, "setup.py", "build_ext", "--inplace",
+        cwd=checkout, fails=fails, PYFUSED_CUDA="1", PYFUSED_CUDA_ARCHS="80", **variables,
+    )  # fmt: skip
+
+
+@host
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+class TestBuild:
+    """setup.py where nvcc is; the tests share one checkout, whose objects are compiled once."""
+
+    def test_library_loads_without_a_gpu_and_takes_every_kind_of_argument(self, checkout):
+        build(checkout)
+        library = checkout / "pyfused" / "_C.abi3.so"
+        built, names, refusal = json.loads(run(sys.executable, "-c", TRY_PROBE, library, cwd=checkout))
+        assert built["targets"] == ["sm_80", "compute_80"]
+        assert sorted(names) == ["probe_kernel<bfloat16, 8>", "probe_kernel<float, 16>"]
+        assert refusal == "pyfused: the kernels take CUDA tensors, got one elsewhere"
+        log = (checkout / "build" / "cuda" / "probe.cu.log").read_text()
+        assert log.count("0 bytes spill stores") == 2
+
+    def test_only_what_changed_is_compiled_again(self, checkout):
+        build(checkout)
+        assert "compiling" not in build(checkout)
+        os.utime(checkout / "csrc" / "probe.h")
+        assert set(re.findall(r"compiling csrc/(\S+)", build(checkout))) == {"probe.cu", "probe.cpp"}
+
+    def test_wheel_is_for_every_python_and_holds_the_library(self, checkout, tmp_path):
+        build(checkout)
+        run(
+            sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path,
+            checkout, cwd=tmp_path, PYFUSED_CUDA_ARCHS="80",
+        )  # fmt: skip
+        (wheel,) = tmp_path.glob("*.whl")
+        assert "-cp310-abi3-linux_" in wheel.name
+        shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+        _, names, _ = json.loads(
+            run(sys.executable, "-c", TRY_PROBE, tmp_path / "site/pyfused/_C.abi3.so", cwd=tmp_path)
+        )
+        assert len(names) == 2
+        assert not (tmp_path / "site/pyfused/_C.absent").exists()
+
+    def test_compilers_message_is_shown(self, checkout):
+        build(checkout)
+        probe = checkout / "csrc" / "probe.cu"
+        right = probe.read_text()
+        try:
+            probe.write_text(right.replace("threadIdx.x % kWidth", "threadIndex.x % kWidth"))
+            printed = build(checkout, fails=True)
+        finally:
+            probe.write_text(right)
+        assert "error: csrc/probe.cu does not compile" in printed
+        assert re.search(r'csrc/probe\.cu\(\d+\): error: identifier "threadIndex" is undefined', printed)
+        assert "Traceback" not in printed
+        assert "ptxas info" not in printed
+
+
+@host
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"PYFUSED_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "PYFUSED_CUDA=1, but nvcc was not found (looked in CUDA_HOME=",
+        ),
+        ({"PYFUSED_CUDA": "yes"}, "PYFUSED_CUDA must be 0 or 1, got 'yes'"),
+    ],
+)
+def test_build_that_cannot_be_done(checkout, variables, message):
+    assert f"pyfused: {message}" in run(sys.executable, "setup.py", "--name", cwd=checkout, fails=True, **variables)
+
+
+@host
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("given", ["sm_90", "75", "80,90", ""])
+def test_architectures_that_are_none(checkout, given):
+    printed = run(sys.executable, "setup.py", "--name", cwd=checkout, fails=True, PYFUSED_CUDA_ARCHS=given)
+    assert f"PYFUSED_CUDA_ARCHS must be capabilities from 80 on such as \"80;90\", got '{given}'" in printed
+
+
+@host
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_an_isolated_build_without_torch_says_so(checkout, tmp_path):
+    import setuptools
+
+    # An environment of setuptools alone, as pip makes one.
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
+    alone = {"cwd": checkout, "PYTHONPATH": str(tmp_path)}
+    assert "pyfused" in run(sys.executable, "-S", "setup.py", "--name", **alone)
+    printed = run(sys.executable, "-S", "setup.py", "--name", fails=True, PYFUSED_CUDA="1", **alone)
+    assert "PYFUSED_CUDA=1, but torch is not installed where the package is built" in printed
+    assert "--no-build-isolation" in printed
+
+
+@host
+def test_editable_installation_without_kernels_drops_old_ones(checkout, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    old = checkout / "pyfused" / "_C.abi3.so"
+    old.touch()
+    printed = run(
+        sys.executable, "-m", "pip", "--python", tmp_path / "venv/bin/python", "install", "-v", "--no-index",
+        "--no-deps", "--no-build-isolation", "-e", checkout, cwd=tmp_path, PYFUSED_CUDA="0",
+    )  # fmt: skip
+    assert "pyfused._C, the CUDA C++ kernels, is not built: it was installed with PYFUSED_CUDA=0" in printed
+    assert (checkout / "pyfused" / "_C.absent").read_text() == "it was installed with PYFUSED_CUDA=0\n"
+    assert not old.exists()
