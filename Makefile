@@ -1,4 +1,5 @@
-# Every target but `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies change.
+# Every target but `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies or the
+# CUDA C++ sources change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ GPU_WORKERS ?= 8
 .DELETE_ON_ERROR:
 
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -28,12 +29,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 audit: $(STAMP)
+	$(BIN)/python csrc/audit.py
 	$(BIN)/python -m pyfused.kernels.audit $(ARGS)
 
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
 gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
+	PYFUSED_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m pytest -q -n $(GPU_WORKERS) --timeout 300 tests -m 'not host and not gpu'
 	$(PYTHON) -m pytest -q --timeout 300 tests -m gpu
 	$(PYTHON) -m pyfused.cli bench --seconds 2 $(ARGS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import pyfused
 from pyfused.bench.baselines import Contender, Contenders
 from pyfused.bench.cases import Case, least_seconds, normal, short
 from pyfused.ops.adapter_residual import PLANS
@@ -128,7 +127,7 @@ class AdapterCase(Case):
         backward = least_seconds(5 * product, size * ((3 * live + dropped) * c + 2 * parameters))
         return {"forward": forward, "forward+backward": forward + backward}
 
-    def contenders(self, tensors: Mapping[str, Tensor]) -> Contenders:
+    def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}
         values = {**tensors, **parameters}
 
@@ -139,12 +138,17 @@ class AdapterCase(Case):
             )
 
         eager = contender(eager_adapter_residual)
-        found = Contenders({"pyfused": contender(pyfused.adapter_residual), "eager": eager})
+        ours = {name: contender(function) for name, function in self.ours(by_name).items()}
+        found = Contenders({**ours, "eager": eager})
         found.add_compiled(eager, tensors["z"].device)
         return found
 
     def plans(self, backend: str) -> tuple[str, ...]:
         return PLANS
+
+
+# Next to no arithmetic.
+TINY = AdapterCase((1, 16, 64), 16)
 
 
 def timed_cases(device: torch.device) -> list[AdapterCase]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+import pyfused
+from pyfused import backend as backends
 from pyfused.bench.baselines import Contenders
 
 # Measured on an NVIDIA H200: bf16 matrix product in FLOP/s, device copy in bytes/s (read plus written).
@@ -55,16 +59,41 @@ class Case(abc.ABC):
         """The least time of "forward" and of "forward+backward" on an H200: `least_seconds`, cold memory, no launch."""
 
     @abc.abstractmethod
-    def contenders(self, tensors: Mapping[str, Tensor]) -> Contenders:
-        """Who is timed at this case."""
+    def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
+        """Who is timed at this case; ``by_name``: the backends that are timed beside "auto"."""
 
     @abc.abstractmethod
     def plans(self, backend: str) -> tuple[str, ...]:
-        """The plans that ``backend`` has."""
+        """The plans that ``backend`` has; `refusal` says which of them take this case."""
+
+    def ours(self, by_name: Iterable[str] = ()) -> dict[str, Callable[..., Tensor]]:
+        """The operator as "pyfused", and as "pyfused <backend>" bound to each of these backends."""
+        operator = getattr(pyfused, self.operator)
+        bound = {f"pyfused {name}": functools.partial(operator, backend=name) for name in by_name}
+        return {"pyfused": operator, **bound}
 
     def gated_too(self) -> Mapping[str, Case]:
         """Further cases whose parity the row depends on, by what their tensors are called in it."""
         return {}
+
+
+def refusal(case: Case, device: torch.device, backend: str, plan: str = "auto") -> str | None:
+    """Why ``backend`` cannot compute ``case`` on ``device`` in this plan, in its own words; None when it can."""
+    if backend == "portable":
+        return None
+    reason = backends.refusal(backend, device, case.dtype, case.operator)
+    if reason is not None:
+        return reason
+    # Limits of size are the operator's own to know: on fake tensors it checks, chooses, and computes nothing.
+    with FakeTensorMode():
+        try:
+            case.call(getattr(pyfused, case.operator), case.tensors(device), backend=backend, plan=plan)
+        except (RuntimeError, ValueError) as error:
+            # Any other error is a fault of the case or of the operator, and no refusal.
+            if not str(error).startswith(f"backend {backend!r} cannot serve"):
+                raise
+            return str(error)
+    return None
 
 
 def least_seconds(flops: float, nbytes: float) -> float:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pyfused.bench.baselines import BASE
 from pyfused.bench.rows import Row
 
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#bbbbbb", "#ee8866", "#222222")
 
 
 def draw_ratios(rows: Sequence[Row], path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,19 +107,20 @@ class LoRACase(Case):
         backward = least_seconds(base + 2 * narrow, size * (m * (n + 2 * k + r) + parameters + r * (n + k)))
         return {"forward": forward, "forward+backward": forward + backward}
 
-    def contenders(self, tensors: Mapping[str, Tensor]) -> Contenders:
+    def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         weight, bias = tensors["weight"], tensors["bias"]
         a, b = (tensors[name].detach().requires_grad_() for name in self.trained)
         low = self.dtype != torch.float32
 
-        def ours(lora_a: Tensor, lora_b: Tensor) -> Contender:
+        def contender(function: Callable[..., Tensor], lora_a: Tensor, lora_b: Tensor) -> Contender:
             values = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-            return Contender(lambda x: self.call(pyfused.lora_linear, values | {"x": x}), (lora_a, lora_b))
+            return Contender(lambda x: self.call(function, values | {"x": x}), (lora_a, lora_b))
 
         eager = Contender(
             lambda x: eager_lora_linear(x, weight, a, b, bias, self.scaling, self.dropout_p), (a, b)
         )  # fmt: skip
-        found = Contenders({"pyfused": ours(a, b), "eager": eager})
+        ours = {name: contender(function, a, b) for name, function in self.ours(by_name).items()}
+        found = Contenders({**ours, "eager": eager})
         found.add_compiled(eager, weight.device)
         try:
             found.named["PEFT"] = _peft(self, tensors)
@@ -131,7 +132,7 @@ class LoRACase(Case):
         if low:
             # The fair counterpart of PEFT's default, which keeps its adapters in float32.
             a32, b32 = (tensors[name].detach().float().requires_grad_() for name in self.trained)
-            found.named["pyfused (float32 adapters)"] = ours(a32, b32)
+            found.named["pyfused (float32 adapters)"] = contender(pyfused.lora_linear, a32, b32)
         found.named[BASE] = Contender(lambda x: F.linear(x, weight, bias), ())
         return found
 
@@ -141,6 +142,10 @@ class LoRACase(Case):
     def gated_too(self) -> Mapping[str, Case]:
         """Over a 16-bit base that of the contender with float32 adapters: its time stands in the same row."""
         return {"float32 adapters": replace(self, adapter_dtype=torch.float32)} if self.dtype.itemsize == 2 else {}
+
+
+# Next to no arithmetic.
+TINY = LoRACase(16, 64, 64)
 
 
 def timed_cases(device: torch.device) -> list[LoRACase]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -24,3 +25,9 @@ def timed_cases(device: torch.device) -> list[Case]:
 def parity_cases(device: torch.device) -> Iterator[Case]:
     for module in OPERATORS.values():
         yield from module.parity_cases(device)
+
+
+def tiny_cases(device: torch.device) -> list[Case]:
+    """One case of each operator whose time is that of its call."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return [dataclasses.replace(module.TINY, dtype=dtype) for module in OPERATORS.values()]

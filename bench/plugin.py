@@ -78,6 +78,7 @@ class Compare:
         measured: str = "call",
         deviations: Sequence[parity.Deviation] = (),
         graph: bool = False,
+        clock: timing.Clock | None = None,
         rounds: int | None = None,
         complete: Callable[[Row], None] = lambda row: None,
         **row: object,
@@ -91,6 +92,7 @@ class Compare:
             kind, measured: as in `Row`.
             deviations: the parity figures; if one fails, the row is recorded without times and the test fails.
             graph: on a GPU, capture each call as a CUDA graph and time its replay.
+            clock: None (the default): `timing.clock_for` the device.
             rounds: how many; None (the default): as many as fit in the time per row, 7 at least, after two that are not
                 counted. With a number, every round counts.
             complete: fills in what is known only after the rounds, before the row is recorded.
@@ -100,11 +102,11 @@ class Compare:
             The row as recorded.
         """
         device = self._session.settings.device
-        modes = {"cpu": "wall clock", "cuda": "graph replay" if graph else "eager launches"}
+        clock = timing.clock_for(device, graph) if clock is None else clock
         # The gate is on all of them; a model has hundreds, of which the record keeps the ones nearest to their limit.
         nearest = sorted(deviations, key=parity.strain, reverse=True)[:_RECORDED_DEVIATIONS]
         figures = [dataclasses.asdict(item) for item in nearest]
-        result = Row(name, kind, measured, mode=modes[device.type], subject=subject, parity=figures, **row)
+        result = Row(name, kind, measured, mode=clock.mode, subject=subject, parity=figures, **row)
         broken = [str(item) for item in nearest if not item.passed]
         if broken:
             result.passed = False
@@ -113,7 +115,7 @@ class Compare:
         if graph and device.type == "cuda":
             contenders = _captured(contenders, result)
 
-        interleaved = timing.Interleaved(contenders, subject, timing.clock_for(device, graph))
+        interleaved = timing.Interleaved(contenders, subject, clock)
         if rounds is None:
             rounds = timing.rounds_within(self._session.settings.seconds_per_row, interleaved.warm_up())
         before = timing.gpu_state(device)

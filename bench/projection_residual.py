@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import pyfused
 from pyfused.bench.baselines import Contender, Contenders
 from pyfused.bench.cases import Case, least_seconds, normal, short
 from pyfused.ops.projection_residual import keeps_projection
@@ -107,7 +106,7 @@ class ProjectionCase(Case):
         backward = least_seconds(2 * product, size * moved)
         return {"forward": forward, "forward+backward": forward + backward}
 
-    def contenders(self, tensors: Mapping[str, Tensor]) -> Contenders:
+    def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}
         values = {**tensors, **parameters}
 
@@ -118,12 +117,17 @@ class ProjectionCase(Case):
             )
 
         eager = contender(eager_projection_residual)
-        found = Contenders({"pyfused": contender(pyfused.projection_residual), "eager": eager})
+        ours = {name: contender(function) for name, function in self.ours(by_name).items()}
+        found = Contenders({**ours, "eager": eager})
         found.add_compiled(eager, tensors["o"].device)
         return found
 
     def plans(self, backend: str) -> tuple[str, ...]:
         return ("auto",)
+
+
+# Next to no arithmetic.
+TINY = ProjectionCase((1, 16, 64), 64)
 
 
 def timed_cases(device: torch.device) -> list[ProjectionCase]:

@@ -25,6 +25,7 @@ def print_report(rows: Sequence[Row], stream: TextIO) -> None:
     console.print(lines)
     notes = [
         "Ratios: median over interleaved rounds of (baseline's time / pyfused's); above 1 pyfused is faster. "
+        "vs triton, vs cuda: against that backend, asked for by name. "
         "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend "
         "takes oneDNN's float32 product and torch takes MKL's.",
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
@@ -83,6 +84,8 @@ def _cells(row: Row) -> dict[str, str]:
         "pyfused": _time(own),
         "vs eager": _ratio(row.ratios.get("eager", row.ratios.get("reference"))),
         "vs compile": _ratio(row.ratios.get("torch.compile")),
+        "vs triton": _ratio(row.ratios.get("pyfused triton")),
+        "vs cuda": _ratio(row.ratios.get("pyfused cuda")),
         "vs SDPA": _ratio(row.ratios.get("projections + SDPA")),
         "vs PEFT": " / ".join(_ratio(row.ratios[name]) for name in _peft(row)),
         "x GEMM": _ratio(1 / row.ratios[BASE] if BASE in row.ratios else None),

@@ -30,9 +30,9 @@ class Row:
 
     Attributes:
         name: what was measured, with its shape.
-        kind: "operator", "model" or "training".
+        kind: "operator", "overhead", "model" or "training".
         measured: "forward", "forward+backward", "training step" or "training run".
-        mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU.
+        mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU; "host time" of a call on either.
         subject: the contender that the ratios compare with.
         facts: shape, dtype and other settings.
         parity: one entry for each tensor and norm: error, plain torch's error and limit, relative to the tensor's norm.

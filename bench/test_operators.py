@@ -1,16 +1,17 @@
-"""Operator rows: each operator against plain torch, torch.compile, and whoever else does the same."""
+"""Operator rows: each operator against plain torch, torch.compile, its backends, and whoever else does the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from pyfused import backend as backends
 from pyfused.bench import memory, operators, parity
-from pyfused.bench.cases import Case
+from pyfused.bench.cases import Case, refusal
 from pyfused.bench.plugin import SESSION, Compare
 from pyfused.bench.session import Session
 
@@ -37,8 +38,11 @@ class Prepared:
         first = [self.tensors[name] for name in case.inputs]
         others = 0 if device.type == "cpu" else _GPU_INPUT_SETS - 1
         self.inputs: list[list[Tensor]] = [first, *([torch.randn_like(x) for x in first] for _ in range(others))]
-        self.deviations = _deviations(case, device)
-        self.contenders = case.contenders(self.tensors)
+        kernels = _kernels(case, device)
+        by_name = [name for name, reason in kernels.items() if reason is None]
+        self.deviations = _deviations(case, device, by_name)
+        self.contenders = case.contenders(self.tensors, by_name)
+        self.contenders.unavailable |= {f"pyfused {name}": reason for name, reason in kernels.items() if reason}
 
     def calls(self, backward: bool) -> dict[str, list]:
         dy = self.tensors["dy"]
@@ -61,10 +65,18 @@ class Prepared:
         }
 
 
-def _deviations(case: Case, device: torch.device) -> list[parity.Deviation]:
+def _kernels(case: Case, device: torch.device) -> dict[str, str | None]:
+    """Backend with kernels -> why it cannot compute the case; on a CPU, where kernels are slow stand-ins, none."""
+    names = () if device.type == "cpu" else backends.BACKENDS
+    return {name: refusal(case, device, name) for name in names if name != "portable"}
+
+
+def _deviations(case: Case, device: torch.device, by_name: Sequence[str] = ()) -> list[parity.Deviation]:
+    further = {name: parity.check(case, device, backend=name) for name in by_name}
+    further |= {label: parity.check(other, device) for label, other in case.gated_too().items()}
     found = parity.check(case, device)
-    for label, other in case.gated_too().items():
-        found += [replace(item, tensor=f"{item.tensor} ({label})") for item in parity.check(other, device)]
+    for label, items in further.items():
+        found += [replace(item, tensor=f"{item.tensor} ({label})") for item in items]
     return found
 
 

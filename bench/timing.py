@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -20,8 +21,19 @@ def subject_clock() -> float:
     return _subject_seconds
 
 
+class Clock(Protocol):
+    """What `Interleaved` asks for the time; ``mode`` says in the record what was timed."""
+
+    mode: str
+
+    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of each call, in the order given."""
+
+
 class WallClock:
     """Times each call by the wall, for work that is done when the call returns."""
+
+    mode = "wall clock"
 
     def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
         """Seconds of each call, in the order given."""
@@ -31,6 +43,32 @@ class WallClock:
             result = call()
             seconds[name] = time.perf_counter() - start
             del result
+        return seconds
+
+
+class HostClock:
+    """Times what the host needs for a call, not what a GPU then does: the mean of calls one after another.
+
+    Args:
+        device: where the calls compute.
+        calls: how many; a GPU queues the launches of so many without making the host wait.
+    """
+
+    mode = "host time"
+
+    def __init__(self, device: torch.device, calls: int = 50) -> None:
+        self._device, self._calls = device, calls
+
+    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Seconds of one call of each, in the order given."""
+        seconds = {}
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(self._calls):
+                call()
+            seconds[name] = (time.perf_counter() - start) / self._calls
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
         return seconds
 
 
@@ -47,6 +85,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device, graph: bool = False) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.mode = "graph replay" if graph else "eager launches"
         self._graph = graph
         self._flush = torch.zeros(4 * cache // torch.int32.itemsize, dtype=torch.int32, device=device)
         self._largest = torch.empty((), dtype=torch.int32, device=device)
@@ -67,7 +106,7 @@ class CudaClock:
         return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
 
 
-def clock_for(device: torch.device, graph: bool = False) -> WallClock | CudaClock:
+def clock_for(device: torch.device, graph: bool = False) -> Clock:
     return CudaClock(device, graph) if device.type == "cuda" else WallClock()
 
 
@@ -100,10 +139,10 @@ class Interleaved:
     Args:
         contenders: name -> one call per input set; round i uses set i modulo their number.
         subject: the contender that the others are compared with.
-        clock: `WallClock` or `CudaClock`.
+        clock: takes the time of a round.
     """
 
-    def __init__(self, contenders: Mapping[str, Sequence[Call]], subject: str, clock: WallClock | CudaClock) -> None:
+    def __init__(self, contenders: Mapping[str, Sequence[Call]], subject: str, clock: Clock) -> None:
         if subject not in contenders:
             raise ValueError(f"subject must be one of {tuple(contenders)}, got {subject!r}")
         self.contenders, self.subject, self.clock = contenders, subject, clock

@@ -1,22 +1,26 @@
 """Which backends exist here, and which one serves a call.
 
-A backend is a namespace of raw operators: ``portable`` (plain torch), ``triton`` and ``cuda``. ``auto`` takes the
-first one in ``PREFERENCE`` that does not refuse; a backend named explicitly is used or the call is an error.
+A backend is a namespace of raw operators: ``portable`` (plain torch), ``triton`` and ``cuda`` (a compiled library).
+``auto`` takes the first one of `preference` that does not refuse; a backend named explicitly is used or the call is an
+error.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 BACKENDS = ("portable", "triton", "cuda")
-PREFERENCE = ("cuda", "triton", "portable")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What kernels compute in, and the same in words.
+KERNEL_DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+_TAKEN = {"triton": "float32, float16 and bfloat16", "cuda": "float16 and bfloat16"}
 
 
 def _triton_refusal() -> str | None:
@@ -29,6 +33,42 @@ def _triton_refusal() -> str | None:
     return None
 
 
+def _cuda_refusal() -> str | None:
+    try:
+        importlib.import_module("pyfused._C")
+    except ModuleNotFoundError:
+        # The build leaves word of why it made no library; a bare checkout has neither.
+        record = Path(__file__).with_name("_C.absent")
+        why = f": {record.read_text().strip()}" if record.exists() else ""
+        return f"this installation has no compiled kernels (pyfused._C){why}"
+    except ImportError as error:
+        return f"its compiled kernels (pyfused._C) do not load: {error}"
+    return None
+
+
+def load_cuda(library: str | os.PathLike[str]) -> None:
+    """Take kernels from a shared library beside `pyfused._C`, such as one built for an emulator.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    global CUDA_REFUSAL
+    torch.ops.load_library(os.fspath(library))
+    CUDA_REFUSAL = None
+    CUDA_OPERATORS.update(_registered())
+
+
+def _registered() -> dict[str, frozenset[str]]:
+    """Device type -> operators that a library has registered for it, in both directions."""
+    found = {}
+    for key in ("CPU", "CUDA"):
+        names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        own = {name.removeprefix("pyfused_cuda::") for name in names if name.startswith("pyfused_cuda::")}
+        forward = {name.removesuffix("_fwd") for name in own if name.endswith("_fwd")}
+        found[key.lower()] = frozenset(operator for operator in forward if f"{operator}_bwd" in own)
+    return found
+
+
 def _default_backend() -> str:
     name = os.environ.get("PYFUSED_BACKEND", "auto")
     if name not in (*BACKENDS, "auto"):
@@ -36,33 +76,66 @@ def _default_backend() -> str:
     return name
 
 
-# Read once: none of these can change under a running program, and traced code must see constants.
+# Read once: none of these changes under a running program but by `load_cuda`, and traced code must see constants.
 TRITON_REFUSAL = _triton_refusal()
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA_REFUSAL: str | None = "this build has no CUDA C++ kernels"
+CUDA_REFUSAL = _cuda_refusal()
+# Device type -> the operators that have CUDA C++ kernels there.
+CUDA_OPERATORS = _registered()
 DEFAULT_BACKEND = _default_backend()
 
 
-def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot serve tensors of this device and dtype; None when it can."""
+def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: str | None = None) -> str | None:
+    """Why ``backend`` cannot serve tensors of this device and dtype; None when it can.
+
+    Not every operator has CUDA C++ kernels: without ``operator`` the answer is for those that have.
+    """
     if backend == "portable":
         return None
     missing = TRITON_REFUSAL if backend == "triton" else CUDA_REFUSAL
     if missing is not None:
         return missing
-    if dtype not in KERNEL_DTYPES:
-        return f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    if dtype not in KERNEL_DTYPES[backend]:
+        return f"its kernels take {_TAKEN[backend]}, not {dtype}"
+    if backend == "triton" and device.type == "cpu":
+        return None if TRITON_INTERPRETED else "a CPU tensor needs TRITON_INTERPRET=1, set before Python starts"
+    operators = CUDA_OPERATORS.get(device.type, frozenset())
+    served = bool(operators) if backend == "cuda" else device.type == "cuda"
+    if not served:
+        return f"it has no kernels for device type {device.type!r}"
+    if backend == "cuda" and operator is not None and operator not in operators:
+        return f"it has no kernels for {operator}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
             return f"it needs compute capability {MIN_CAPABILITY}, {device} has {capability}"
-        return None
-    if backend == "triton" and device.type == "cpu":
-        return None if TRITON_INTERPRETED else "a CPU tensor needs TRITON_INTERPRET=1, set before Python starts"
-    return f"it has no kernels for device type {device.type!r}"
+    return None
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None) -> str:
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block can have; where there is no GPU, what an H100 or H200 has."""
+    if device.type != "cuda":
+        return 232_448
+    # torch's type stubs lack it.
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def preference(operator: str, device: torch.device) -> tuple[tuple[str, ...], str]:
+    """(backends in the order in which "auto" takes them on this device, why in this order).
+
+    No order has been measured on a GPU yet: these are by what the kernels do.
+    """
+    if operator != "lora_linear":
+        return ("cuda", "triton", "portable"), "cuda reads a tile of rows once, triton twice (not measured yet)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        why = "triton's products use wgmma or what followed it, cuda's do not (not measured yet)"
+        return ("triton", "cuda", "portable"), why
+    return ("cuda", "triton", "portable"), "cuda and triton use the same matrix instruction here (not measured yet)"
+
+
+def choose(
+    requested: str, device: torch.device, dtype: torch.dtype, operator: str, limits: Mapping[str, str] | None = None
+) -> str:
     """The backend that serves this call; ``limits`` says for each backend that the call itself is beyond, why.
 
     Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,
@@ -73,24 +146,24 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, limits: Map
     limits = limits or {}
     wanted = DEFAULT_BACKEND if requested == "auto" else requested
     if wanted != "auto":
-        if refusal(wanted, device, dtype) is not None:
+        if refusal(wanted, device, dtype, operator) is not None:
             raise RuntimeError(
-                f"backend {wanted!r} cannot serve {dtype} tensors on {device}: " + _refusals(device, dtype)
+                f"backend {wanted!r} cannot serve {dtype} tensors on {device}: " + _refusals(device, dtype, operator)
             )
         if wanted in limits:
             raise ValueError(f"backend {wanted!r} cannot serve this call: {limits[wanted]}")
         return wanted
-    # The interpreter is for tests: it serves CPU tensors only when it is asked by name.
+    # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name.
     if device.type != "cuda":
         return "portable"
-    for backend in PREFERENCE:
-        if backend not in limits and refusal(backend, device, dtype) is None:
+    for backend in preference(operator, device)[0]:
+        if backend not in limits and refusal(backend, device, dtype, operator) is None:
             return backend
     raise AssertionError("portable refuses nothing")
 
 
-def _refusals(device: torch.device, dtype: torch.dtype) -> str:
-    reasons = ((name, refusal(name, device, dtype)) for name in BACKENDS)
+def _refusals(device: torch.device, dtype: torch.dtype, operator: str) -> str:
+    reasons = ((name, refusal(name, device, dtype, operator)) for name in BACKENDS)
     return "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons)
 
 
@@ -101,4 +174,5 @@ def available_backends() -> dict[str, str | None]:
     True
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: refusal(name, device, torch.float32) for name in BACKENDS}
+    # In float16, which every backend takes.
+    return {name: refusal(name, device, torch.float16) for name in BACKENDS}

@@ -191,7 +191,7 @@ def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCa
 
         plan, reason = choose_plan(m, n, k, rank, facts["dropout_p"], x.dtype, target(x.device))
     else:
-        plan, reason = "blas", f"the only plan of backend {chosen!r}"
+        plan, reason = facts["plans"][0], f"the only plan of backend {chosen!r}"
     return OperatorCall(
         module=module,
         operator=operator,
@@ -200,7 +200,7 @@ def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCa
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(reason, *_not_taken(chosen, x.device, x.dtype)),
+        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["limits"])),
         saved_bytes=m * rank * x.element_size(),
     )
 
@@ -216,7 +216,7 @@ def _describe_adapter_residual(module: str, operator: str, facts: dict) -> Opera
         device=z.device,
         backend=chosen,
         plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, facts["limits"])),
+        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, operator, facts["limits"])),
         # What autocast made of z is no input of the call, and kept too.
         saved_bytes=m * (hidden * (plan == "save") + channels * facts["cast"]) * z.element_size(),
     )
@@ -227,6 +227,7 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
     heads, tokens, width = (facts[name] for name in ("heads", "tokens", "head_dim"))
     (batch, length, channels), inner = x.shape, heads * width
     m, contexts = batch * length, facts["context_batch"]
+    kernels = "projection_residual" if plan == "standard" else operator
     if plan == "standard":
         # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
         kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
@@ -244,7 +245,7 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, facts["limits"])),
+        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, kernels, facts["limits"])),
         saved_bytes=saved,
     )
 
@@ -263,7 +264,7 @@ def _describe_projection_residual(module: str, operator: str, facts: dict) -> Op
         plan="save" if facts["keeps"] else "-",
         why=(
             "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
-            *_not_taken(chosen, o.device, o.dtype),
+            *_not_taken(chosen, o.device, o.dtype, operator),
         ),
         saved_bytes=m * channels * o.element_size() * facts["keeps"],
     )
@@ -278,15 +279,17 @@ _DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {
 
 
 def _not_taken(
-    chosen: str, device: torch.device, dtype: torch.dtype, limits: Mapping[str, str] | None = None
+    chosen: str, device: torch.device, dtype: torch.dtype, operator: str, limits: Mapping[str, str] | None = None
 ) -> list[str]:
     """For each backend that is preferred to the chosen one, why it did not serve the call; ``limits`` as `choose`'s."""
-    reasons = []
-    for name in backends.PREFERENCE[: backends.PREFERENCE.index(chosen)]:
-        reason = backends.refusal(name, device, dtype) or (limits or {}).get(name)
+    order, why = backends.preference(operator, device)
+    reasons = [why] if device.type == "cuda" and chosen != "portable" else []
+    for name in order[: order.index(chosen)]:
+        reason = backends.refusal(name, device, dtype, operator) or (limits or {}).get(name)
         if reason is None:
-            # The interpreter serves a CPU tensor only on request; elsewhere somebody asked for another backend.
-            reason = "on a CPU it is interpreted, and used only by name" if device.type == "cpu" else "not asked for"
+            # Interpreter and emulator serve a CPU tensor only on request; elsewhere somebody asked for another backend.
+            how = {"triton": "interpreted", "cuda": "emulated"}[name]
+            reason = f"on a CPU it is {how}, and used only by name" if device.type == "cpu" else "not asked for"
         reasons.append(f"not {name}: {reason}")
     return reasons
 

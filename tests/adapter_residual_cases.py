@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 
 import torch
-from operator_cases import DEVICE, planned
+from operator_cases import DEVICE, planned, seed
 from oracle import Tensors, assert_as_accurate_as_torch, exact, randn
 from torch import Tensor
 
 import pyfused
+from pyfused import backend as backends
 from pyfused import reference
 from pyfused.ops.adapter_residual import PLANS
 
-every_plan = planned({"portable": PLANS, "triton": PLANS})
+every_plan = planned(dict.fromkeys(backends.BACKENDS, PLANS))
+FORMATS = ("rows", "NCHW", "channels_last")
 # Every argument that gets a gradient.
 NAMES = ("z", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "layer_scale")
 # What no part of the operator rounds to z's dtype.
@@ -98,3 +100,30 @@ def check(
         **({} if dy is None else {"dy": dy}),
         **options,
     )
+
+
+def image(side: int, channels: int, layout: str, batch: int = 2) -> tuple[tuple[int, ...], int]:
+    """(shape, channel_dim) of ``side`` by ``side`` positions in one of `FORMATS`."""
+    if layout == "rows":
+        return (batch, side * side, channels), -1
+    return (batch, channels, side, side), 1
+
+
+def check_drawn(shape: tuple[int, ...], channel_dim: int, hidden: int, backend: str, options: dict) -> None:
+    """Draws what ``options`` asks for, checks it, and that results lie in memory as z does."""
+    tensors = draw(
+        shape, hidden, options["dtype"], bias=options["bias"], adapters=options["adapters"],
+        residual=options["residual"], layer_scale=options["layer_scale"], channel_dim=channel_dim,
+    )  # fmt: skip
+    if options["layout"] == "channels_last":
+        for name in ("z", "residual"):
+            if tensors[name] is not None:
+                tensors[name] = tensors[name].to(memory_format=torch.channels_last)
+    results = check(
+        tensors, backend, options["plan"], skip=options["skip"], activation=options["activation"],
+        sample_scale=sample_scale(shape[0], options["drop"]), dropout_p=options["p"], seed=seed(),
+        channel_dim=channel_dim,
+    )  # fmt: skip
+    for name in ("output", "dz"):
+        kept = torch.channels_last if options["layout"] == "channels_last" else torch.contiguous_format
+        assert results[name].is_contiguous(memory_format=kept), f"{name} changed its layout"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import types
+from pathlib import Path
 
 # One thread in each of several workers; two when there is one process. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -20,7 +22,11 @@ if not torch.cuda.is_available():
 # torchvision registers shapes for compiled operators that it lacks beside a CPU build of torch; no test calls them.
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
-from pyfused.backend import BACKENDS, available_backends  # noqa: E402
+from emulator import library  # noqa: E402
+from emulator.build import COMPILER  # noqa: E402
+
+import pyfused  # noqa: E402
+from pyfused import backend as backends  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import hypothesis
@@ -38,13 +44,39 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    """Every backend in turn; one that is missing here is skipped with its reason."""
-    reason = available_backends()[request.param]
+@pytest.fixture(scope="session")
+def emulator():
+    """Kernels of backend "cuda" for CPU tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("needs the emulator, which serves where no GPU is")
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"cuda: the emulator needs a C++ compiler, {COMPILER} is not on PATH")
+    library.load()
+
+
+@pytest.fixture
+def emulate(emulator):
+    """Sets the emulated device and the seed of the schedule, for one test."""
+    yield library.emulate
+    library.emulate()
+
+
+@pytest.fixture(autouse=True)
+def _cuda_kernels(request):
+    """A test on backend "cuda" has its kernels, or is skipped where there are none for the operator it is named for."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or callspec.params.get("backend") != "cuda":
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        # Built where the first test needs it, not in runs without one.
+        request.getfixturevalue("emulator")
+    operator = next((name for name in pyfused.__all__ if request.module.__name__.startswith(f"test_{name}")), None)
+    reason = backends.refusal("cuda", device, torch.float16, operator)
+    if reason is None and operator and not Path(__file__).with_name(f"test_{operator}_cuda.py").exists():
+        reason = f"its kernels for {operator} have no test_{operator}_cuda.py yet"
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+        pytest.skip(f"cuda: {reason}")
 
 
 @pytest.fixture

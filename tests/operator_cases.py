@@ -12,17 +12,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
+from pyfused import backend as backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _skips(backend: str) -> list[pytest.MarkDecorator]:
-    reason = pyfused.available_backends()[backend]
+    # conftest.py loads the kernels of "cuda" when a test wants them.
+    reason = None if backend == "cuda" else pyfused.available_backends()[backend]
     return [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
 
 
-BACKENDS = [pytest.param(backend, marks=_skips(backend), id=backend) for backend in ("portable", "triton")]
+BACKENDS = [pytest.param(backend, marks=_skips(backend), id=backend) for backend in backends.BACKENDS]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Tests of the CUDA C++ kernels alone.
+cuda_backend = pytest.mark.parametrize("backend", ["cuda"])
+
+
+def plain_dtype(backend: str, dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """``dtype``, but float16 for a float32 that the backend does not take."""
+    return torch.float16 if backend == "cuda" and dtype == torch.float32 else dtype
 
 
 def planned(plans: Mapping[str, Sequence[str]]) -> pytest.MarkDecorator:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_residual_cases import check, draw, every_plan, sample_scale
-from operator_cases import every_backend, seed
+from operator_cases import every_backend, plain_dtype, planned, seed
 
 import pyfused
-from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN, PLANS
+from pyfused import backend as backends
+from pyfused.ops.adapter_residual import MAX_CUDA_HIDDEN, MAX_KERNEL_HIDDEN, PLANS
 from pyfused.portable.philox import dropout_
 
 pytestmark = pytest.mark.gpu
@@ -27,10 +28,10 @@ def _compare(actual: torch.Tensor, expected: torch.Tensor) -> None:
 LARGE = {
     "rows": ((2, 1_050_000, 1040), 16, -1),
     "channels": ((1, 64, (1 << 25) + 8, 2), 16, 1),
-    "hidden": ((2, 4_200_000, 32), 264, -1),
+    "hidden": ((2, 4_200_000, 32), 256, -1),
 }
 every_large = pytest.mark.parametrize("large", LARGE)
-every_named_plan = pytest.mark.parametrize("plan", PLANS)
+every_kernel_plan = planned(dict.fromkeys(("triton", "cuda"), PLANS))
 
 
 def _large(large: str) -> tuple[dict[str, torch.Tensor], int]:
@@ -48,23 +49,23 @@ def _run(leaves: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
 
 
 @every_large
-@every_named_plan
-def test_more_than_2_31_elements(plan, large):
+@every_kernel_plan
+def test_more_than_2_31_elements(backend, plan, large):
     leaves, channel_dim = _large(large)
-    ours = _run(leaves, channel_dim=channel_dim, backend="triton", plan=plan)
+    ours = _run(leaves, channel_dim=channel_dim, backend=backend, plan=plan)
     for actual, expected in zip(
         ours, _run(leaves, channel_dim=channel_dim, backend="portable", plan=plan), strict=True
     ):
         _compare(actual, expected)
 
 
-@every_named_plan
-def test_dropout_of_more_than_2_31_elements(plan):
+@every_kernel_plan
+def test_dropout_of_more_than_2_31_elements(backend, plan):
     """The last rows against the formula: the mask of all of them would take plain torch minutes."""
     leaves, _ = _large("hidden")
     p, rows = 0.3, 1000
     options = {"skip": 0.5, "activation": "relu", "dropout_p": p, "seed": 7}
-    y, dz, *_ = _run(leaves, **options, backend="triton", plan=plan)
+    y, dz, *_ = _run(leaves, **options, backend=backend, plan=plan)
 
     def tail(value: torch.Tensor) -> torch.Tensor:
         return value.detach().flatten(0, -2)[-rows:].float()
@@ -82,12 +83,14 @@ def test_dropout_of_more_than_2_31_elements(plan):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channel_dim", [-1, 1])
-@every_named_plan
-def test_the_widest_hidden_of_each_dtype_fits(plan, channel_dim, dtype):
+@every_kernel_plan
+def test_the_widest_hidden_of_each_dtype_fits(backend, plan, channel_dim, dtype):
+    dtype = plain_dtype(backend, dtype)
     shape = (3, 100, 640) if channel_dim == -1 else (3, 640, 10, 10)
-    tensors = draw(shape, MAX_KERNEL_HIDDEN[dtype.itemsize], dtype, channel_dim=channel_dim)
+    widest = MAX_CUDA_HIDDEN if backend == "cuda" else MAX_KERNEL_HIDDEN[dtype.itemsize]
+    tensors = draw(shape, widest, dtype, channel_dim=channel_dim)
     check(
-        tensors, "triton", plan, channel_dim=channel_dim, sample_scale=sample_scale(3, "some"), dropout_p=0.2,
+        tensors, backend, plan, channel_dim=channel_dim, sample_scale=sample_scale(3, "some"), dropout_p=0.2,
         seed=seed(),
     )  # fmt: skip
 
@@ -137,9 +140,10 @@ def test_a_side_stream(backend, plan):
 @every_plan
 def test_graph_replays_draw_fresh_masks(backend, plan):
     """The seed is drawn inside the graph from the registered generator; both directions use the same one."""
-    eye = torch.eye(64, device="cuda")
-    z = torch.ones(128, 64, device="cuda", requires_grad=True)
-    zero = torch.zeros(128, 64, device="cuda")
+    like = {"dtype": plain_dtype(backend), "device": "cuda"}
+    eye = torch.eye(64, **like)
+    z = torch.ones(128, 64, **like, requires_grad=True)
+    zero = torch.zeros(128, 64, **like)
     scale = torch.ones(128, device="cuda")
 
     def step():
@@ -191,8 +195,16 @@ def test_dropped_samples_cost_no_synchronisation(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_auto_takes_triton_up_to_its_width():
-    tensors = draw((64, 64), 16, torch.bfloat16)
-    assert torch.equal(pyfused.adapter_residual(**tensors), pyfused.adapter_residual(**tensors, backend="triton"))
-    tensors = draw((64, 64), MAX_KERNEL_HIDDEN[2] + 1, torch.bfloat16)
-    assert torch.equal(pyfused.adapter_residual(**tensors), pyfused.adapter_residual(**tensors, backend="portable"))
+def test_auto_takes_the_first_backend_up_to_its_width():
+    widest = {"portable": 2000, "triton": MAX_KERNEL_HIDDEN[2], "cuda": MAX_CUDA_HIDDEN}
+    device = torch.device("cuda")
+    order = [
+        name
+        for name in backends.preference("adapter_residual", device)[0]
+        if backends.refusal(name, device, torch.bfloat16, "adapter_residual") is None
+    ]
+    for hidden in sorted({16, *(most + more for most in widest.values() for more in (0, 1) if most < 2000)}):
+        expected = next(name for name in order if hidden <= widest[name])
+        tensors = draw((64, 64), hidden, torch.bfloat16)
+        y = pyfused.adapter_residual(**tensors)
+        assert torch.equal(y, pyfused.adapter_residual(**tensors, backend=expected)), (hidden, expected)

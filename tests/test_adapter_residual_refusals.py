@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from adapter_residual_cases import check, draw, every_plan
-from operator_cases import DEVICE
+from operator_cases import DEVICE, every_backend, plain_dtype
 
 import pyfused
 from pyfused import backend as backends
@@ -182,7 +182,8 @@ def test_refusals(case):
 @pytest.mark.parametrize("scale", [(), (1,), (C,)], ids=str)
 @every_plan
 def test_the_arguments_that_the_refusals_change_are_served(backend, plan, scale):
-    y = pyfused.adapter_residual(**_arguments(layer_scale=_ones(*scale)), backend=backend, plan=plan)
+    arguments = {name: value.to(plain_dtype(backend)) for name, value in _arguments(layer_scale=_ones(*scale)).items()}
+    y = pyfused.adapter_residual(**arguments, backend=backend, plan=plan)
     # gelu(1 * 6 + 1) = 7 in float32, to five digits
     assert y.shape == (B, C)
     torch.testing.assert_close(y, torch.full_like(y, 1.0 + 1.0 + 3 * 7.0 + 1.0))
@@ -229,9 +230,9 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     assert "TRITON_INTERPRET=1" in _refused("triton", **cpu)
 
 
-@pytest.mark.parametrize("backend", ["portable", "triton"])
+@every_backend
 def test_a_residual_wider_than_the_sum_is_refused(backend):
-    z = torch.randn(3, 4)
+    z = torch.randn(3, 4, dtype=plain_dtype(backend))
     weights = torch.randn(2, 4), None, torch.randn(4, 2), None
     with pytest.raises(TypeError, match=r"residual must have dtype .*float32.*, got torch.float64"):
         pyfused.adapter_residual(z, *weights, residual=z.double(), backend=backend)

@@ -74,6 +74,20 @@ def test_wall_clock_measures_the_call():
     assert timing.WallClock().round({"nap": lambda: time.sleep(0.02)})["nap"] >= 0.02
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_host_clock_takes_the_mean_of_calls_and_lets_a_gpu_finish_between_them(monkeypatch, device):
+    from types import SimpleNamespace
+
+    log = []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: 3.0 * log.count("one")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    clock = timing.HostClock(torch.device(device), calls=4)
+    seconds = clock.round({"one": lambda: log.append("one"), "two": lambda: log.append("two")})
+    assert seconds == {"one": 3.0, "two": 0.0}
+    wait = ["wait"] if device == "cuda" else []
+    assert log == ["one"] * 4 + wait + ["two"] * 4 + wait
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_gpu_clock_empties_the_cache_and_waits_before_eager_calls_alone(monkeypatch, graph):
     """The order of what a CudaClock asks of the device, which this test plays."""
@@ -97,6 +111,7 @@ def test_the_gpu_clock_empties_the_cache_and_waits_before_eager_calls_alone(monk
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "amax", lambda t, **options: (log.append(t.nbytes), largest(t, **options)))
     clock = timing.CudaClock(CPU, graph)
+    assert clock.mode == ("graph replay" if graph else "eager launches")
     seconds = clock.round({"one": lambda: log.append("one"), "two": lambda: log.append("two")})
     assert seconds == {"one": 2e-3, "two": 2e-3}
     wait = [] if graph else ["wait"]
@@ -251,6 +266,28 @@ def test_the_table_shows_times_and_hides_those_of_a_failed_row():
     assert "ms" not in line
     assert "not measured: torch.compile: no compiler" in text
     assert "vs compile" not in text
+
+
+def test_the_table_has_a_column_for_each_backend_by_name():
+    def columns(row):
+        from pyfused.bench.report import table
+
+        found = table([row])
+        return {column.header: next(iter(column.cells)) for column in found.columns}
+
+    beside = {"eager": 1.2, "pyfused triton": 1.31, "pyfused cuda": 0.98}
+    found = columns(_row(ratios=beside))
+    assert [found[f"vs {name}"] for name in ("eager", "triton", "cuda")] == ["1.20x", "1.31x", "0.98x"]
+    assert not {"vs triton", "vs cuda"} & columns(_row()).keys()
+
+
+def test_overhead_rows_answer_no_number_to_reach():
+    rows_of = [
+        _row(f"overhead {case.name}", kind="overhead", measured="forward", mode="host time", facts=case.facts())
+        for case in operators.tiny_cases(CPU)
+    ]
+    assert targets.verdicts(rows_of) == []
+    assert "forward, host time" in _printed(rows_of)
 
 
 def test_numbers_to_reach_on_a_cpu():
@@ -418,6 +455,8 @@ def test_the_package_rows_are_collected_from_both_names(tmp_path):
         "test_aa_clip_stage_2_training_step",
     }
     assert wanted | {f"test_digits_training_run[{name}]" for name in ("vit", "fastvit")} < collected[0]
+    shortest = "test_overhead[{}-portable]"
+    assert {shortest.format(operator) for operator in operators.OPERATORS} < collected[0]
     timed = operators.timed_cases(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for operator in operators.OPERATORS:
         found = {name for name in collected[0] if name.startswith(f"test_forward_backward[{operator}")}

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import pyfused
+from pyfused import backend as backends
 from pyfused import observe
 from pyfused.bench import check, memory, operators, parity, targets
 from pyfused.bench.adapter_residual import AdapterCase, eager_adapter_residual
+from pyfused.bench.cases import refusal
 from pyfused.bench.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.bench.projection_residual import ProjectionCase, eager_projection_residual
@@ -179,13 +181,44 @@ def test_check_reports_a_wrong_backend(monkeypatch, capsys):
     assert "0 of 1 as close" in printed
 
 
+def test_check_says_why_a_backend_is_left_out_of_a_case(monkeypatch, capsys, emulator):
+    monkeypatch.setattr(check, "absence", lambda name, device: "not now" if name == "triton" else None)
+    lora, adapter = (dataclasses.replace(case, dtype=torch.bfloat16) for case in (SMALL, SMALL_MAPS))
+    wide = dataclasses.replace(SMALL_ADAPTER, dtype=torch.bfloat16, hidden=257)
+    assert check.run(CPU, cases=[SMALL, lora, adapter, wide, SMALL_PROJECTION]) == 0
+    printed = capsys.readouterr().out
+    assert "skipped triton: not now\n" in printed
+    assert f"skipped {SMALL.name}, cuda one_launch: its kernels take float16 and bfloat16, not torch.float32" in printed
+    assert f"skipped {SMALL_PROJECTION.name}, cuda auto: " in printed
+    assert f"ok     {lora.name}, cuda one_launch: nearest " in printed
+    for plan in ("save", "recompute"):
+        assert f"ok     {adapter.name}, cuda {plan}: nearest " in printed
+        (line,) = [line for line in printed.splitlines() if f"{wide.name}, cuda {plan}" in line]
+        assert line.startswith("skipped ")
+        assert "h <= 256 there" in line
+    assert "10 of 10 as close" in printed
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_check_leaves_slow_stand_ins_to_the_tests(monkeypatch):
+    assert [check.absence(name, CPU) for name in backends.BACKENDS] == [
+        None,
+        "its interpreter is too slow for these shapes; the tests run it at small ones",
+        "its emulator is too slow for these shapes; the tests run it at small ones",
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert [check.absence(name, torch.device("cuda", 0)) for name in backends.BACKENDS] == [None] * 3
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", "no library")
+    assert check.absence("cuda", CPU) == "no library"
+
+
 def test_the_gate_covers_the_contender_with_float32_adapters(monkeypatch):
     pytest.importorskip("pytest_benchmark")
     from pyfused.bench import test_operators as operator_rows
 
     right = parity.check
 
-    def wrong_with_float32_adapters(case, device):
+    def wrong_with_float32_adapters(case, device, **options):
         return right(case, device, function=_flipped if case.adapter_dtype else pyfused.lora_linear)
 
     case = LoRACase(33, 40, 24, rank=3, dtype=torch.bfloat16)
@@ -202,6 +235,110 @@ def test_the_gate_covers_the_contender_with_float32_adapters(monkeypatch):
     monkeypatch.undo()
     for other in (SMALL, dataclasses.replace(SMALL_ADAPTER, dtype=torch.bfloat16)):
         assert not any("adapters" in item.tensor for item in operator_rows._deviations(other, CPU))
+
+
+# ---- rows of each backend by name
+
+
+def test_on_a_gpu_every_backend_that_serves_the_case_is_timed_by_name(monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench import test_operators as operator_rows
+
+    asked = []
+
+    def answer(case, device, backend):
+        asked.append((case, device, backend))
+        return "out of order" if backend == "triton" else None
+
+    monkeypatch.setattr(operator_rows, "refusal", answer)
+    gpu = torch.device("cuda", 0)
+    assert operator_rows._kernels(SMALL, CPU) == {}
+    assert asked == []
+    assert operator_rows._kernels(SMALL, gpu) == {"triton": "out of order", "cuda": None}
+    assert asked == [(SMALL, gpu, "triton"), (SMALL, gpu, "cuda")]
+
+
+def test_a_row_holds_each_backend_and_is_gated_by_it(monkeypatch):
+    """Kernels played by the portable backend, but for the contender's name."""
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench import test_operators as operator_rows
+
+    right = parity.check
+    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr(operator_rows, "_kernels", lambda case, device: {"triton": "too wide", "portable": None})
+    monkeypatch.setattr(
+        parity,
+        "check",
+        lambda case, device, backend="auto": right(
+            case, device, function=_without_norms if backend == "portable" else None
+        ),
+    )
+    for case in (SMALL_PROJECTION, SMALL_MATCHED):
+        prepared = operator_rows.Prepared(case, CPU)
+        assert list(prepared.contenders.named)[:3] == ["pyfused", "pyfused portable", "eager"]
+        assert prepared.contenders.unavailable["pyfused triton"] == "too wide"
+        for measured in ("forward", "forward+backward"):
+            given = {}
+            operator_rows._row(prepared, lambda *a, given=given, **options: given.update(options), False, measured)
+            broken = {item.tensor for item in given["deviations"] if not item.passed}
+            assert "y (portable)" in broken
+            assert not any(name for name in broken if "(portable)" not in name)
+            assert any(item.tensor.startswith("d") for item in given["deviations"]) == (measured != "forward")
+
+
+# ---- overhead
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiny_cases_are_all_call(device):
+    found = operators.tiny_cases(torch.device(device))
+    assert [case.operator for case in found] == list(operators.OPERATORS)
+    assert {case.dtype for case in found} == {torch.float32 if device == "cpu" else torch.bfloat16}
+    assert all(case.floor_seconds()["forward"] < 0.1e-6 for case in found)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_every_backend_that_has_kernels_takes_the_tiny_cases():
+    for case in operators.tiny_cases(torch.device("cuda")):
+        assert refusal(case, CPU, "triton") is None
+        assert (refusal(case, CPU, "cuda") is None) == (case.operator != "projection_residual")
+
+
+@pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
+def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench import test_overhead as overhead_rows
+    from pyfused.bench.session import Session, Settings
+
+    rows = []
+    overhead_rows.test_overhead(
+        case, "portable", lambda name, calls, **row: rows.append((name, calls, row)), Session(Settings(CPU, tmp_path))
+    )
+    ((name, calls, row),) = rows
+    assert name == f"overhead {case.name}, portable"
+    assert (row["kind"], row["measured"], row["clock"].mode) == ("overhead", "forward", "host time")
+    assert row["facts"] == case.facts() | {"backend": "portable"}
+    assert {item.tensor for item in row["deviations"]} == {"y"}
+    assert all(item.passed for item in row["deviations"])
+    asked = []
+    observe.observers.append(lambda operator, **facts: asked.append((operator, facts["backend"])))
+    try:
+        ours, eager = (calls[key][0]() for key in ("pyfused", "eager"))
+    finally:
+        observe.observers.pop()
+    assert asked == [(case.operator, "portable")]
+    assert ours.grad_fn is not None
+    assert eager.grad_fn is not None
+    torch.testing.assert_close(ours, eager)
+
+
+def test_a_refused_overhead_row_is_skipped_with_the_reason(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench import test_overhead as overhead_rows
+    from pyfused.bench.session import Session, Settings
+
+    with pytest.raises(pytest.skip.Exception, match=r"not torch\.float32|no compiled kernels"):
+        overhead_rows.test_overhead(SMALL, "cuda", None, Session(Settings(CPU, tmp_path)))
 
 
 # ---- cases
@@ -260,16 +397,65 @@ def test_no_rounding_decides_on_which_side_of_zero_a_projection_falls(dtype):
 
 
 def test_plans_are_those_that_the_backend_has():
-    # 16 heads and 5 tokens, padded to 8: 128 columns, the most that float32 has room for; half of that with norms.
-    fits = CrossAttentionCase(2, 11, 24, 16, 5)
-    half, wide = (dataclasses.replace(fits, tokens=tokens) for tokens in (4, 9))
-    matched = [dataclasses.replace(case, norm_match=True) for case in (half, fits)]
-    assert all(case.plans("portable") == PLANS for case in (fits, wide, *matched))
-    assert all(
-        case.plans("triton") == PLANS for case in (fits, matched[0], dataclasses.replace(wide, dtype=torch.bfloat16))
-    )
-    assert wide.plans("triton") == matched[1].plans("triton") == ("standard",)
-    assert SMALL_PROJECTION.plans("triton") == ("auto",)
+    assert SMALL.plans("portable") == ("blas",)
+    assert SMALL.plans("triton") == ("one_launch", "shrink_expand", "blas")
+    assert SMALL.plans("cuda") == ("one_launch",)
+    for name in backends.BACKENDS:
+        assert SMALL_ADAPTER.plans(name) == ("save", "recompute")
+        assert SMALL_ATTENTION.plans(name) == PLANS
+        assert SMALL_PROJECTION.plans(name) == ("auto",)
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Every backend would serve CPU tensors of every operator that is to have CUDA C++ kernels; none is called."""
+    served = frozenset(operators.OPERATORS) - {"projection_residual"}
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
+    monkeypatch.setattr(backends, "CUDA_OPERATORS", {"cpu": served, "cuda": served})
+    monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
+
+
+# 16 heads and 5 tokens, padded to 8: 128 columns, the most that Triton has room for in float32; with norms half of it.
+_COLUMNS = CrossAttentionCase(2, 11, 32, 16, 5)
+_HALF = {"dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "plan", "reason"),
+    [
+        (SMALL, "triton", "one_launch", None),
+        (SMALL, "cuda", "one_launch", "its kernels take float16 and bfloat16, not torch.float32"),
+        (dataclasses.replace(SMALL, **_HALF), "cuda", "one_launch", None),
+        (dataclasses.replace(SMALL, **_HALF, adapter_dtype=torch.float32, dropout_p=0.1), "cuda", "auto", None),
+        (dataclasses.replace(SMALL, **_HALF, rank=65), "cuda", "auto", "R <= 64 there, got R = 65"),
+        (dataclasses.replace(SMALL_MAPS, **_HALF), "cuda", "recompute", None),
+        (dataclasses.replace(SMALL_ADAPTER, **_HALF, hidden=257), "cuda", "save", "h <= 256 there"),
+        (dataclasses.replace(SMALL_ADAPTER, **_HALF, hidden=257), "triton", "save", None),
+        (dataclasses.replace(SMALL_ADAPTER, hidden=257), "triton", "save", "h <= 128 there for torch.float32"),
+        (AdapterCase((1, 2, 4096), 64, torch.bfloat16), "cuda", "save", "of shared memory there"),
+        (dataclasses.replace(SMALL_ATTENTION, **_HALF), "cuda", "absorbed", None),
+        (dataclasses.replace(SMALL_ATTENTION, **_HALF), "cuda", "standard", "no kernels for projection_residual"),
+        (_COLUMNS, "triton", "absorbed", None),
+        (dataclasses.replace(_COLUMNS, norm_match=True), "triton", "absorbed", "at most 64 columns"),
+        (dataclasses.replace(_COLUMNS, norm_match=True), "triton", "standard", None),
+        (dataclasses.replace(_COLUMNS, tokens=9), "triton", "absorbed_recompute", "at most 128 columns"),
+        (dataclasses.replace(_COLUMNS, tokens=9, **_HALF), "triton", "absorbed_recompute", None),
+        (dataclasses.replace(SMALL_PROJECTION, **_HALF), "cuda", "auto", "it has no kernels for projection_residual"),
+        (SMALL_PROJECTION, "triton", "auto", None),
+        (SMALL, "portable", "blas", None),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_case_is_refused_in_the_operators_words(case, backend, plan, reason):
+    found = refusal(case, CPU, backend, plan)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_wrong_case_is_an_error_and_no_refusal():
+    with pytest.raises(ValueError, match="num_heads"):
+        refusal(dataclasses.replace(_COLUMNS, channels=24), CPU, "triton")
 
 
 @pytest.mark.parametrize("case", [SMALL_ADAPTER, SMALL_MAPS], ids=lambda case: case.name)
@@ -314,9 +500,10 @@ def test_every_contender_computes_the_same(monkeypatch):
     for case in (SMALL, SMALL_ADAPTER, SMALL_MAPS, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION):
         tensors = case.tensors(CPU)
         inputs = [tensors[name] for name in case.inputs]
-        found = case.contenders(tensors)
+        found = case.contenders(tensors, ["portable"])
         assert found.unavailable["torch.compile"] == "left out here"
-        assert next(iter(found.named)) == "pyfused"
+        assert list(found.named)[:2] == ["pyfused", "pyfused portable"]
+        assert "pyfused portable" not in case.contenders(tensors).named
         assert (SDPA in found.named) == isinstance(case, CrossAttentionCase)
         wanted = parity.results(case, getattr(pyfused.reference, case.operator), tensors)
         for name, contender in found.named.items():

@@ -308,7 +308,7 @@ def test_why_names_each_refused_backend(monkeypatch):
     (call,) = explain(layer, x).calls
     assert call.why == (
         "the only plan of backend 'portable'",
-        "not cuda: this build has no CUDA C++ kernels",
+        f"not cuda: {backends.refusal('cuda', x.device, x.dtype)}",
         f"not triton: {backends.refusal('triton', x.device, x.dtype)}",
     )
     monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
@@ -323,15 +323,17 @@ def test_plan_asked_for_by_name():
     assert call.why[0] == "plan asked for by name"
 
 
-def test_triton_plan_is_the_launchers_own():
+def test_triton_plan_is_the_launchers_own(monkeypatch):
     from pyfused.kernels.launch import target
     from pyfused.kernels.lora_linear_plan import choose_plan
 
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", "no kernels here")
     x = torch.randn(5, 16, dtype=torch.bfloat16)
     facts = {"x": x, "weight": torch.empty(32, 16), "lora_a": torch.empty(4, 16), "dropout_p": 0.0, "plan": "auto"}
+    facts |= {"plans": ("one_launch",), "limits": {}}
     call = _DESCRIBE["lora_linear"]("", "lora_linear", facts | {"backend": "triton"})
     assert (call.plan, call.why[0]) == choose_plan(5, 32, 16, 4, 0.0, torch.bfloat16, target(x.device))
-    assert call.why[1:] == ("not cuda: this build has no CUDA C++ kernels",)
+    assert call.why[1:] == ("not cuda: no kernels here",)
 
 
 def test_empty_input_and_no_operator():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_cases import check, draw, every_plan
+from lora_linear_cases import check, draw, every_plan, plain_dtype
 from operator_cases import BACKENDS, COTANGENTS, DEVICE, IMAGES, LAYOUTS, cast, every_backend, seed, strided
 from oracle import randn
 
@@ -41,6 +41,8 @@ def test_portable_grid(m, k, n, r, dtype, p, bias):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @every_plan
 def test_several_tiles_and_a_tail(backend, plan, dtype, r, p):
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("its kernels take float16 and bfloat16")
     check(draw((70, 50), 90, r, dtype, bias=r != 3), backend, plan, dropout_p=p, seed=seed())
 
 
@@ -59,8 +61,11 @@ def test_smallest_shapes(backend, plan, m, k, n, r, p):
 def test_large_ranks(backend, plan, r, p):
     tensors = draw((35, 18), 34, r, torch.bfloat16)
     if plan == "one_launch" and r > 64:
-        with pytest.raises(ValueError, match=f"plan 'one_launch' takes a rank of at most 64, got {r}"):
+        message = f"R <= 64 there, got R = {r}" if backend == "cuda" else f"takes a rank of at most 64, got {r}"
+        with pytest.raises(ValueError, match=message):
             pyfused.lora_linear(**tensors, backend=backend, plan=plan)
+        if backend == "cuda":
+            return
         plan = "auto"
     check(tensors, backend, plan, dropout_p=p, seed=seed())
 
@@ -118,7 +123,7 @@ STRIDED = {
 @pytest.mark.parametrize("strided", STRIDED)
 @every_plan
 def test_strided_parameters(backend, plan, strided):
-    tensors = draw((2, 9, 20), 34, 3)
+    tensors = draw((2, 9, 20), 34, 3, plain_dtype(backend))
     name, restride = STRIDED[strided]
     tensors[name] = restride(tensors[name])
     check(tensors, backend, plan, dropout_p=0.3, seed=seed())
@@ -128,7 +133,7 @@ def test_strided_parameters(backend, plan, strided):
 @pytest.mark.parametrize("dy", COTANGENTS)
 @every_plan
 def test_strided_cotangents(backend, plan, dy, channel_dim):
-    tensors = draw((2, 10, 3, 6), 34, 3, channel_dim=channel_dim)
+    tensors = draw((2, 10, 3, 6), 34, 3, plain_dtype(backend), channel_dim=channel_dim)
     check(tensors, backend, plan, dy=COTANGENTS[dy], channel_dim=channel_dim, dropout_p=0.3, seed=seed())
 
 
@@ -201,7 +206,8 @@ def _calls(draw_from):
 @given(call=_calls())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_call(backend, call):
-    shape, channel_dim, dtype = call["shape"], call["channel_dim"], call["dtype"]
+    shape, channel_dim = call["shape"], call["channel_dim"]
+    dtype = plain_dtype(backend) if call["dtype"] == torch.float32 else call["dtype"]
     adapters = torch.float32 if call["float32_adapters"] else None
     tensors = draw(shape, call["n"], call["r"], dtype, bias=call["bias"], adapters=adapters, channel_dim=channel_dim)
     tensors["x"] = strided(shape, call["order"], call["steps"], call["expanded"], dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_linear_cases import check, draw, every_plan
-from operator_cases import every_backend, seed
+from lora_linear_cases import check, draw, every_plan, plain_dtype
+from operator_cases import every_backend, planned, seed
 
 import pyfused
 from pyfused import reference
@@ -44,25 +44,25 @@ LARGE = {
     "channels": ((1, 64, (1 << 26) + 8), 16, 1),
 }
 every_large = pytest.mark.parametrize("large", LARGE)
-every_triton_plan = pytest.mark.parametrize("plan", PLANS["triton"])
+every_kernel_plan = planned({backend: PLANS[backend] for backend in ("triton", "cuda")})
 
 
 @every_large
-@every_triton_plan
-def test_more_than_2_31_elements(plan, large):
+@every_kernel_plan
+def test_more_than_2_31_elements(backend, plan, large):
     leaves, channel_dim = _large(large)
-    ours = _run(leaves, channel_dim=channel_dim, backend="triton", plan=plan)
+    ours = _run(leaves, channel_dim=channel_dim, backend=backend, plan=plan)
     for actual, expected in zip(ours, _run(leaves, channel_dim=channel_dim, backend="portable"), strict=True):
         _compare(actual, expected)
 
 
 @every_large
-@every_triton_plan
-def test_dropout_of_more_than_2_31_elements(plan, large):
+@every_kernel_plan
+def test_dropout_of_more_than_2_31_elements(backend, plan, large):
     """The last rows against the formula: the mask of all of them would take plain torch minutes."""
     leaves, channel_dim = _large(large)
     p, rows = 0.3, 1000
-    y, dx, _, _ = _run(leaves, channel_dim=channel_dim, dropout_p=p, seed=7, backend="triton", plan=plan)
+    y, dx, _, _ = _run(leaves, channel_dim=channel_dim, dropout_p=p, seed=7, backend=backend, plan=plan)
 
     def tail(value: torch.Tensor) -> torch.Tensor:
         by_row = value.detach().movedim(channel_dim, -1)
@@ -105,8 +105,8 @@ def test_a_side_stream(backend, plan):
 @every_plan
 def test_graph_replays_draw_fresh_masks(backend, plan):
     """The seed is drawn inside the graph from the registered generator; both directions use the same one."""
-    eye = torch.eye(64, device="cuda")
-    x = torch.ones(128, 64, device="cuda", requires_grad=True)
+    eye = torch.eye(64, dtype=plain_dtype(backend), device="cuda")
+    x = torch.ones(128, 64, dtype=eye.dtype, device="cuda", requires_grad=True)
 
     def step():
         y = pyfused.lora_linear(x, torch.zeros_like(eye), eye, eye, dropout_p=0.5, backend=backend, plan=plan)
@@ -137,6 +137,8 @@ def test_graph_replays_draw_fresh_masks(backend, plan):
 
 @every_backend
 def test_float32_follows_the_tf32_setting(backend):
+    if backend == "cuda":
+        pytest.skip("its kernels take float16 and bfloat16")
     tensors = draw((300, 768), 256, 16)
     exact = reference.lora_linear(**{name: value.double() for name, value in tensors.items()})
     previous = torch.backends.cuda.matmul.allow_tf32

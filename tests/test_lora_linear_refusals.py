@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lora_linear_cases import every_plan
+from lora_linear_cases import every_plan, plain_dtype
 from operator_cases import DEVICE
 
 import pyfused
@@ -164,4 +164,5 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
 
 @every_plan
 def test_every_plan_can_be_named(backend, plan):
-    assert pyfused.lora_linear(**_arguments(), backend=backend, plan=plan).shape == (M, N)
+    arguments = {name: value.to(plain_dtype(backend)) for name, value in _arguments().items()}
+    assert pyfused.lora_linear(**arguments, backend=backend, plan=plan).shape == (M, N)

@@ -25,10 +25,12 @@ from pyfused import backend as backends
 from pyfused import observe
 from pyfused.ops import checks, layout, registry
 
+_NAME = "adapter_residual"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 PLANS = ("save", "recompute")
-# The widest h whose tile stays on chip, by bytes of an element; the portable backend takes any.
+# The widest h whose tile stays on chip, in Triton by bytes of an element; the portable backend takes any.
 MAX_KERNEL_HIDDEN = {2: 512, 4: 128}
+MAX_CUDA_HIDDEN = 256
 
 
 def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
@@ -36,6 +38,40 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
     if 2 * hidden <= channels:
         return "save", f"h = {hidden} <= C / 2: saving it costs at most half of what keeping z does"
     return "recompute", f"h = {hidden} > C / 2 = {channels / 2:g}: it is computed again from z"
+
+
+def cuda_shared_memory(hidden: int, channels: int) -> int:
+    """Bytes of shared memory that a block of the CUDA C++ kernels needs at least: 32 rows of z stay there.
+
+    As `Bottleneck::shared_bytes` of csrc/bottleneck.cuh has it, with two slots for tiles of the weights.
+    """
+    narrow = next(width for width in (64, 128, 256) if hidden <= width)
+    chunk, warps = (64, 1) if narrow == 64 else (32, 2)
+
+    def pitch(columns: int) -> int:
+        return ((columns + 7) // 8 | 1) * 8
+
+    padded = -(-channels // chunk) * chunk
+    slot = max(narrow * pitch(chunk), chunk * pitch(narrow))
+    numbers = 32 * warps * (chunk // warps + 8) + 32 + 32 + narrow + 2 * padded
+    return 2 * (32 * (pitch(padded) + pitch(narrow)) + 2 * slot) + 4 * numbers
+
+
+def _limits(z: Tensor, hidden: int, channels: int) -> dict[str, str]:
+    """Backend -> why its kernels do not take these sizes."""
+    limits = {}
+    widest = MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)
+    for backend, most in (("triton", widest), ("cuda", MAX_CUDA_HIDDEN)):
+        if hidden > most:
+            limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {z.dtype}, got h = {hidden}"
+    if "cuda" not in limits:
+        needed, there = cuda_shared_memory(hidden, channels), backends.shared_memory(z.device)
+        if needed > there:
+            limits["cuda"] = (
+                f"{_NAME}: 32 rows of z with C = {channels} and the weights' tiles with h = {hidden} take {needed} "
+                f"bytes of shared memory there, a block has {there}"
+            )
+    return limits
 
 
 def _fake_fwd(
@@ -165,7 +201,9 @@ def adapter_residual(
             float64 on the portable backend. Any strides.
         down_weight: D, (h, C); z's dtype or float32 (under autocast float32, float16 or bfloat16). A float32 parameter
             is cast to z's dtype for the products; its gradient is accumulated and returned in float32. The Triton
-            kernels take h up to 512, in float32 up to 128, the portable backend any.
+            kernels take h up to 512, in float32 up to 128, the CUDA C++ kernels up to 256 and a C that fits into shared
+            memory beside it (2300 to 2700 where a block has 227 KB, 480 to 900 where it has 99 KB), the portable
+            backend any.
         down_bias: d, (h,) or None; dtypes as ``down_weight``.
         up_weight: U, (C, h); dtypes as ``down_weight``.
         up_bias: u, (C,) or None; dtypes as ``down_weight``.
@@ -203,7 +241,7 @@ def adapter_residual(
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019 (adapter); Touvron et al., "Going
     deeper with Image Transformers", 2021 (layer-scale); Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
-    name = "adapter_residual"
+    name = _NAME
     weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
     _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim)
     checks.finite(name, "skip", skip)
@@ -216,11 +254,8 @@ def adapter_residual(
         residual = z if residual is None else residual
         z = z.to(dtype)
     hidden, channels = down_weight.shape
-    limits = {}
-    widest = MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)
-    if hidden > widest:
-        limits["triton"] = f"{name}: down_weight (h, C) must have h <= {widest} there for {z.dtype}, got h = {hidden}"
-    chosen = backends.choose(backend, z.device, z.dtype, limits)
+    limits = _limits(z, hidden, channels)
+    chosen = backends.choose(backend, z.device, z.dtype, name, limits)
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     dropout_p = float(dropout_p) if training else 0.0
     if observe.observers:

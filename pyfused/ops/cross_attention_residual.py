@@ -52,6 +52,8 @@ PLANS = ("absorbed", "absorbed_recompute", "standard")
 # The most columns, H and T each padded to a power of two, that stay on chip, by bytes of an element; half as many with
 # norm matching, whose Gram matrix is beside them. The portable backend takes any.
 MAX_KERNEL_COLUMNS = {2: 256, 4: 128}
+# Backend "cuda": H T without padding, and with norm matching.
+MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED = 256, 128
 
 
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
@@ -123,7 +125,7 @@ def _fake_bwd(
 
 
 # w is ``gate``, (1,) or (C,), or without it the number ``weight``. ``save`` asks for p before dropout, B L H T elements
-# whose order in the buffer is the backend's own; without it backward computes p from x again.
+# whose order in the buffer and whose signs are the backend's own; without it backward computes p from x again.
 _fwd = registry.define(
     _NAME,
     "fwd",
@@ -193,7 +195,9 @@ def attend(
     """`cross_attention_residual` of checked tensors; projections in the dtype of the prepared context."""
     limits = _limits(prepared, projections, norm_match)
     dtype = prepared.keys.dtype
-    chosen = backends.choose(backend, x.device, dtype, limits)
+    # Plan "standard" is torch's attention and projection_residual's kernels.
+    operator = "projection_residual" if prepared.plan == "standard" else _NAME
+    chosen = backends.choose(backend, x.device, dtype, operator, limits)
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
     if observe.observers:
         observe.notify(
@@ -224,15 +228,23 @@ def attend(
 def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> dict[str, str]:
     if prepared.plan == "standard":
         return {}
+    limits = {}
     dtype, padded = prepared.keys.dtype, padded_columns(projections.num_heads, prepared.tokens)
     widest = most_columns(dtype, norm_match)
-    if widest is None or padded <= widest:
-        return {}
-    case = f"{dtype} with norm_match" if norm_match else f"{dtype}"
-    return {
-        "triton": f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in {case}, H and T each "
-        f"padded to a power of two; got {padded}"
-    }
+    if widest is not None and padded > widest:
+        case = f"{dtype} with norm_match" if norm_match else f"{dtype}"
+        limits["triton"] = (
+            f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in {case}, H and T each "
+            f"padded to a power of two; got {padded}"
+        )
+    columns = projections.num_heads * prepared.tokens
+    widest = MAX_CUDA_COLUMNS_MATCHED if norm_match else MAX_CUDA_COLUMNS
+    if columns > widest:
+        case = " with norm_match" if norm_match else ""
+        limits["cuda"] = (
+            f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there{case}, got {columns}"
+        )
+    return limits
 
 
 def cross_attention_residual(
@@ -290,8 +302,8 @@ def cross_attention_residual(
             backward, "absorbed_recompute" makes them again, "standard" projects x and attends with torch's
             `scaled_dot_product_attention`. "auto" (the default) takes what costs least by H T, C, d and T. The Triton
             kernels take up to 256 columns H T in the absorbed plans, 128 in float32, half as many with ``norm_match``,
-            H and T each padded to a power of two; the portable backend takes any, with a matrix of H T x H T for
-            ``norm_match``.
+            H and T each padded to a power of two; the CUDA kernels 256 without padding, 128 with ``norm_match``; the
+            portable backend takes any, with a matrix of H T x H T for ``norm_match``.
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:

@@ -19,7 +19,9 @@ from pyfused import observe
 from pyfused.ops import checks, layout, registry
 
 MAX_RANK = 256
-PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas")}
+PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas"), "cuda": ("one_launch",)}
+# Beyond it P of every tile does not fit beside the tile's accumulator.
+MAX_RANK_CUDA = 64
 
 
 def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
@@ -130,7 +132,8 @@ def lora_linear(
         seed: int, or int64 tensor of one element on x's device: the key of the dropout mask. None (the default) draws
             one from torch's generator of that device. The same seed gives the same mask on every backend.
         channel_dim: -1 (the default) or 1.
-        plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand".
+        plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand"; on cuda
+            only "one_launch".
         backend: "auto" (the default), "portable", "triton" or "cuda".
 
     Returns:
@@ -155,11 +158,15 @@ def lora_linear(
             checks.dtype(name, "bias", bias, (dtype,))
     else:
         x = x.to(dtype)
-    chosen = backends.choose(backend, x.device, dtype)
+    limits = _limits(name, dtype, weight, lora_a, lora_b, bias, plan)
+    chosen = backends.choose(backend, x.device, dtype, name, limits)
     checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
     dropout_p = float(dropout_p) if training else 0.0
     if observe.observers:
-        observe.notify(name, backend=chosen, plan=plan, x=x, weight=weight, lora_a=lora_a, dropout_p=dropout_p)
+        observe.notify(
+            name, backend=chosen, plan=plan, plans=PLANS[chosen], limits=limits, x=x, weight=weight, lora_a=lora_a,
+            dropout_p=dropout_p,
+        )  # fmt: skip
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
     grad = torch.is_grad_enabled() and (
@@ -175,6 +182,20 @@ def lora_linear(
     else:
         y, _ = _fwd[chosen](*arguments, False)
     return layout.from_rows(y, x, channel_dim, channels_first)
+
+
+def _limits(name, dtype, weight, lora_a, lora_b, bias, plan) -> dict[str, str]:
+    rank = lora_a.shape[0]
+    if plan not in ("auto", *PLANS["cuda"]):
+        return {"cuda": f"{name}: plan must be one of {('auto', *PLANS['cuda'])} there, got {plan!r}"}
+    if rank > MAX_RANK_CUDA:
+        return {"cuda": f"{name}: lora_a (R, K) must have R <= {MAX_RANK_CUDA} there, got R = {rank}"}
+    for parameter, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+        allowed = (dtype,) if parameter == "weight" else (dtype, torch.float32)
+        if value is not None and value.dtype not in allowed:
+            expected = " or ".join(map(str, allowed))
+            return {"cuda": f"{name}: {parameter} must have dtype {expected} there, got {value.dtype}"}
+    return {}
 
 
 def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:

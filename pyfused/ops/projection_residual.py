@@ -166,7 +166,7 @@ def projection_residual(
     check_eps(_NAME, eps)
     dtype = checks.autocast_dtype(o) or o.dtype
     o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chosen = backends.choose(backend, o.device, o.dtype)
+    chosen = backends.choose(backend, o.device, o.dtype, _NAME)
     if observe.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
         observe.notify(_NAME, backend=chosen, o=o, weight=weight, keeps=keeps)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from pyfused.backend import BACKENDS
+
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
+# The compiled library of "cuda" registers its own.
 _HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
 # What must not act inside an implementation: view tracking (backends build y from views of it, and what follows could
 # not change it in place) and autocast (products of float32 gradients stay float32).
@@ -18,7 +21,7 @@ _EXCLUDED = (
     | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 )
-_libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in _HOMES}
+_libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in BACKENDS}
 
 
 def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[str, torch._ops.OpOverload]:
@@ -28,10 +31,10 @@ def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[s
     """
     name = f"{operator}_{direction}"
     overloads = {}
-    for backend, home in _HOMES.items():
-        library = _libraries[backend]
+    for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, _lazy(f"{home}.{operator}", name), "CompositeExplicitAutograd")
+        if backend in _HOMES:
+            library.impl(name, _lazy(f"{_HOMES[backend]}.{operator}", name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default
         library.impl(name, functools.partial(_refuse_gradient, overload), "Autograd", with_keyset=True)
