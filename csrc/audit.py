@@ -28,6 +28,8 @@ INSTRUCTIONS = {
     "store 16": re.compile(r"\bSTG\S*\.128\b"),
     "spill": re.compile(r"\b(?:STL|LDL)\b"),
 }
+# What a line must have to be any of them: most have none.
+COUNTED = re.compile(r"HMMA|\.128|STL|LDL")
 
 
 @dataclass
@@ -94,7 +96,7 @@ def kernels_of(library: Path) -> list[Kernel]:
             architecture = match[1]
         elif match := re.search(r"Function : (\w+)", line):
             name = match[1]
-        elif (architecture, name) in found:
+        elif COUNTED.search(line) and (architecture, name) in found:
             for kind, pattern in INSTRUCTIONS.items():
                 found[architecture, name].instructions[kind] += bool(pattern.search(line))
     names = _demangled(sorted({name for _, name in found}))
