@@ -21,6 +21,8 @@ from pyfused.reference.cross_attention_residual import attention_probabilities
 ABSORBED = PLANS[:2]
 every_plan = planned({"portable": PLANS, "triton": PLANS})
 every_absorbed_plan = planned({"portable": ABSORBED, "triton": ABSORBED})
+# For tests in a dtype that the backend takes: `plain_dtype`.
+every_raw_plan = planned({"portable": ABSORBED, "triton": ABSORBED, "cuda": ABSORBED})
 # Every argument that gets a gradient.
 NAMES = ("x", "context", *PROJECTIONS, "weight")
 PROJECTION_NAMES = ("o", "weight", "bias", "residual", "gate")

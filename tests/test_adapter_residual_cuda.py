@@ -10,7 +10,8 @@ from oracle import randn
 
 import pyfused
 from pyfused import backend as backends
-from pyfused.ops.adapter_residual import ACTIVATIONS, MAX_CUDA_HIDDEN, PLANS, cuda_shared_memory
+from pyfused.ops.adapter_residual import ACTIVATIONS, MAX_CUDA_HIDDEN, PLANS
+from pyfused.ops.bottleneck import cuda_shared_memory
 from pyfused.portable.philox import dropout_
 
 pytestmark = cuda_backend
@@ -68,7 +69,7 @@ def test_what_a_block_needs_of_shared_memory(backend, emulate, hidden):
     """Python's formula is the launcher's: on a device with as much it runs, with less it is refused."""
     # Wide enough to take more than the sums over rows.
     channels = 703
-    needed = cuda_shared_memory(hidden, channels)
+    needed = cuda_shared_memory(hidden, channels, rows=32)
     tensors = draw((3, channels), hidden, torch.float16)
     emulate((86, 4, needed))
     check(tensors, backend)
@@ -83,7 +84,7 @@ def test_limits_are_named(backend, monkeypatch):
     with pytest.raises(ValueError, match=refused + r"down_weight \(h, C\) must have h <= 256 .*, got h = 257$"):
         pyfused.adapter_residual(**tensors, backend=backend)
     tensors = draw((5, 203), 100, torch.float16)
-    there = cuda_shared_memory(100, 203) - 1
+    there = cuda_shared_memory(100, 203, rows=32) - 1
     monkeypatch.setattr(backends, "shared_memory", lambda device: there)
     with pytest.raises(ValueError, match=refused + f".* C = 203 .* h = 100 take {there + 1} bytes .* has {there}$"):
         pyfused.adapter_residual(**tensors, backend=backend)

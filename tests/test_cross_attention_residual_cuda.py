@@ -10,6 +10,7 @@ from oracle import randn
 
 import pyfused
 from pyfused import backend as backends
+from pyfused.ops.bottleneck import cuda_shared_memory
 from pyfused.ops.cross_attention_residual import MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED
 
 pytestmark = cuda_backend
@@ -123,6 +124,24 @@ def test_limits_are_named(backend):
         attend(most + 1)
     with pytest.raises(ValueError, match=f"at most {MAX_CUDA_COLUMNS_MATCHED} columns H T there with norm_match"):
         attend(matched + 1, norm_match=True)
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 16])
+def test_what_a_block_needs_of_shared_memory(backend, emulate, monkeypatch, tokens):
+    """Python's formula is the launcher's: on a device with as much it runs, with less it is refused."""
+    # Wide enough to take more than the sums over rows.
+    channels = 1216
+    needed = cuda_shared_memory(16 * tokens, channels, rows=16, float_middle=True)
+    tensors = draw(1, 5, tokens, channels, 16, 4, torch.float16)
+    emulate((86, 4, needed))
+    check(tensors, backend, ABSORBED[0], num_heads=16)
+    emulate((86, 4, needed - 1))
+    options = {"num_heads": 16, "plan": ABSORBED[0], "backend": backend}
+    with pytest.raises(RuntimeError, match=f"C = 1216 with H T = {16 * tokens} does not fit into the GPU's shared mem"):
+        pyfused.cross_attention_residual(**tensors, **options)
+    monkeypatch.setattr(backends, "shared_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=f"take {needed} bytes of shared memory there, a block has {needed - 1}"):
+        pyfused.cross_attention_residual(**tensors, **options)
 
 
 def test_float32_is_refused(backend):

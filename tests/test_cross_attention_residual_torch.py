@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from cross_attention_cases import ABSORBED, NAMES, draw, every_absorbed_plan, every_plan, padding
-from operator_cases import DEVICE, RawCalls, autocast, every_backend, fresh_compiler, leaves_of, run, seed
+from cross_attention_cases import ABSORBED, NAMES, draw, every_absorbed_plan, every_plan, every_raw_plan, padding
+from operator_cases import DEVICE, RawCalls, autocast, every_backend, fresh_compiler, leaves_of, plain_dtype, run, seed
 from oracle import cotangent, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -147,6 +147,7 @@ RAW = {
 
 def _raw_arguments(backend, plan, *, mask=False, norm_match=False, dropout_p=0.0, **drawn):
     """Arguments of both raw operators, as the public function makes them."""
+    drawn = {"dtype": plain_dtype(backend), **drawn}
     with RawCalls() as raw:
         run(
             pyfused.cross_attention_residual, draw(2, 3, 4, 6, 3, 5, **drawn), num_heads=3, norm_match=norm_match,
@@ -160,7 +161,7 @@ def _raw_arguments(backend, plan, *, mask=False, norm_match=False, dropout_p=0.0
 
 
 @pytest.mark.parametrize("case", RAW)
-@every_absorbed_plan
+@every_raw_plan
 def test_opcheck(backend, plan, case):
     forward, backward = _raw_arguments(backend, plan, **RAW[case])
     opcheck(_raw(backend, "fwd"), tuple(forward))
@@ -175,7 +176,7 @@ def test_opcheck_backward_of_some(backend, needs):
 
 
 @pytest.mark.parametrize("case", RAW)
-@every_absorbed_plan
+@every_raw_plan
 def test_each_gradient_alone_is_what_it_is_with_the_others(backend, plan, case):
     _, backward = _raw_arguments(backend, plan, **RAW[case])
     op = _raw(backend, "bwd")
@@ -211,7 +212,7 @@ def test_raw_operators_refuse_to_drop_a_gradient(backend):
 
 
 @pytest.mark.parametrize("case", RAW)
-@every_absorbed_plan
+@every_raw_plan
 def test_outputs_share_no_memory(backend, plan, case):
     calls = _raw_arguments(backend, plan, **RAW[case])
     outputs = [value for op, call in zip(("fwd", "bwd"), calls, strict=True) for value in _raw(backend, op)(*call)]

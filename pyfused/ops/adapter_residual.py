@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from pyfused import backend as backends
 from pyfused import observe
 from pyfused.ops import checks, layout, registry
+from pyfused.ops.bottleneck import cuda_shared_memory
 
 _NAME = "adapter_residual"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -40,23 +41,6 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
     return "recompute", f"h = {hidden} > C / 2 = {channels / 2:g}: it is computed again from z"
 
 
-def cuda_shared_memory(hidden: int, channels: int) -> int:
-    """Bytes of shared memory that a block of the CUDA C++ kernels needs at least: 32 rows of z stay there.
-
-    As `Bottleneck::shared_bytes` of csrc/bottleneck.cuh has it, with two slots for tiles of the weights.
-    """
-    narrow = next(width for width in (64, 128, 256) if hidden <= width)
-    chunk, warps = (64, 1) if narrow == 64 else (32, 2)
-
-    def pitch(columns: int) -> int:
-        return ((columns + 7) // 8 | 1) * 8
-
-    padded = -(-channels // chunk) * chunk
-    slot = max(narrow * pitch(chunk), chunk * pitch(narrow))
-    numbers = 32 * warps * (chunk // warps + 8) + 32 + 32 + narrow + 2 * padded
-    return 2 * (32 * (pitch(padded) + pitch(narrow)) + 2 * slot) + 4 * numbers
-
-
 def _limits(z: Tensor, hidden: int, channels: int) -> dict[str, str]:
     """Backend -> why its kernels do not take these sizes."""
     limits = {}
@@ -65,7 +49,7 @@ def _limits(z: Tensor, hidden: int, channels: int) -> dict[str, str]:
         if hidden > most:
             limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {z.dtype}, got h = {hidden}"
     if "cuda" not in limits:
-        needed, there = cuda_shared_memory(hidden, channels), backends.shared_memory(z.device)
+        needed, there = cuda_shared_memory(hidden, channels, rows=32), backends.shared_memory(z.device)
         if needed > there:
             limits["cuda"] = (
                 f"{_NAME}: 32 rows of z with C = {channels} and the weights' tiles with h = {hidden} take {needed} "

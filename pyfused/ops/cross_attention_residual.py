@@ -45,6 +45,7 @@ from pyfused.ops.attention import (
     check_projections,
     prepare_context,
 )
+from pyfused.ops.bottleneck import cuda_shared_memory
 from pyfused.ops.projection_residual import check_eps, check_gate, keeps_projection, project_residual
 
 _NAME = "cross_attention_residual"
@@ -244,6 +245,15 @@ def _limits(prepared: PreparedContext, projections: Projections, norm_match: boo
         limits["cuda"] = (
             f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there{case}, got {columns}"
         )
+    else:
+        channels = prepared.keys.shape[3]
+        needed = cuda_shared_memory(columns, channels, rows=16, float_middle=True)
+        there = backends.shared_memory(prepared.keys.device)
+        if needed > there:
+            limits["cuda"] = (
+                f"{_NAME}: 16 rows of x with C = {channels} and tiles of E and F with H T = {columns} take {needed} "
+                f"bytes of shared memory there, a block has {there}"
+            )
     return limits
 
 

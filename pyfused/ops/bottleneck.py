@@ -1,0 +1,25 @@
+"""What the CUDA C++ kernels of the bottleneck family, rows with a narrow middle, need of a GPU."""
+
+from __future__ import annotations
+
+
+def cuda_shared_memory(narrow: int, channels: int, *, rows: int, float_middle: bool = False) -> int:
+    """Bytes of shared memory that a block needs at least, with ``rows`` of C there and two tiles of the weights.
+
+    As `Bottleneck::shared_bytes` of csrc/bottleneck.cuh has it.
+
+    Args:
+        narrow: the middle's width, up to 256.
+        rows: 16, 32 or 64.
+        float_middle: the middle is kept in float32, not in 16 bits.
+    """
+    padded = next(width for width in (64, 128, 256) if narrow <= width)
+    chunk, warps = (64, 1) if padded == 64 else (32, 2)
+
+    def pitch(columns: int) -> int:
+        return ((columns + 7) // 8 | 1) * 8
+
+    wide = -(-channels // chunk) * chunk
+    slot = max(padded * pitch(chunk), chunk * pitch(padded))
+    numbers = rows * warps * (chunk // warps + 8) + rows + 32 + padded + 2 * wide
+    return 2 * (rows * (pitch(wide) + pitch(padded * (1 + float_middle))) + 2 * slot) + 4 * numbers
