@@ -11,9 +11,10 @@ GPU_WORKERS ?= 8
 .DELETE_ON_ERROR:
 
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
+# torch comes first: the CUDA C++ kernels are compiled against it.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
