@@ -200,7 +200,7 @@ def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCa
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["limits"])),
+        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["limits"], facts["sizes"])),
         saved_bytes=m * rank * x.element_size(),
     )
 
@@ -279,10 +279,16 @@ _DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {
 
 
 def _not_taken(
-    chosen: str, device: torch.device, dtype: torch.dtype, operator: str, limits: Mapping[str, str] | None = None
+    chosen: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    operator: str,
+    limits: Mapping[str, str] | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """For each backend that is preferred to the chosen one, why it did not serve the call; ``limits`` as `choose`'s."""
-    order, why = backends.preference(operator, device)
+    """Why the backends have their order on a GPU, and for each that is preferred to the chosen one, why it did not
+    serve the call; ``limits`` and ``sizes`` as `choose`'s."""
+    order, why = backends.preference(operator, device, sizes)
     reasons = [why] if device.type == "cuda" and chosen != "portable" else []
     for name in order[: order.index(chosen)]:
         reason = backends.refusal(name, device, dtype, operator) or (limits or {}).get(name)

@@ -70,6 +70,22 @@ def test_the_order_depends_on_operator_and_gpu(compiled):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "backend"),
+    [
+        ({"N": 2304, "R": 16, "dropout_p": 0.0}, "cuda"),
+        ({"N": 2304, "R": 1, "dropout_p": 0.0}, "cuda"),
+        ({"N": 3072, "R": 16, "dropout_p": 0.0}, "triton"),
+        ({"N": 768, "R": 17, "dropout_p": 0.0}, "triton"),
+        ({"N": 367, "R": 64, "dropout_p": 0.0}, "cuda"),
+        ({"N": 768, "R": 16, "dropout_p": 0.1}, "triton"),
+    ],
+)
+def test_the_order_depends_on_the_sizes(ampere, sizes, backend):
+    assert choose("auto", GPU, torch.float16, OPERATOR, sizes=sizes) == backend
+    assert choose("auto", GPU, torch.float16, OPERATOR, {"triton": "not here"}, sizes) == "cuda"
+
+
+@pytest.mark.parametrize(
     ("device", "dtype", "operator", "reason"),
     [
         (GPU, torch.bfloat16, OPERATOR, None),

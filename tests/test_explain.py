@@ -330,7 +330,7 @@ def test_triton_plan_is_the_launchers_own(monkeypatch):
     monkeypatch.setattr(backends, "CUDA_REFUSAL", "no kernels here")
     x = torch.randn(5, 16, dtype=torch.bfloat16)
     facts = {"x": x, "weight": torch.empty(32, 16), "lora_a": torch.empty(4, 16), "dropout_p": 0.0, "plan": "auto"}
-    facts |= {"plans": ("one_launch",), "limits": {}}
+    facts |= {"plans": ("one_launch",), "limits": {}, "sizes": {}}
     call = _DESCRIBE["lora_linear"]("", "lora_linear", facts | {"backend": "triton"})
     assert (call.plan, call.why[0]) == choose_plan(5, 32, 16, 4, 0.0, torch.bfloat16, target(x.device))
     assert call.why[1:] == ("not cuda: no kernels here",)

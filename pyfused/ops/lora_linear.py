@@ -159,13 +159,14 @@ def lora_linear(
     else:
         x = x.to(dtype)
     limits = _limits(name, dtype, weight, lora_a, lora_b, bias, plan)
-    chosen = backends.choose(backend, x.device, dtype, name, limits)
-    checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
     dropout_p = float(dropout_p) if training else 0.0
+    sizes = {"N": weight.shape[0], "R": lora_a.shape[0], "dropout_p": dropout_p}
+    chosen = backends.choose(backend, x.device, dtype, name, limits, sizes)
+    checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
     if observe.observers:
         observe.notify(
-            name, backend=chosen, plan=plan, plans=PLANS[chosen], limits=limits, x=x, weight=weight, lora_a=lora_a,
-            dropout_p=dropout_p,
+            name, backend=chosen, plan=plan, plans=PLANS[chosen], limits=limits, sizes=sizes, x=x, weight=weight,
+            lora_a=lora_a, dropout_p=dropout_p,
         )  # fmt: skip
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
