@@ -129,9 +129,11 @@ def preference(
     and dropout_p of "lora_linear".
     """
     cuda, triton = ("cuda", "triton", "portable"), ("triton", "cuda", "portable")
+    if device.type != "cuda":
+        return cuda, "only by name: without a GPU kernels are interpreted or emulated"
     if operator != "lora_linear":
         return cuda, "cuda reads a tile of rows once, triton twice (not measured yet)"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if torch.cuda.get_device_capability(device) >= (9, 0):
         return triton, "triton's products use wgmma or what followed it, cuda's do not (not measured yet)"
     sizes = sizes or {}
     # The CUDA C++ kernels make P anew for each column of tiles, of 256 columns up to rank 16 and of 128 beyond.
