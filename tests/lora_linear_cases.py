@@ -16,11 +16,6 @@ from pyfused.ops.lora_linear import PLANS
 every_plan = planned(PLANS)
 
 
-def plain_dtype(backend: str) -> torch.dtype:
-    """float32 where the backend takes it."""
-    return torch.float16 if backend == "cuda" else torch.float32
-
-
 def draw(
     shape: tuple[int, ...],
     n: int,

@@ -6,8 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_cases import check, draw, every_plan, plain_dtype
-from operator_cases import BACKENDS, COTANGENTS, DEVICE, IMAGES, LAYOUTS, cast, every_backend, seed, strided
+from lora_linear_cases import check, draw, every_plan
+from operator_cases import (
+    BACKENDS,
+    COTANGENTS,
+    DEVICE,
+    IMAGES,
+    LAYOUTS,
+    cast,
+    every_backend,
+    plain_dtype,
+    seed,
+    strided,
+)
 from oracle import randn
 
 import pyfused

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from lora_linear_cases import check, draw
-from operator_cases import BACKENDS, DEVICE, leaves_of, seed
+from operator_cases import DEVICE, cuda_backend, leaves_of, seed
 from oracle import cotangent
 
 import pyfused
@@ -16,22 +14,7 @@ from pyfused.portable.philox import dropout_
 # Capability, multiprocessors, bytes of shared memory in a block.
 H200, SMALL = (90, 1, 232_448), (86, 1, 101_376)
 
-pytestmark = pytest.mark.parametrize("backend", [case for case in BACKENDS if case.values == ("cuda",)])
-
-
-@pytest.fixture
-def emulate():
-    """Sets the emulated device and the seed of the schedule."""
-    libraries = map(ctypes.CDLL, torch.ops.loaded_libraries)
-    function = next((library.pyfused_emulate for library in libraries if hasattr(library, "pyfused_emulate")), None)
-    if function is None:
-        pytest.skip("needs the emulator")
-
-    def set_to(device: tuple[int, int, int], schedule: int = 1) -> None:
-        function(*device, ctypes.c_uint64(schedule))
-
-    yield set_to
-    set_to((90, 4, 232_448))
+pytestmark = cuda_backend
 
 
 # On one multiprocessor the largest tile that fits is chosen: 128 x 256, or 128 x 128 where the rank or the device does

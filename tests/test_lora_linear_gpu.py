@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_linear_cases import check, draw, every_plan, plain_dtype
-from operator_cases import every_backend, planned, seed
+from lora_linear_cases import check, draw, every_plan
+from operator_cases import every_backend, plain_dtype, planned, seed
 
 import pyfused
 from pyfused import reference

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from lora_linear_cases import every_plan, plain_dtype
-from operator_cases import DEVICE
+from lora_linear_cases import every_plan
+from operator_cases import DEVICE, plain_dtype
 
 import pyfused
 from pyfused import backend as backends

@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from lora_linear_cases import draw, every_plan, plain_dtype
-from operator_cases import DEVICE, RawCalls, autocast, every_backend, fresh_compiler, leaves_of, run, seed
+from lora_linear_cases import draw, every_plan
+from operator_cases import DEVICE, RawCalls, autocast, every_backend, fresh_compiler, leaves_of, plain_dtype, run, seed
 from oracle import assert_as_accurate_as_torch, cotangent, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
