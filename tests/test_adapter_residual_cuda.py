@@ -51,15 +51,16 @@ def test_every_width(backend, hidden, layout):
     check_drawn(*image(side, CHANNELS[n % 7], layout), hidden, backend, options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("hidden", [20, 100, 190])
-def test_every_tile(backend, emulate, hidden, device):
+def test_every_tile(backend, emulate, hidden, device, dtype):
     """With as many stages as there is room for: on the smaller devices the rows of z leave little."""
     emulate(DEVICES[device])
     n = hidden // 90 + list(DEVICES).index(device)
     channels = 400 if DEVICES[device][2] < 200_000 else 72
     check(
-        draw((2, 67, channels), hidden, DTYPES[n % 2], residual=(None, torch.float32)[n // 2 % 2]), backend,
+        draw((2, 67, channels), hidden, dtype, residual=(None, torch.float32)[n // 2 % 2]), backend,
         PLANS[n % 2], sample_scale=sample_scale(2, "some" if n % 3 == 0 else "kept"), dropout_p=0.2, seed=seed(),
     )  # fmt: skip
 

@@ -89,14 +89,15 @@ def test_a_stream_wider_than_the_products(backend, norm_match):
             assert (ours[name] - expected).norm() <= 2e-2 * expected.norm(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(("tokens", "heads"), [(3, 4), (12, 8), (16, 12)])
-def test_every_tile(backend, emulate, tokens, heads, device):
+def test_every_tile(backend, emulate, tokens, heads, device, dtype):
     """With as many rows and stages as there is room for."""
     emulate(device)
     n = DEVICES.index(device) + heads
     norm_match = n % 2 == 0 and tokens * heads <= MAX_CUDA_COLUMNS_MATCHED
-    tensors = draw(2, 75, tokens, 72, heads, 8, DTYPES[n % 2], context_batch=1 + n // 2 % 2)
+    tensors = draw(2, 75, tokens, 72, heads, 8, dtype, context_batch=1 + n // 2 % 2)
     check(tensors, backend, ABSORBED[n // 2 % 2], num_heads=heads, norm_match=norm_match)
 
 
@@ -126,13 +127,14 @@ def test_limits_are_named(backend):
         attend(matched + 1, norm_match=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [4, 8, 16])
-def test_what_a_block_needs_of_shared_memory(backend, emulate, monkeypatch, tokens):
+def test_what_a_block_needs_of_shared_memory(backend, emulate, monkeypatch, tokens, dtype):
     """Python's formula is the launcher's: on a device with as much it runs, with less it is refused."""
     # Wide enough to take more than the sums over rows.
     channels = 1216
     needed = cuda_shared_memory(16 * tokens, channels, rows=16, float_middle=True)
-    tensors = draw(1, 5, tokens, channels, 16, 4, torch.float16)
+    tensors = draw(1, 5, tokens, channels, 16, 4, dtype)
     emulate((86, 4, needed))
     check(tensors, backend, ABSORBED[0], num_heads=16)
     emulate((86, 4, needed - 1))
