@@ -24,12 +24,6 @@ OptionalTensor held(const OptionalTensor& numbers) {
   return torch::stable::to(*numbers, ScalarType::Float);
 }
 
-/// A contiguous (M, width) matrix as the rows of a (B, L, C) tensor.
-Rows by_rows(Rows rows, int64_t length) {
-  rows.stride_b = length * rows.stride_l;
-  return with_access(rows);
-}
-
 /// What both directions read, for rows (batch, length) whose products are made in the type of `like`.
 Adapter adapter_of(int64_t batch, int64_t length, const Tensor& like, const Tensor& down, const OptionalTensor& down_bias,
                    const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& layer_scale,
@@ -91,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
     const std::string& activation, double dropout_p, bool channels_first, bool z_is_residual, bool need_dz,
     bool need_down, bool need_up) {
   const Call call(dy);
-  const int64_t batch = dy.size(0), length = dy.size(1), channels = dy.size(2), width = down_weight.size(0);
+  const int64_t batch = dy.size(0), length = dy.size(1), channels = dy.size(2);
   const Tensor& like = z ? *z : *hidden;
   const Number number = number_of(like);
   Tensor dz = need_dz ? rows_like(dy, channels, channels_first, number) : nothing(number, like);
@@ -113,8 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   const Tensor read_dy = readable ? dy : torch::stable::to(dy, torch::headeronly::ScalarType::Float);
   const Adapter adapter = adapter_of(batch, length, like, down, down_bias, up, up_bias, gamma, scale, seed, skip,
                                      activation, dropout_p);
-  AdapterGradients sums{};
-  static_cast<Adapter&>(sums) = adapter;
+  AdapterGradients gradients{adapter};
+  RowSums& sums = gradients.sums;
+  sums.gamma = adapter.gamma;
+  sums.sample_scale = adapter.sample_scale;
+  sums.batch = batch;
+  sums.length = length;
+  sums.per_sample = adapter.per_sample;
+  sums.channels = adapter.channels;
+  sums.width = adapter.width;
+  sums.number = number;
   lay_out_parts(sums);
   const int64_t rows = batch * length;
   Tensor dh = empty({need_down ? rows : 0, sums.pitch}, number, like);
@@ -143,17 +145,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   sums.parts = mutable_data<float>(parts);
   sums.need_down = need_down;
   sums.need_up = need_up;
-  adapter_backward_sums(sums, call.stream());
+  sum_over_rows(sums, call.stream());
 
-  const auto written = [](const Tensor& tensor) {
-    return tensor.numel() == 0 ? Vector() : Vector{mutable_data<void>(tensor), number_of(tensor), 1};
-  };
-  sums.d_down = written(d_down);
-  sums.d_down_bias = written(d_down_bias);
-  sums.d_up = written(d_up);
-  sums.d_up_bias = written(d_up_bias);
-  sums.d_gamma = need_up ? mutable_data<float>(d_gamma) : nullptr;
-  adapter_gradients(sums, call.stream());
+  gradients.d_down = written(d_down);
+  gradients.d_down_bias = written(d_down_bias);
+  gradients.d_up = written(d_up);
+  gradients.d_up_bias = written(d_up_bias);
+  gradients.d_gamma = need_up ? mutable_data<float>(d_gamma) : nullptr;
+  adapter_gradients(gradients, call.stream());
   return {dz, d_down, d_down_bias, d_up, d_up_bias, d_gamma};
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activation.h"
+#include "row_sums.h"
 #include "types.h"
 
 namespace pyfused {
@@ -34,28 +35,15 @@ struct AdapterBackwardRows : Adapter {
   bool z_is_residual;
 };
 
-/// Sums over rows in `splits` parts, each of part_size floats: dD^T and G (C, pitch each), then the sums of dh (pitch),
-/// k dy and k dy z (C each).
-struct AdapterBackwardSums : Adapter {
-  Rows dy, dh, activated;
-  float* parts;
-  int splits, pitch;
-  int64_t part_size;
-  bool need_down, need_up;
-};
-
-/// Contiguous gradients out of the parts; data null: not wanted.
-struct AdapterGradients : AdapterBackwardSums {
+/// Contiguous gradients out of the sums; data null: not wanted.
+struct AdapterGradients : Adapter {
+  RowSums sums;
   Vector d_down, d_down_bias, d_up, d_up_bias;
   float* d_gamma;
 };
 
-/// Sets splits, pitch and part_size.
-void lay_out_parts(AdapterBackwardSums& sums);
-
 void adapter_forward(const AdapterForward& parameters, void* stream);
 void adapter_backward_rows(const AdapterBackwardRows& parameters, void* stream);
-void adapter_backward_sums(const AdapterBackwardSums& parameters, void* stream);
 void adapter_gradients(const AdapterGradients& parameters, void* stream);
 
 }  // namespace pyfused

@@ -149,6 +149,11 @@ class Pipeline {
   const Fetch& fetch_;
 };
 
+/// Leaves the rows' fragments of `narrow_product` as they are.
+struct Unchanged {
+  __device__ void operator()(uint32_t (&)[4], int) const {}
+};
+
 /// sum (this warp's rows and narrow columns) += rows W over the channels of one chunk: a flat tile of W^T, or with kTall
 /// one of W. `change(a, c)` may change the rows' fragment of channels c to c + 15.
 template <class B, bool kTall, class Change>

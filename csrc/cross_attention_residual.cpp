@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "adapter_residual.h"
 #include "operators.h"
+#include "row_sums.h"
 
 namespace pyfused {
 namespace {
@@ -18,18 +18,6 @@ Tensor rows_of(const Tensor& rows, const Tensor& like) {
   using torch::headeronly::ScalarType;
   if (rows.scalar_type() == like.scalar_type() || rows.scalar_type() == ScalarType::Float) return rows;
   return torch::stable::to(rows, ScalarType::Float);
-}
-
-/// A contiguous (M, width) matrix as the rows of a (B, L, C) tensor; none, where it is empty.
-Rows by_rows(const Tensor& matrix, int64_t width, int64_t length) {
-  Rows rows;
-  if (matrix.numel() == 0) return rows;
-  rows.data = mutable_data<void>(matrix);
-  rows.number = number_of(matrix);
-  rows.stride_b = length * width;
-  rows.stride_l = width;
-  rows.stride_c = 1;
-  return with_access(rows);
 }
 
 /// E, F or c.
@@ -85,13 +73,9 @@ CrossAttention attention_of(int64_t batch, int64_t length, const Tensor& e, cons
   return p;
 }
 
-Vector written(const Tensor& tensor) {
-  return tensor.numel() == 0 ? Vector() : Vector{mutable_data<void>(tensor), number_of(tensor), 1};
-}
-
 /// Sums over rows in parts that belong to one context each, of matrices as wide as p's columns times `sums.z`, whose
 /// width is `channels`, and dy. Returns the parts.
-Tensor sum_rows(AdapterBackwardSums& sums, const CrossAttention& p, int64_t channels, int64_t contexts,
+Tensor sum_rows(RowSums& sums, const CrossAttention& p, int64_t channels, int64_t contexts,
                 const Tensor& like, const Call& call) {
   sums.batch = p.batch;
   sums.length = p.length;
@@ -108,7 +92,7 @@ Tensor sum_rows(AdapterBackwardSums& sums, const CrossAttention& p, int64_t chan
   sums.splits = static_cast<int>(splits);
   Tensor parts = empty({splits, sums.part_size}, Number::kFloat32, like);
   sums.parts = mutable_data<float>(parts);
-  adapter_backward_sums(sums, call.stream());
+  sum_over_rows(sums, call.stream());
   return parts;
 }
 
@@ -122,7 +106,7 @@ void sum_gradients(const CrossAttentionBackwardRows& p, Gradients& to, int64_t c
                    const Call& call) {
   const int64_t channels = p.channels, with_one = p.columns + (p.bias.data != nullptr);
   const Vector written_gate{p.gate_copy, Number::kFloat32, 0};
-  AdapterBackwardSums sums{};
+  RowSums sums{};
   sums.need_down = p.ds.data != nullptr;
   sums.need_up = to.f.numel() > 0;
   if (sums.need_down) sums.z = p.x;
@@ -136,7 +120,7 @@ void sum_gradients(const CrossAttentionBackwardRows& p, Gradients& to, int64_t c
   CrossAttentionGradients g{p};
   Tensor gram = empty({p.left.data == nullptr ? 0 : contexts, with_one, p.pitch}, Number::kFloat32, like);
   if (p.left.data != nullptr) {
-    AdapterBackwardSums outer{};
+    RowSums outer{};
     outer.z = p.right;
     outer.dh = p.left;
     outer.need_down = true;
@@ -204,7 +188,7 @@ std::tuple<Tensor, Tensor> cross_attention_residual_fwd(const Tensor& x, const T
   const Tensor rows = rows_of(x, e);
   p.x = const_rows(rows);
   p.y = mutable_rows(y);
-  if (save) p.p = by_rows(kept, columns, length);
+  if (save) p.p = mutable_rows(kept);
   cross_attention_forward(p, call.stream());
   return {y, kept};
 }
@@ -239,19 +223,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_resid
 
   const bool matches_values = norm_match && need_values;
   const auto matrix = [&](bool needed, int64_t width) { return empty({needed ? rows : 0, width}, p.number, e); };
+  const auto made_rows = [&](const Tensor& made) {
+    return made.numel() == 0 ? Rows() : by_rows(mutable_rows(made), length);
+  };
   const auto floats = [&](int64_t count) { return empty({count}, Number::kFloat32, e); };
   const Tensor made = matrix(p.recompute, pitch), ds = matrix(need_keys, pitch);
-  p.p = p.recompute ? by_rows(made, pitch, length) : by_rows(*kept, p.columns, length);
+  p.p = p.recompute ? made_rows(made) : const_rows(*kept);
   // Where a is p, and in whole eights, the sums read it as it is.
   const bool as_it_is = !seed && !norm_match && p.p.stride_l == pitch;
   const Tensor matched = matrix(need_values && !as_it_is, pitch);
   const Tensor left = matrix(matches_values, pitch), right = matrix(matches_values, one_pitch);
   const Tensor rho = floats(norm_match ? rows : 0), gate_copy = floats(gate ? 0 : 1);
   const Tensor kappa_sums = floats(matches_values ? cross_attention_tiles(p) : 0);
-  p.ds = by_rows(ds, pitch, length);
-  p.matched = by_rows(matched, pitch, length);
-  p.left = by_rows(left, pitch, length);
-  p.right = by_rows(right, one_pitch, length);
+  p.ds = made_rows(ds);
+  p.matched = made_rows(matched);
+  p.left = made_rows(left);
+  p.right = made_rows(right);
   p.rho = static_cast<float*>(written(rho).data);
   p.kappa_sums = static_cast<float*>(written(kappa_sums).data);
   p.gate_copy = static_cast<float*>(written(gate_copy).data);

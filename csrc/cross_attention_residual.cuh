@@ -243,10 +243,6 @@ __device__ inline void put_lengths(float* to, const Tile& tile, int channels, co
   }
 }
 
-struct Unchanged {
-  __device__ void operator()(uint32_t (&)[4], int) const {}
-};
-
 template <class B>
 __global__ void __launch_bounds__(B::kThreads, 1)
     cross_attention_fwd_kernel(const __grid_constant__ CrossAttentionForward p) {

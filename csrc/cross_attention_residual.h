@@ -47,7 +47,7 @@ struct CrossAttentionBackwardRows : CrossAttention {
   bool recompute;
 };
 
-/// Contiguous gradients out of sums over rows, in `splits` parts for each context as adapter_backward_sums leaves them;
+/// Contiguous gradients out of sums over rows, in `splits` parts for each context as sum_over_rows leaves them;
 /// data null: not wanted.
 struct CrossAttentionGradients : CrossAttention {
   const float* parts;

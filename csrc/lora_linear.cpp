@@ -32,12 +32,6 @@ LoraGemm gemm_of(const char* name, const Rows& x, int64_t batch, int64_t length,
   return g;
 }
 
-/// A (M, R) matrix as the rows of a (B, L, C) tensor.
-Rows by_rows(Rows matrix, int64_t length) {
-  matrix.stride_b = length * matrix.stride_l;
-  return with_access(matrix);
-}
-
 LoraSum sum_of(const Rows& t, const Rows& p, const Rows& gradient, int64_t channels, double factor) {
   LoraSum sum{};
   sum.t = t;

@@ -142,6 +142,17 @@ inline Vector const_vector(const OptionalTensor& tensor) {
   return {const_cast<void*>(const_data<void>(*tensor)), number_of(*tensor), stride};
 }
 
+/// The elements of a contiguous tensor, to be written; none where it is empty.
+inline Vector written(const Tensor& tensor) {
+  return tensor.numel() == 0 ? Vector() : Vector{mutable_data<void>(tensor), number_of(tensor), 1};
+}
+
+/// A contiguous (M, width) matrix as the rows of a (B, L, C) tensor.
+inline Rows by_rows(Rows matrix, int64_t length) {
+  matrix.stride_b = length * matrix.stride_l;
+  return with_access(matrix);
+}
+
 inline Dropout dropout(const OptionalTensor& seed, double p) {
   if (!seed) return {};
   return {const_data<int64_t>(seed), static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p))};
