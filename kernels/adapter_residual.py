@@ -29,6 +29,7 @@ from pyfused.kernels.bottleneck import (
 from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, block_width, rows_config, weights_config
 from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask
 from pyfused.kernels.launch import (
+    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -391,8 +392,8 @@ def adapter_residual_fwd(
     hidden = z.new_empty((batch * length, width) if save else 0)
     if batch * length == 0:
         return y, hidden
-    config = rows_config(
-        batch, length, channels, width, z.dtype, target(z.device),
+    config = configuration(
+        _adapter_fwd_kernel, rows_config, batch, length, channels, width, z.dtype, target(z.device),
         weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), beside=int(dropout_p > 0.0),
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
@@ -450,8 +451,8 @@ def adapter_residual_bwd(
         return dz, *(gradient.zero_() for gradient in gradients[1:])
     size = batch, length, channels, width, like.dtype, target(dy.device)
     kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
-    rows_cfg = rows_config(*size, weight_bytes=down_weight.itemsize, **kind)
-    sums_cfg = weights_config(*size, **kind)
+    rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, weight_bytes=down_weight.itemsize, **kind)
+    sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, Target
+from pyfused.kernels.launch import INTERPRETER, Target, Work
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,27 @@ def rows_config(
         block_c = 64 if padded <= 128 and vectorised and beside < 2 else 16 if padded == 512 and beside else 32
     most = max(16, most >> max(0, beside - 1))
 
-    def bytes_moved(block_m: int) -> int:
-        tiles = batch * -(-length // block_m)
-        tile = 3 * block_m * channels * dtype.itemsize + 2 * channels * width * weight_bytes
-        return -(-tiles // target.multiprocessors) * tile
+    def config(block_m: int) -> RowsConfig:
+        heavy = block_m == 128 or block_m * padded > 4096 or beside or not vectorised or dtype == torch.float32
+        # Loads in flight hide memory's latency: as many as leave room for a second block.
+        stage = block_c * (block_m * dtype.itemsize + padded * weight_bytes)
+        stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
+        return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
 
-    block_m = min((rows for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
-    heavy = block_m == 128 or block_m * padded > 4096 or beside or not vectorised or dtype == torch.float32
-    # Loads in flight hide memory's latency: as many as leave room for a second block.
-    stage = block_c * (block_m * dtype.itemsize + padded * weight_bytes)
-    stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
-    return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
+    def bytes_moved(config: RowsConfig) -> float:
+        work = rows_work(config, batch, length, channels, width, dtype, weight_bytes)
+        return -(-work.programs // target.multiprocessors) * work.nbytes
+
+    return min((config(rows) for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
+
+
+def rows_work(
+    config: RowsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype, weight_bytes: int
+) -> Work:
+    """Two products with weights that each tile of rows reads whole, and three rows read or written once."""
+    rows = config.block_m
+    tile = 3 * rows * channels * dtype.itemsize + 2 * channels * width * weight_bytes
+    return Work(batch * -(-length // rows), 4 * rows * channels * block_width(width), tile)
 
 
 def weights_config(
@@ -125,3 +135,13 @@ def weights_config(
     tiles = groups * -(-channels // block_c) * -(-width // block_h)
     splits = max(1, min(batch // groups * -(-length // block_m), -(-2 * target.multiprocessors // tiles)))
     return WeightsConfig(block_m, block_c, block_h, splits, warps, num_stages=2)
+
+
+def weights_work(
+    config: WeightsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype, groups: int
+) -> Work:
+    """Two sums over rows of products of a tile of channels and a tile of the narrow width."""
+    tiles = groups * -(-channels // config.block_c) * -(-width // config.block_h)
+    rows = batch // groups * length / config.splits
+    nbytes = 2 * rows * (config.block_c + config.block_h) * dtype.itemsize
+    return Work(tiles * config.splits, 4 * rows * config.block_c * config.block_h, nbytes)

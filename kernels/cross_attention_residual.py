@@ -25,6 +25,7 @@ from pyfused.kernels.bottleneck import (
 from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, rows_config, weights_config
 from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero
 from pyfused.kernels.launch import (
+    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -367,7 +368,8 @@ def cross_attention_residual_fwd(
     if batch * length == 0:
         return y, p
     shared = _shared(e, c, f, bias, gate, norm_match)
-    config = rows_config(
+    config = configuration(
+        _cross_attention_fwd_kernel, rows_config,
         batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype, target(x.device),
         weight_bytes=e.itemsize, vectorised=vectorised(x, y),
         beside=_beside(e.dtype, shared["BLOCK_H"] * shared["BLOCK_T"], dropout_p, norm_match),
@@ -413,8 +415,11 @@ def cross_attention_residual_bwd(
     size = batch, length, channels, padded, e.dtype, target(dy.device)
     vectors = vectorised(dy, x, dx if need_dx else None)
     beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
-    rows_cfg = rows_config(*size, weight_bytes=e.itemsize, vectorised=vectors, beside=beside)
-    sums_cfg = weights_config(*size, vectorised=vectors, beside=beside, groups=contexts)
+    kind = {"vectorised": vectors, "beside": beside}
+    rows_cfg = configuration(
+        _cross_attention_bwd_rows_kernel, rows_config, *size, weight_bytes=e.itemsize, **kind
+    )  # fmt: skip
+    sums_cfg = configuration(_cross_attention_bwd_weights_kernel, weights_config, *size, **kind, groups=contexts)
     block_j = min(sums_cfg.block_h, padded)
     # The channels in whole tiles: what the sums leave beyond C is cut off.
     tiles_c = triton.cdiv(channels, sums_cfg.block_c)

@@ -14,6 +14,7 @@ import triton.language as tl
 from pyfused.kernels.device import dropout_keep_mask, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
+    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -278,8 +279,8 @@ def _sum_partials_kernel(
 def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_p=False, drop_x=False, drop_p=False):
     """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
-    config = gemm_config(
-        batch, length, n, rank, x.dtype, target(x.device),
+    config = configuration(
+        _lora_gemm_kernel, gemm_config, batch, length, n, k, rank, x.dtype, target(x.device),
         weight_bytes=weight.itemsize, vectorised=vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
@@ -301,7 +302,9 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
 def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
     """P (M, R) = drop(x) a^T in x's dtype."""
     (batch, length, k), rank = x.shape, a.shape[0]
-    config = shrink_config(batch, length, k, rank, x.dtype, target(x.device))
+    config = configuration(
+        _lora_shrink_kernel, shrink_config, batch, length, k, rank, x.dtype, target(x.device)
+    )  # fmt: skip
     steps = triton.cdiv(triton.cdiv(k, config.block_c), config.splits)
     splits = triton.cdiv(triton.cdiv(k, config.block_c), steps)
     p = x.new_empty((batch * length, rank))
@@ -325,7 +328,10 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
 def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
     """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
-    config = wgrad_config(batch, length, columns, rank, t.dtype, target(t.device), vectorised=vectorised(t))
+    config = configuration(
+        _lora_wgrad_kernel, wgrad_config, batch, length, columns, rank, t.dtype, target(t.device),
+        vectorised=vectorised(t),
+    )  # fmt: skip
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     splits = triton.cdiv(batch * tiles_l, steps)

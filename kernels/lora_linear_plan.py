@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, Target
+from pyfused.kernels.launch import INTERPRETER, Target, Work
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def gemm_config(
     batch: int,
     length: int,
     n: int,
+    k: int,
     rank: int,
     dtype: torch.dtype,
     target: Target,
@@ -106,8 +107,9 @@ def gemm_config(
 ) -> GemmConfig:
     """The tile whose waves over the multiprocessors waste least, among those that fit, or else the smallest.
 
-    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x can be
-    loaded 16 bytes at a time; if not, more threads share the addresses.
+    ``k`` is for rows measured at it: the formula does not depend on it. ``weight_bytes``: of one element of W, which
+    may be wider than x and is staged as it is. ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads
+    share the addresses.
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
@@ -144,6 +146,17 @@ def gemm_config(
     return min(filter(fits, tiles), key=cost, default=tiles[-1])
 
 
+def gemm_work(
+    config: GemmConfig, batch: int, length: int, n: int, k: int, rank: int, dtype: torch.dtype, weight_bytes: int,
+    own_p: bool,
+) -> Work:  # fmt: skip
+    """A tile of the GEMM, and with ``own_p`` of P."""
+    narrow = block_rank(rank) if own_p else 0
+    tiles = batch * -(-length // config.block_m) * -(-n // config.block_n)
+    nbytes = k * (config.block_m * dtype.itemsize + config.block_n * weight_bytes)
+    return Work(tiles, 2 * k * config.block_m * (config.block_n + narrow), nbytes)
+
+
 def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
     """P = drop(x) A^T: ``splits`` cut K when there are too few tiles of rows to fill the GPU."""
     if target == INTERPRETER:
@@ -155,6 +168,13 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     return PassConfig(
         64, block_k, splits, num_warps=4 if padded < 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2
     )
+
+
+def shrink_work(config: PassConfig, batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> Work:
+    """A tile of P, of a part of K."""
+    part, narrow = k / config.splits, block_rank(rank)
+    nbytes = part * dtype.itemsize * (config.block_m + narrow)
+    return Work(batch * -(-length // config.block_m) * config.splits, 2 * part * config.block_m * narrow, nbytes)
 
 
 def wgrad_config(
@@ -172,6 +192,13 @@ def wgrad_config(
     few = 128 if target.capability[0] == 10 else 32
     warps = 4 if vectorised and padded <= few else 8
     return PassConfig(block_m, block_c, splits, num_warps=warps, num_stages=3 if dtype.itemsize == 2 else 2)
+
+
+def wgrad_work(config: PassConfig, batch: int, length: int, columns: int, rank: int, dtype: torch.dtype) -> Work:
+    """A tile of the gradient, of a part of the rows."""
+    part, narrow = batch * length / config.splits, block_rank(rank)
+    nbytes = part * dtype.itemsize * (config.block_c + narrow)
+    return Work(-(-columns // config.block_c) * config.splits, 2 * part * config.block_c * narrow, nbytes)
 
 
 def shares_pass(rank: int) -> bool:

@@ -13,6 +13,7 @@ from pyfused.kernels.bottleneck import load_tile, row_pointers, tile_rows
 from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
+    configuration,
     device_guard,
     dot_precision,
     launch,
@@ -189,9 +190,9 @@ def projection_residual_fwd(
     if batch * length == 0:
         return y, pre if save else o.new_empty(0)
     # The residual's tile lies beside the accumulator, as a masked term of lora_linear's would.
-    config = gemm_config(
-        batch, length, channels, 16, o.dtype, target(o.device), weight_bytes=weight.itemsize,
-        vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
+    config = configuration(
+        _projection_fwd_kernel, gemm_config, batch, length, channels, k, 16, o.dtype, target(o.device),
+        weight_bytes=weight.itemsize, vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
     squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None

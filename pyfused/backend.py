@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from pyfused.preference import preference
+
 BACKENDS = ("portable", "triton", "cuda")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -120,42 +122,16 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def preference(
-    operator: str, device: torch.device, sizes: Mapping[str, float] | None = None
-) -> tuple[tuple[str, ...], str]:
-    """(backends in the order in which "auto" takes them for this call, why in this order).
-
-    No order has been measured on a GPU yet: these are by arithmetic. ``sizes`` are those of the call that matter: N, R
-    and dropout_p of "lora_linear".
-    """
-    cuda, triton = ("cuda", "triton", "portable"), ("triton", "cuda", "portable")
-    if device.type != "cuda":
-        return cuda, "only by name: without a GPU kernels are interpreted or emulated"
-    if operator != "lora_linear":
-        return cuda, "cuda reads a tile of rows once, triton twice (not measured yet)"
-    if torch.cuda.get_device_capability(device) >= (9, 0):
-        return triton, "triton's products use wgmma or what followed it, cuda's do not (not measured yet)"
-    sizes = sizes or {}
-    # The CUDA C++ kernels make P anew for each column of tiles, of 256 columns up to rank 16 and of 128 beyond.
-    rank = 16 * -(-sizes.get("R", 1) // 16)
-    limit = 184 * (256 if rank == 16 else 128) // rank
-    if sizes.get("dropout_p"):
-        return triton, "triton draws dropout's mask once, cuda once per column of tiles (not measured yet)"
-    if sizes.get("N", 0) >= limit:
-        return triton, f"N = {sizes['N']} >= {limit}: another pass over x costs less than P anew (not measured yet)"
-    return cuda, "cuda and triton use the same matrix instruction here (not measured yet)"
-
-
 def choose(
     requested: str,
     device: torch.device,
     dtype: torch.dtype,
     operator: str,
+    sizes: Mapping[str, float],
     limits: Mapping[str, str] | None = None,
-    sizes: Mapping[str, float] | None = None,
 ) -> str:
-    """The backend that serves this call; ``limits`` says for each backend that the call itself is beyond, why, and
-    ``sizes`` are `preference`'s.
+    """The backend that serves this call; ``sizes`` are `preference`'s, and ``limits`` says for each backend that the
+    call itself is beyond, why.
 
     Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,
     when an explicitly named one cannot serve such tensors: a request never falls back.
@@ -175,7 +151,7 @@ def choose(
     # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name.
     if device.type != "cuda":
         return "portable"
-    for backend in preference(operator, device, sizes)[0]:
+    for backend in preference(operator, device, dtype, sizes)[0]:
         if backend not in limits and refusal(backend, device, dtype, operator) is None:
             return backend
     raise AssertionError("portable refuses nothing")

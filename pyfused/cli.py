@@ -1,4 +1,4 @@
-"""The command ``pyfused``: ``info``, ``check`` and ``bench``. ``info`` and a plain ``check`` need torch alone."""
+"""The command ``pyfused``. Its ``info`` and a plain ``check`` need torch alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import pyfused
+from pyfused import measured
 
 # Distribution -> why somebody would want it.
 _OPTIONAL = {
@@ -66,6 +67,21 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=_positive_seconds, default=4.0, help="how long each row is timed (default 4)"
     )  # fmt: skip
     bench.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
+
+    tune = commands.add_parser("tune", help="time launch configurations and backends on this GPU, and keep the fastest")
+    tune.set_defaults(function=_tune)
+    tune.add_argument("-k", dest="select", metavar="TEXT", default="", help="only cases whose names contain this")
+    tune.add_argument("--seconds", type=_positive_seconds, default=900.0, help="time for all of it (default 900)")
+    tune.add_argument(
+        "--output", type=Path, metavar="FILE", default=measured.PATH, help="default: what the kernels read"
+    )
+    tune.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
+    tune.add_argument("--device", type=_device, default=_default_device(), help="cuda or cuda:N")
+    tune.add_argument(
+        "--show", type=_capability, metavar="CAPABILITY",
+        help="compile what would be tried on a GPU of this compute capability, such as 9.0; no GPU is needed",
+    )  # fmt: skip
+
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
@@ -86,6 +102,15 @@ def _device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _capability(text: str) -> tuple[int, int]:
+    from pyfused.kernels.launch import SHARED_MEMORY
+
+    known = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_MEMORY}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
+    return known[text]
 
 
 def _positive(text: str) -> int:
@@ -169,6 +194,21 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     settings = Settings(arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit)
     return run(settings, arguments.select, arguments.paths)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"pyfused tune needs {', '.join(missing)}", file=sys.stderr)
+        return 2
+    if arguments.show is None and arguments.device.type != "cuda":
+        print("pyfused tune: torch sees no CUDA device to measure on; --show 9.0 compiles without one", file=sys.stderr)
+        return 2
+    from pyfused.bench import tune
+
+    if arguments.show is not None:
+        return tune.show(arguments.show, arguments.select)
+    return tune.run(arguments.device, arguments.seconds, arguments.select, arguments.output, arguments.commit)
 
 
 if __name__ == "__main__":

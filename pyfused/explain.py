@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyfused import backend as backends
 from pyfused import observe
+from pyfused.preference import preference
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,14 @@ def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCa
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["limits"], facts["sizes"])),
+        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["sizes"], facts["limits"])),
         saved_bytes=m * rank * x.element_size(),
     )
 
 
 def _describe_adapter_residual(module: str, operator: str, facts: dict) -> OperatorCall:
-    z, chosen, plan, channels, hidden = (facts[name] for name in ("z", "backend", "plan", "channels", "hidden"))
-    m = z.numel() // channels
+    z, chosen, plan = (facts[name] for name in ("z", "backend", "plan"))
+    m, channels, hidden = (facts["sizes"][letter] for letter in "MCh")
     return OperatorCall(
         module=module,
         operator=operator,
@@ -216,7 +217,7 @@ def _describe_adapter_residual(module: str, operator: str, facts: dict) -> Opera
         device=z.device,
         backend=chosen,
         plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, operator, facts["limits"])),
+        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, operator, facts["sizes"], facts["limits"])),
         # What autocast made of z is no input of the call, and kept too.
         saved_bytes=m * (hidden * (plan == "save") + channels * facts["cast"]) * z.element_size(),
     )
@@ -227,7 +228,6 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
     heads, tokens, width = (facts[name] for name in ("heads", "tokens", "head_dim"))
     (batch, length, channels), inner = x.shape, heads * width
     m, contexts = batch * length, facts["context_batch"]
-    kernels = "projection_residual" if plan == "standard" else operator
     if plan == "standard":
         # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
         kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
@@ -245,7 +245,7 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, kernels, facts["limits"])),
+        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, facts["kernels"], facts["sizes"], facts["limits"])),
         saved_bytes=saved,
     )
 
@@ -264,7 +264,7 @@ def _describe_projection_residual(module: str, operator: str, facts: dict) -> Op
         plan="save" if facts["keeps"] else "-",
         why=(
             "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
-            *_not_taken(chosen, o.device, o.dtype, operator),
+            *_not_taken(chosen, o.device, o.dtype, operator, facts["sizes"]),
         ),
         saved_bytes=m * channels * o.element_size() * facts["keeps"],
     )
@@ -283,13 +283,13 @@ def _not_taken(
     device: torch.device,
     dtype: torch.dtype,
     operator: str,
+    sizes: Mapping[str, float],
     limits: Mapping[str, str] | None = None,
-    sizes: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Why the backends have their order on a GPU, and for each that is preferred to the chosen one, why it did not
-    serve the call; ``limits`` and ``sizes`` as `choose`'s."""
-    order, why = backends.preference(operator, device, sizes)
-    reasons = [why] if device.type == "cuda" and chosen != "portable" else []
+    serve the call; ``sizes`` and ``limits`` as `choose`'s."""
+    order, why = preference(operator, device, dtype, sizes)
+    reasons = [why()] if device.type == "cuda" and chosen != "portable" else []
     for name in order[: order.index(chosen)]:
         reason = backends.refusal(name, device, dtype, operator) or (limits or {}).get(name)
         if reason is None:

@@ -43,6 +43,12 @@ def test_info_says_how_the_kernels_were_built(capsys, monkeypatch):
     assert "\npyfused._C  2 kernels by nvcc 13.0.88 for sm_80, compute_80, beside torch 2.10.0\n" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_tune_measures_on_a_gpu_alone(capsys):
+    assert cli.main(["tune"]) == 2
+    assert "torch sees no CUDA device to measure on; --show 9.0 compiles without one" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -55,6 +61,7 @@ def test_version(capsys):
     [
         ([], "arguments are required: command"),
         (["benchmark"], "invalid choice: 'benchmark'"),
+        (["tune", "--show", "7.5"], "expected one of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, got '7.5'"),
         (["bench", "--device", "tpu"], "expected cpu, cuda or cuda:N, got 'tpu'"),
         (["check", "--device", "mps"], "expected cpu, cuda or cuda:N, got 'mps'"),
         (["check", "--device", "cuda:99"], "'cuda:99' is not there"),

@@ -55,7 +55,7 @@ def test_configurations_fit_every_target(device):
             if own_p and rank > plan.ONE_LAUNCH_MAX_RANK:
                 continue
             tile = plan.gemm_config(
-                1, length, n, rank, dtype, device,
+                1, length, n, 768, rank, dtype, device,
                 weight_bytes=4, vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop,
             )  # fmt: skip
             row = tile.block_m * dtype.itemsize + 4 * (tile.block_n + (plan.block_rank(rank) if own_p else 0))

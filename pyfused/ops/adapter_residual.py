@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from pyfused import backend as backends
 from pyfused import observe
 from pyfused.ops import checks, layout, registry
-from pyfused.ops.bottleneck import cuda_shared_memory
+from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
 
 _NAME = "adapter_residual"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -41,21 +41,22 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
     return "recompute", f"h = {hidden} > C / 2 = {channels / 2:g}: it is computed again from z"
 
 
-def _limits(z: Tensor, hidden: int, channels: int) -> dict[str, str]:
-    """Backend -> why its kernels do not take these sizes."""
-    limits = {}
+def _limits(z: Tensor, hidden: int, channels: int) -> tuple[dict[str, str], int]:
+    """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
+    limits, rows = {}, 0
     widest = MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)
     for backend, most in (("triton", widest), ("cuda", MAX_CUDA_HIDDEN)):
         if hidden > most:
             limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {z.dtype}, got h = {hidden}"
     if "cuda" not in limits:
-        needed, there = cuda_shared_memory(hidden, channels, rows=32), backends.shared_memory(z.device)
-        if needed > there:
+        rows = cuda_rows(hidden, channels, z.device, rows=(64, 32), float_middle=False)
+        if not rows:
             limits["cuda"] = (
-                f"{_NAME}: 32 rows of z with C = {channels} and the weights' tiles with h = {hidden} take {needed} "
-                f"bytes of shared memory there, a block has {there}"
+                f"{_NAME}: 32 rows of z with C = {channels} and the weights' tiles with h = {hidden} take "
+                f"{cuda_shared_memory(hidden, channels, rows=32)} bytes of shared memory there, a block has "
+                f"{backends.shared_memory(z.device)}"
             )
-    return limits
+    return limits, rows
 
 
 def _fake_fwd(
@@ -238,10 +239,13 @@ def adapter_residual(
         residual = z if residual is None else residual
         z = z.to(dtype)
     hidden, channels = down_weight.shape
-    limits = _limits(z, hidden, channels)
-    chosen = backends.choose(backend, z.device, z.dtype, name, limits)
-    resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     dropout_p = float(dropout_p) if training else 0.0
+    limits, tile_rows = _limits(z, hidden, channels)
+    sizes = {
+        "M": z.numel() // channels, "C": channels, "h": hidden, "dropout_p": dropout_p, "cuda_rows": tile_rows,
+    }  # fmt: skip
+    chosen = backends.choose(backend, z.device, z.dtype, name, sizes, limits)
+    resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     if observe.observers:
         observe.notify(
             name,
@@ -249,9 +253,8 @@ def adapter_residual(
             plan=resolved,
             reason=reason,
             limits=limits,
+            sizes=sizes,
             z=z,
-            hidden=hidden,
-            channels=channels,
             cast=cast,
         )
     seed = checks.seed(name, seed, z.device) if dropout_p > 0.0 else None

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
+from pyfused import backend as backends
+
 
 def cuda_shared_memory(narrow: int, channels: int, *, rows: int, float_middle: bool = False) -> int:
     """Bytes of shared memory that a block needs at least, with ``rows`` of C there and two tiles of the weights.
@@ -23,3 +29,10 @@ def cuda_shared_memory(narrow: int, channels: int, *, rows: int, float_middle: b
     slot = max(padded * pitch(chunk), chunk * pitch(padded))
     numbers = rows * warps * (chunk // warps + 8) + rows + 32 + padded + 2 * wide
     return 2 * (rows * (pitch(wide) + pitch(padded * (1 + float_middle))) + 2 * slot) + 4 * numbers
+
+
+def cuda_rows(narrow: int, channels: int, device: torch.device, *, rows: tuple[int, ...], float_middle: bool) -> int:
+    """Of these numbers of rows the first with which a block fits into the shared memory of ``device``, else 0."""
+    there = backends.shared_memory(device)
+    needed = functools.partial(cuda_shared_memory, narrow, channels, float_middle=float_middle)
+    return next((count for count in rows if needed(rows=count) <= there), 0)

@@ -45,7 +45,7 @@ from pyfused.ops.attention import (
     check_projections,
     prepare_context,
 )
-from pyfused.ops.bottleneck import cuda_shared_memory
+from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
 from pyfused.ops.projection_residual import check_eps, check_gate, keeps_projection, project_residual
 
 _NAME = "cross_attention_residual"
@@ -194,17 +194,22 @@ def attend(
     backend: str,
 ) -> Tensor:
     """`cross_attention_residual` of checked tensors; projections in the dtype of the prepared context."""
-    limits = _limits(prepared, projections, norm_match)
-    dtype = prepared.keys.dtype
+    limits, tile_rows = _limits(prepared, projections, norm_match)
+    dtype, channels = prepared.keys.dtype, x.shape[-1]
+    sizes: dict[str, float] = {"M": x.numel() // channels, "C": channels, "norm_match": norm_match}
     # Plan "standard" is torch's attention and projection_residual's kernels.
-    operator = "projection_residual" if prepared.plan == "standard" else _NAME
-    chosen = backends.choose(backend, x.device, dtype, operator, limits)
+    if prepared.plan == "standard":
+        operator, sizes = "projection_residual", sizes | {"K": projections.num_heads * projections.head_dim}
+    else:
+        columns = projections.num_heads * prepared.tokens
+        operator, sizes = _NAME, sizes | {"J": columns, "dropout_p": dropout_p, "cuda_rows": tile_rows}
+    chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits)
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
     if observe.observers:
         observe.notify(
-            _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, x=x, dtype=dtype,
-            heads=projections.num_heads, tokens=prepared.tokens, head_dim=projections.head_dim,
-            context_batch=len(prepared.keys),
+            _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, sizes=sizes,
+            kernels=operator, x=x, dtype=dtype, heads=projections.num_heads, tokens=prepared.tokens,
+            head_dim=projections.head_dim, context_batch=len(prepared.keys),
             keeps_projection=keeps_projection("identity", norm_match, gate is not None and gate.requires_grad),
         )  # fmt: skip
     if prepared.plan == "standard":
@@ -226,10 +231,11 @@ def attend(
     return y.view(x.shape)
 
 
-def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> dict[str, str]:
+def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> tuple[dict[str, str], int]:
+    """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
+    limits: dict[str, str] = {}
     if prepared.plan == "standard":
-        return {}
-    limits = {}
+        return limits, 0
     dtype, padded = prepared.keys.dtype, padded_columns(projections.num_heads, prepared.tokens)
     widest = most_columns(dtype, norm_match)
     if widest is not None and padded > widest:
@@ -245,16 +251,17 @@ def _limits(prepared: PreparedContext, projections: Projections, norm_match: boo
         limits["cuda"] = (
             f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there{case}, got {columns}"
         )
-    else:
-        channels = prepared.keys.shape[3]
-        needed = cuda_shared_memory(columns, channels, rows=16, float_middle=True)
-        there = backends.shared_memory(prepared.keys.device)
-        if needed > there:
-            limits["cuda"] = (
-                f"{_NAME}: 16 rows of x with C = {channels} and tiles of E and F with H T = {columns} take {needed} "
-                f"bytes of shared memory there, a block has {there}"
-            )
-    return limits
+        return limits, 0
+    channels, device = prepared.keys.shape[3], prepared.keys.device
+    candidates = (64, 32, 16) if columns <= 128 else (32, 16)
+    rows = cuda_rows(columns, channels, device, rows=candidates, float_middle=True)
+    if not rows:
+        limits["cuda"] = (
+            f"{_NAME}: 16 rows of x with C = {channels} and tiles of E and F with H T = {columns} take "
+            f"{cuda_shared_memory(columns, channels, rows=16, float_middle=True)} bytes of shared memory there, a "
+            f"block has {backends.shared_memory(device)}"
+        )
+    return limits, rows
 
 
 def cross_attention_residual(

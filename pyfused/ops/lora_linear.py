@@ -160,8 +160,9 @@ def lora_linear(
         x = x.to(dtype)
     limits = _limits(name, dtype, weight, lora_a, lora_b, bias, plan)
     dropout_p = float(dropout_p) if training else 0.0
-    sizes = {"N": weight.shape[0], "R": lora_a.shape[0], "dropout_p": dropout_p}
-    chosen = backends.choose(backend, x.device, dtype, name, limits, sizes)
+    (n, k), rank = weight.shape, lora_a.shape[0]
+    sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
+    chosen = backends.choose(backend, x.device, dtype, name, sizes, limits)
     checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
     if observe.observers:
         observe.notify(

@@ -166,10 +166,12 @@ def projection_residual(
     check_eps(_NAME, eps)
     dtype = checks.autocast_dtype(o) or o.dtype
     o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chosen = backends.choose(backend, o.device, o.dtype, _NAME)
+    channels, k = weight.shape
+    sizes = {"M": o.numel() // max(1, k), "K": k, "C": channels, "norm_match": norm_match}
+    chosen = backends.choose(backend, o.device, o.dtype, _NAME, sizes)
     if observe.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
-        observe.notify(_NAME, backend=chosen, o=o, weight=weight, keeps=keeps)
+        observe.notify(_NAME, backend=chosen, sizes=sizes, o=o, weight=weight, keeps=keeps)
     return project_residual(
         o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
     )  # fmt: skip

@@ -1,0 +1,227 @@
+"""The order in which "auto" takes backends, and the measured rows that it prefers to arithmetic."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from pyfused import backend as backends
+from pyfused import measured
+from pyfused.backend import choose
+from pyfused.measured import Row, Table
+from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
+from pyfused.preference import preference
+
+GPU = torch.device("cuda", 0)
+LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0}
+ADAPTER = {"M": 6304, "C": 768, "h": 64, "dropout_p": 0.0, "cuda_rows": 64}
+ATTENTION = {"M": 21920, "C": 1024, "J": 32, "dropout_p": 0.0, "norm_match": False, "cuda_rows": 64}
+PROJECTION = {"M": 21920, "C": 1024, "K": 768, "norm_match": True}
+SIZES = {
+    "lora_linear": LORA,
+    "adapter_residual": ADAPTER,
+    "cross_attention_residual": ATTENTION,
+    "projection_residual": PROJECTION,
+}
+ROW = Row("NVIDIA H200", "adapter_residual", "bfloat16", 6304, {"C": 768, "h": 64, "dropout_p": 0.0}, {}, {})
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with an H200 and kernels of both kinds for every operator."""
+
+    def device(capability, name="NVIDIA H200"):
+        properties = types.SimpleNamespace(name=name, shared_memory_per_block_optin=232_448)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+    monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
+    monkeypatch.setattr(backends, "DEFAULT_BACKEND", "auto")
+    operators = frozenset(SIZES) - {"projection_residual"}
+    monkeypatch.setattr(backends, "CUDA_OPERATORS", {"cpu": frozenset(), "cuda": operators})
+    monkeypatch.setattr(measured, "TABLE", Table())
+    device((9, 0))
+    return device
+
+
+def first(operator, **sizes):
+    return preference(operator, GPU, torch.bfloat16, SIZES[operator] | sizes)[0][0]
+
+
+@pytest.mark.parametrize("operator", SIZES)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_every_backend_has_a_place_and_the_order_a_reason(gpu, operator, capability):
+    gpu(capability)
+    order, why = preference(operator, GPU, torch.bfloat16, SIZES[operator])
+    assert sorted(order) == sorted(backends.BACKENDS)
+    assert why().endswith("(not measured yet)")
+    assert choose("auto", GPU, torch.bfloat16, operator, SIZES[operator]) in ("cuda", "triton")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "backend"),
+    [
+        ({}, "cuda"),
+        ({"R": 1}, "cuda"),
+        ({"N": 3072}, "triton"),
+        ({"N": 768, "R": 17}, "triton"),
+        ({"N": 367, "R": 64}, "cuda"),
+        ({"N": 768, "dropout_p": 0.1}, "triton"),
+    ],
+)
+def test_lora_linear_goes_by_what_is_done_twice(gpu, sizes, backend):
+    gpu((8, 0))
+    assert first("lora_linear", **sizes) == backend
+    gpu((9, 0))
+    assert first("lora_linear", **sizes) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("operator", "sizes", "backend"),
+    [
+        # cuda 64 rows, triton 128: it reads the rows once more, and the weights half as often.
+        ("adapter_residual", {"h": 48}, "cuda"),
+        ("adapter_residual", {"h": 64}, "cuda"),
+        ("adapter_residual", {"h": 192}, "cuda"),
+        ("adapter_residual", {"h": 64, "cuda_rows": 32}, "triton"),
+        ("adapter_residual", {"h": 8, "cuda_rows": 32}, "cuda"),
+        ("adapter_residual", {"h": 300, "cuda_rows": 0}, "triton"),
+        ("cross_attention_residual", {}, "cuda"),
+        ("cross_attention_residual", {"J": 256, "cuda_rows": 16}, "triton"),
+    ],
+)
+def test_the_bottleneck_family_goes_by_bytes_on_chip(gpu, operator, sizes, backend):
+    assert first(operator, **sizes) == backend
+
+
+def test_bytes_on_chip():
+    from pyfused.preference import _bottleneck
+
+    # z, residual, y, and 2 x 64 x 2 bytes of each of 768 columns of the weights for 64 rows; z twice, for 128.
+    assert _bottleneck((9, 0), 768, 64, 64)[1]() == (
+        f"forward moves {768 * (6 + 4)} bytes a row on chip with cuda, {768 * (8 + 2)} with triton"
+    )
+
+
+def test_rows_of_a_tile_follow_from_shared_memory(gpu, monkeypatch):
+    for there, expected in (
+        (232_448, 64),
+        (cuda_shared_memory(64, 768, rows=64), 64),
+        (cuda_shared_memory(64, 768, rows=64) - 1, 32),
+        (cuda_shared_memory(64, 768, rows=32) - 1, 0),
+    ):
+        monkeypatch.setattr(backends, "shared_memory", lambda device, there=there: there)
+        assert cuda_rows(64, 768, GPU, rows=(64, 32), float_middle=False) == expected
+
+
+def test_a_measured_row_comes_before_arithmetic(gpu, monkeypatch):
+    assert first("adapter_residual") == "cuda"
+    monkeypatch.setattr(
+        measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0, "portable": 90.5})])
+    )
+    order, why = preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)
+    assert order == ("triton", "cuda", "portable")
+    assert why() == "measured at M = 6304: triton 30.0 us, cuda 31.0 us, portable 90.5 us"
+    assert choose("auto", GPU, torch.bfloat16, "adapter_residual", ADAPTER) == "triton"
+    # Another GPU, type, width, or M by more than a factor of two: arithmetic.
+    assert first("adapter_residual", h=65) == first("adapter_residual", M=6304 * 2 + 1) == "cuda"
+    assert preference("adapter_residual", GPU, torch.float16, ADAPTER)[0][0] == "cuda"
+    gpu((9, 0), "NVIDIA H100 80GB HBM3")
+    assert first("adapter_residual") == "cuda"
+
+
+def test_a_backend_that_was_slower_than_plain_torch_is_not_taken(gpu, monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"portable": 10.0, "triton": 30.0})]))
+    assert preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)[0] == ("portable", "triton", "cuda")
+    assert choose("auto", GPU, torch.bfloat16, "adapter_residual", ADAPTER) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("rows", "nearest"),
+    [
+        (499, None),
+        (500, 1000),
+        (1000, 1000),
+        (1001, 1000),
+        (1600, 3000),
+        (3000, 3000),
+        (3001, 4000),
+        (8000, 4000),
+        (8001, None),
+    ],
+)
+def test_the_nearest_row(rows, nearest):
+    table = Table([replace(ROW, rows=count) for count in (4000, 1000, 3000)])
+    found = table.nearest(ROW.gpu, ROW.subject, ROW.dtype, rows, ROW.sizes)
+    assert (found and found.rows) == nearest
+
+
+def test_measured_rows_are_explained(gpu, monkeypatch):
+    from pyfused.explain import _not_taken
+
+    monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
+    reasons = _not_taken("cuda", GPU, torch.bfloat16, "adapter_residual", ADAPTER)
+    assert reasons == ["measured at M = 6304: triton 30.0 us, cuda 31.0 us", "not triton: not asked for"]
+
+
+def test_choice_is_traced_with_any_number_of_rows(gpu, monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
+
+    def call(x):
+        sizes = ADAPTER | {"M": x.shape[0]}
+        return x + {"cuda": 1, "triton": 2}[choose("auto", GPU, torch.bfloat16, "adapter_residual", sizes)]
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
+    assert [compiled(torch.zeros(rows))[0].item() for rows in (4000, 5000, 6304, 100)] == [2, 2, 2, 1]
+    assert counter.frame_count == 2, "once inside the row's range, and once outside"
+
+
+@pytest.mark.parametrize("operator", SIZES)
+def test_arithmetic_is_traced_with_sizes_that_change(gpu, operator):
+    gpu((8, 0))
+
+    def call(x):
+        sizes = {name: x.shape[0] if type(size) is int else size for name, size in SIZES[operator].items()}
+        return x + len(choose("auto", GPU, torch.bfloat16, operator, sizes))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+    assert [compiled(torch.zeros(rows)).shape[0] for rows in (40, 41)] == [40, 41]
+
+
+def test_rows_survive_the_file(tmp_path):
+    path = tmp_path / "measured.json"
+    assert measured.read(path) == []
+    rows = [replace(ROW, rows=count, found={"cuda": 1.5}) for count in (2, 1)]
+    measured.write(rows, path)
+    assert measured.read(path) == rows[::-1]
+    assert len(path.read_text().splitlines()) == len(rows) + 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["measured.json"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', '[{"gpu": "x"}]'])
+def test_a_broken_file_is_an_error_that_names_it(tmp_path, text):
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"measured\.json must hold a list of rows"):
+        measured.read(path)
+
+
+def test_the_committed_rows_name_where_they_were_measured():
+    for row in measured.read():
+        assert row.gpu
+        assert row.source.keys() >= {"date", "torch", "commit"}, json.dumps(row.sizes)
+        if row.subject in SIZES:
+            assert list(row.found.values()) == sorted(row.found.values())
+
+
+def test_no_order_for_a_cpu():
+    assert "only by name" in preference("lora_linear", torch.device("cpu"), torch.float32, LORA)[1]()

@@ -1,0 +1,222 @@
+"""`pyfused tune` without a GPU: what it tries, what it leaves out, and that what it times is what it records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pyfused import measured
+from pyfused.bench import tune
+from pyfused.bench.adapter_residual import AdapterCase
+from pyfused.bench.cross_attention_residual import CrossAttentionCase
+from pyfused.bench.lora_linear import LoRACase
+from pyfused.kernels import launch
+from pyfused.kernels.bottleneck_plan import RowsConfig
+from pyfused.kernels.launch import SHARED_MEMORY, Target, Work
+from pyfused.measured import Table
+
+H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
+LIMITS = tune.Limits(790e12, 1.98e9)
+ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
+
+
+def direction(case, name):
+    return next(item for item in tune.directions(case)[0] if item.name.endswith(name))
+
+
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        (ADAPTER, ["_adapter_fwd_kernel", "_adapter_bwd_rows_kernel", "_adapter_bwd_weights_kernel"]),
+        (
+            LoRACase(64, 96, 80, dtype=torch.bfloat16),
+            ["_lora_gemm_kernel", "_lora_wgrad_kernel", "_lora_gemm_kernel", "_lora_wgrad_kernel"],
+        ),
+        (
+            CrossAttentionCase(1, 64, 64, 4, 2, dtype=torch.bfloat16),
+            ["_cross_attention_fwd_kernel", "_cross_attention_bwd_rows_kernel", "_cross_attention_bwd_weights_kernel"],
+        ),
+    ],
+    ids=lambda value: getattr(value, "operator", ""),
+)
+def test_every_choice_of_an_operator_is_found(case, kernels):
+    found, operator, sizes = tune.directions(case)
+    assert [item.name for item in found] == [f"{case.operator}_fwd", f"{case.operator}_bwd"]
+    chosen = [one for item in found for one in tune.chosen_by(item, H200)]
+    assert sorted(one.kernel for one in chosen) == sorted(kernels)
+    assert operator == case.operator
+    assert sizes["M"] == 64 or case is ADAPTER
+    for one in chosen:
+        work = tune.least_work(one, one.config())
+        assert work.programs >= 1
+        assert min(work.flops, work.nbytes) > 0
+
+
+def test_arguments_on_a_device_are_like_the_calls_own():
+    forward = direction(ADAPTER, "_fwd")
+    made = forward.on(torch.device("cpu"))
+    for own, new in zip(forward.arguments, made, strict=True):
+        if isinstance(own, torch.Tensor):
+            assert (own.shape, own.stride(), own.dtype) == (new.shape, new.stride(), new.dtype)
+            assert own.is_meta
+            assert not new.is_meta
+            assert new.isfinite().all()
+        else:
+            assert own is new or own == new
+
+
+def test_neighbours_differ_in_one_or_two_fields_and_stay_in_bounds():
+    own = RowsConfig(16, 64, num_warps=4, num_stages=2)
+    found = list(tune.neighbours(own))
+    assert len(found) == len(set(found))
+    assert own not in found
+    differences = [sum(getattr(own, name) != value for name, value in vars(config).items()) for config in found]
+    assert set(differences) == {1, 2}
+    assert {config.block_m for config in found} == {16, 32}
+    assert {config.num_stages for config in found} == {2, 3}
+    assert {config.num_warps for config in found} == {4, 8}
+
+
+def test_least_seconds_are_those_of_the_busiest_multiprocessor():
+    limits, target = tune.Limits(flops=100.0, clock=2.0), Target((9, 0), 10, 0)
+    # Two rounds of programs; a multiprocessor makes 10 FLOP/s and reads 128 bytes/s.
+    assert limits.least_seconds(Work(11, 50.0, 128.0), target) == pytest.approx(10.0)
+    assert limits.least_seconds(Work(10, 50.0, 1280.0), target) == pytest.approx(10.0)
+
+
+def test_what_cannot_be_faster_is_not_compiled(monkeypatch):
+    forward = direction(ADAPTER, "_fwd")
+    (chosen,) = tune.chosen_by(forward, H200)
+    compiled = []
+
+    def compile_case(case):
+        compiled.append(case.launch)
+        return type("Finding", (), {"faults": ("spills",) if case.launch.num_warps == 8 else ()})
+
+    monkeypatch.setattr(tune.audit, "compile_case", compile_case)
+    least = {
+        config: LIMITS.least_seconds(tune.least_work(chosen, config), H200)
+        for config in tune.neighbours(chosen.config())
+    }
+    middle = sorted(least.values())[len(least) // 2]
+    found = tune.sound(forward, chosen, H200, LIMITS, middle)
+    assert set(found) == {config for config in least if least[config] < middle}
+    assert 0 < len(found) < len(least)
+    assert len(compiled) == len(found)
+    for config, item in zip(found, compiled, strict=True):
+        assert (item.num_warps, item.num_stages) == (config.num_warps, config.num_stages)
+        assert item.arguments["BLOCK_M"] == config.block_m
+        assert bool(found[config]) == (config.num_warps == 8)
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """A tuner whose clock reads the launches: with these stages a kernel takes so many seconds."""
+    monkeypatch.setattr(
+        tune, "sound", lambda direction, chosen, *_: dict.fromkeys(tune.neighbours(chosen.config()), ())
+    )
+    seconds = {}
+
+    def measure(calls):
+        times = {}
+        for name, call in calls.items():
+            with launch.record(H200) as launches:
+                call()
+            times[name] = sum(seconds.get((item.kernel.__name__, item.num_stages), 1.0) for item in launches)
+        return times
+
+    def make(budget=1000.0, **stages):
+        seconds.update({tuple(name.rsplit("_", 1)): value for name, value in stages.items()})
+        seconds.update({(name, int(count)): value for (name, count), value in list(seconds.items())})
+        return tune.Tuner(torch.device("cpu"), H200, LIMITS, measure, seconds=budget)
+
+    monkeypatch.setattr(tune.Tuner, "_compare_backends", lambda *_: None)
+    return make
+
+
+def test_the_fastest_configuration_becomes_a_row(tuner, monkeypatch):
+    found = tuner(_adapter_fwd_kernel_3=0.5, _adapter_fwd_kernel_5=0.4, _adapter_bwd_rows_kernel_3=0.99)
+    found.tune(ADAPTER)
+    (row,) = found.rows
+    assert (row.gpu, row.subject, row.dtype, row.rows) == ("NVIDIA H200", "_adapter_fwd_kernel", "bfloat16", 640)
+    assert row.found == {"num_stages": 5}
+    assert row.source["gain"] == 2.5
+    assert row.source["of"] == "adapter_residual_fwd"
+    assert {"date", "torch", "commit"} <= row.source.keys()
+    # And the kernel starts in it, on that GPU and no other.
+    forward = direction(ADAPTER, "_fwd")
+    monkeypatch.setattr(measured, "TABLE", Table([row]))
+    launch._measured_or_own.cache_clear()
+    try:
+        for target, stages in ((H200, 5), (replace(H200, name="NVIDIA H100"), 4)):
+            with launch.record(target) as launches:
+                forward()
+            assert [item.num_stages for item in launches] == [stages]
+    finally:
+        launch._measured_or_own.cache_clear()
+
+
+def test_the_same_is_tuned_once_and_no_new_work_begins_after_the_budget(tuner):
+    found = tuner(_adapter_fwd_kernel_3=0.5)
+    steps = []
+    found.on_step = steps.append
+    found.tune(ADAPTER)
+    first = len(steps)
+    found.tune(replace(ADAPTER, drop_path=0.25))
+    assert len(found.rows) == 1
+    assert len(steps) == first + 1, "only its backends"
+    late = tuner(budget=-1.0, _adapter_fwd_kernel_3=0.5)
+    late.tune(ADAPTER)
+    assert late.rows == []
+    assert late.out_of_time
+
+
+def test_backends_become_a_row_the_fastest_first():
+    times = {"portable": 3e-6, "triton": 1e-6, "cuda": 2e-6}
+    found = tune.Tuner(
+        torch.device("cpu"), H200, LIMITS, lambda calls: {name: times[name] for name in calls}, seconds=1.0
+    )
+    _, operator, sizes = tune.directions(ADAPTER)
+    found._compare_backends(ADAPTER, operator, sizes)
+    (row,) = found.rows
+    assert row.subject == "adapter_residual"
+    assert list(row.found) == [name for name in ("triton", "cuda", "portable") if name in row.found]
+    assert row.found["portable"] == 3.0
+    assert row.sizes == {"C": 128, "h": 16, "dropout_p": 0.0}
+
+
+def test_new_rows_take_the_place_of_those_for_the_same():
+    row = measured.Row("G", "k", "bfloat16", 8, {"C": 1, "h": 2}, {"num_stages": 3}, {})
+    other, newer = replace(row, rows=9), replace(row, sizes={"h": 2, "C": 1}, found={"num_stages": 4})
+    assert tune.merged([row, other], [newer]) == [newer, other]
+
+
+def test_show_needs_no_gpu():
+    code = """
+import sys, torch
+from pyfused.bench import operators, tune
+from pyfused.bench.adapter_residual import AdapterCase
+operators.timed_cases = lambda device: [AdapterCase((1, 64, 64), 16, torch.bfloat16)]
+directions = tune.directions
+tune.directions = lambda case: (directions(case)[0][:1],)
+tune.neighbours = lambda config: [config]
+sys.exit(tune.show((9, 0), "adapter_residual"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("adapter_residual")]
+    assert len(lines) == 1
+    assert lines[0].endswith("; 1 of 1 neighbours are sound")
+
+
+def test_a_name_that_no_case_has(capsys):
+    assert tune.show((9, 0), "nothing") == 2
+    assert "-k must be part of a case's name, got 'nothing'" in capsys.readouterr().err
