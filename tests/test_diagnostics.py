@@ -101,7 +101,7 @@ class TestFastViT:
         (line,) = (line for line in lines if line.startswith("stages.2.blocks.3.layer_scale "))
         row = next(row for row in report.rows if row.path == "stages.2.blocks.3.layer_scale")
         values = (row.gamma_mean, row.gamma_max, row.gamma_grad, row.adapter_grad, row.backbone_grad)
-        assert line.split()[2:] == ["192", *(f"{value:.2e}" for value in values)]
+        assert line.split()[2:] == ["64", *(f"{value:.2e}" for value in values)]
         figure = report.plot(tmp_path / "scales.png")
         assert (tmp_path / "scales.png").stat().st_size > 5000
         above, below = figure.axes

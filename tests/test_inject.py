@@ -68,7 +68,7 @@ class TestClipTable:
 
     def test_one_step_moves_every_b_and_every_parameter_acts(self):
         model = vit_b_32().eval()
-        images, labels = torch.randn(2, 3, 224, 224), torch.tensor([3, 77])
+        images, labels = torch.randn(1, 3, 224, 224), torch.tensor([3])
         with torch.no_grad():
             base = model(images)
         inject_lora(model, exclude=["clip.transformer"], train=["head"])
