@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -122,38 +123,48 @@ def _architectures() -> tuple[str, ...]:
 
 
 def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
-    """Compile what changed, and link."""
+    """Compile what changed, and link.
+
+    Compilers write into a folder of this build alone: those that outlive a build that was killed spoil nothing.
+    """
     OBJECTS.mkdir(parents=True, exist_ok=True)
     info, literal = OBJECTS / "build_info.h", json.dumps(toolchain.build_info())
     if not info.exists() or literal not in info.read_text():
         info.write_text(f"#define PYFUSED_BUILD_INFO {literal}\n")
     objects = [OBJECTS / f"{Path(source).name}.o" for source in sources]
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = list(filter(None, pool.map(partial(_compile, toolchain), sources, objects)))
-    if failures:
-        raise CompileError("\n".join([*failures, "PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels"]))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    linked = subprocess.run(toolchain.link_command(objects, target), capture_output=True, text=True)
-    if linked.returncode:
-        raise LinkError(f"pyfused._C does not link\n{linked.stdout}{linked.stderr}")
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=OBJECTS) as folder:
+        unfinished = Path(folder)
+        with ThreadPoolExecutor(jobs) as pool:
+            failures = list(filter(None, pool.map(partial(_compile, toolchain, unfinished), sources, objects)))
+        if failures:
+            raise CompileError("\n".join([*failures, "PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels"]))
+        linked = subprocess.run(
+            toolchain.link_command(objects, unfinished / target.name), capture_output=True, text=True
+        )  # fmt: skip
+        if linked.returncode:
+            raise LinkError(f"pyfused._C does not link\n{linked.stdout}{linked.stderr}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(unfinished / target.name, target)
 
 
-def _compile(toolchain: Toolchain, source: str, target: Path) -> str | None:
+def _compile(toolchain: Toolchain, unfinished: Path, source: str, target: Path) -> str | None:
     """What the compiler said when it failed."""
-    command = toolchain.compile_command(source, target)
-    identity = toolchain.build_info() + shlex.join(command)
+    identity = toolchain.build_info() + shlex.join(toolchain.compile_command(source, target))
     if _up_to_date(target, identity):
         return None
     identified = target.with_suffix(".command")
     identified.unlink(missing_ok=True)
     # One write: several threads print.
     print(f"compiling {source}\n", end="", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    made = unfinished / target.name
+    done = subprocess.run(toolchain.compile_command(source, made), capture_output=True, text=True)
     target.with_suffix(".log").write_text(done.stdout + done.stderr)
     said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("ptxas info"))
     if done.returncode:
         return f"{source} does not compile\n{said}"
+    for path in (Path(f"{made}.d"), made):
+        path.replace(OBJECTS / path.name)
     identified.write_text(identity)
     return None
 

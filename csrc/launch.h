@@ -63,9 +63,10 @@ void launch(dim3 grid, int threads, int shared_bytes, void* stream, const Parame
   const auto check = [&kernel](cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(kernel.name + ": " + cudaGetErrorString(error));
   };
-  // The default lets a kernel have 48 KB.
+  // The default lets a kernel have 48 KB. Not `shared_bytes`: another thread may be launching it with more or less.
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               current_device().shared_memory));
   }
   void* arguments[] = {const_cast<Parameters*>(&parameters)};
   check(cudaLaunchKernel(kernel.function, grid, dim3(threads), arguments, shared_bytes,

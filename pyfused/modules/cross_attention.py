@@ -45,7 +45,8 @@ class Prepared:
     loses_gradient: bool
 
 
-_alive: weakref.WeakSet[Prepared] = weakref.WeakSet()
+# By id. A dictionary lists its references at once, where a set that another thread adds to fails its iterators.
+_alive: weakref.WeakValueDictionary[int, Prepared] = weakref.WeakValueDictionary()
 
 
 @functools.cache
@@ -57,8 +58,9 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
     """The steps of torch's fused optimisers, and of many others', leave the version of a parameter as it was."""
     if _alive:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for prepared in _alive:
-            increment_version([p for p, _, _ in prepared.sources.values() if id(p) in stepped])
+        for reference in _alive.valuerefs():
+            if (prepared := reference()) is not None:
+                increment_version([p for p, _, _ in prepared.sources.values() if id(p) in stepped])
 
 
 class ScaledCrossAttention(nn.Module):
@@ -348,7 +350,7 @@ class ScaledCrossAttention(nn.Module):
             }
         prepared = Prepared(self, kept, sources, lost)
         _watch_optimizers()
-        _alive.add(prepared)
+        _alive[id(prepared)] = prepared
         return prepared
 
     def _check_prepared(self, x: Tensor, prepared: Prepared) -> Projections:

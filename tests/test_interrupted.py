@@ -1,0 +1,235 @@
+"""What is killed at any moment leaves no broken files: Triton's cache, a benchmark's rows, a build's objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyfused.bench.rows import read_rows
+
+pytestmark = pytest.mark.host
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- Triton's cache, killed and shared
+
+
+def _compile(cache: Path, report: Path, start: object = None) -> None:
+    """Writes the digest of every kernel of `projection_residual` at its smallest, compiled for sm_80 or loaded."""
+    import triton
+
+    from pyfused.kernels import audit
+
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    digests = []
+    if start is not None:
+        start.wait()
+    for case in audit.cases(audit.TARGETS[:1], False, "projection size 1"):
+        (gpu, source, options), _ = audit._signature(case.launch, case.target)
+        compiled = triton.compile(source, target=gpu, options=options.__dict__)
+        digests.append((case.launch.kernel.__name__, hashlib.sha256(compiled.asm["cubin"]).hexdigest()))
+    report.write_text(json.dumps(digests))
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Starts processes that have imported the compiler, but compiled nothing."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyfused.kernels.audit", __name__])
+    return context
+
+
+def _compiled(processes, cache: Path, together: int = 1) -> list[list]:
+    """The digests by each of some processes that start together."""
+    start = processes.Barrier(together)
+    reports = [cache.with_name(f"{cache.name}-{number}.json") for number in range(together)]
+    started = [processes.Process(target=_compile, args=(cache, report, start)) for report in reports]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    digests = [json.loads(report.read_text()) for report in reports]
+    assert all(len(found) == 3 for found in digests)
+    return digests
+
+
+def _files(cache: Path) -> dict[Path, int]:
+    """What was written when; nothing half-written is under its name."""
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_killed_compilation_leaves_a_cache_that_serves(processes, tmp_path):
+    (expected,) = _compiled(processes, tmp_path / "whole")
+    total = len(_files(tmp_path / "whole"))
+    cache, draw = tmp_path / "killed", random.Random(0)
+    for files in sorted(draw.sample(range(1, total - 4), 3)):
+        process = processes.Process(target=_compile, args=(cache, tmp_path / "none.json"))
+        process.start()
+        _wait_until(lambda files=files: len(_files(cache)) >= files)
+        time.sleep(draw.uniform(0.0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert _compiled(processes, cache) == [expected]
+    assert {path.relative_to(cache) for path in _files(cache) if "tmp.pid" not in str(path)} == {
+        path.relative_to(tmp_path / "whole") for path in _files(tmp_path / "whole")
+    }
+
+
+def test_processes_share_a_cache(processes, tmp_path):
+    cache = tmp_path / "shared"
+    first, second = _compiled(processes, cache, together=2)
+    assert first == second
+    written = _files(cache)
+    assert not [path for path in cache.rglob("*") if path.name.startswith("tmp.")]
+    assert _compiled(processes, cache) == [first]
+    assert _files(cache) == written, "the third compiled anew"
+
+
+# ---- benchmarks and builds, killed
+
+ROWS = """
+import pytest
+from pyfused.bench.plugin import *
+
+@pytest.mark.parametrize("number", range(10_000))
+def test_killed(compare, number):
+    call = lambda: None
+    compare(f"row {number}", {"pyfused": [call], "eager": [call]}, rounds=1, facts={"note": "x" * 100_000})
+"""
+
+
+def test_a_killed_benchmark_leaves_its_rows(tmp_path):
+    (tmp_path / "test_rows.py").write_text(ROWS)
+    command = [sys.executable, "-m", "pyfused.cli", "bench", "test_rows.py", "-k", "test_killed", "--output", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        _wait_until(lambda: any(tmp_path.glob("out/*/*/rows.json")))
+        (path,) = tmp_path.glob("out/*/*/rows.json")
+        names, least = [], random.Random(0).randint(20, 40)
+        while len(names) < least:
+            assert process.poll() is None
+            # As a reader at any moment finds it.
+            names = [row.name for row in read_rows(path)]
+            assert names == [f"row {number}" for number in range(len(names))]
+    finally:
+        process.kill()
+        process.wait()
+    left = [row.name for row in read_rows(path)]
+    assert left[:least] == names[:least]
+    assert left == [f"row {number}" for number in range(len(left))]
+
+
+# Stands in for nvcc and the C++ compiler: copies its inputs, in two halves with a pause between them.
+COMPILER = """#!{python} -SI
+import os, pathlib, sys, time
+arguments = sys.argv[1:]
+if "--version" in arguments:
+    sys.exit(print("release 12.4, V12.4.131"))
+target = pathlib.Path(arguments[arguments.index("-o") + 1])
+inputs = [item for item in arguments if item.endswith((".cu", ".cu.o")) and item != str(target)]
+text = "".join(pathlib.Path(item).read_text() for item in inputs)
+with target.open("w") as file:
+    file.write(text[: len(text) // 2])
+    file.flush()
+    if "PAUSE" in os.environ:
+        pathlib.Path(f"half{{target.suffix}}").touch()
+        time.sleep(float(os.environ["PAUSE"]))
+    file.write(text[len(text) // 2 :])
+if "-MF" in arguments:
+    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text(f"{{target}}: {{inputs[0]}}\\n")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A checkout whose nvcc is the one above."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pyfused/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    for folder in ("bin", "csrc"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(COMPILER.format(python=sys.executable))
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    return tmp_path
+
+
+def _start_build(checkout: Path, **variables: str) -> subprocess.Popen:
+    """In a process group of its own, numbered as the process."""
+    variables |= {"CUDA_HOME": str(checkout), "PYFUSED_CUDA": "1", "MAX_JOBS": "2"}
+    return subprocess.Popen(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=checkout, env=os.environ | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def _build(checkout: Path) -> int:
+    """How many sources it compiled."""
+    with _start_build(checkout) as build:
+        printed, _ = build.communicate(timeout=60)
+    assert build.returncode == 0, printed
+    return printed.count("compiling csrc/")
+
+
+def _write_sources(checkout: Path, version: str) -> str:
+    """What a library of them must be."""
+    texts = {f"{name}.cu": f"{name} {version}\n" * 100 for name in "abc"}
+    for name, text in texts.items():
+        (checkout / "csrc" / name).write_text(text)
+    return "".join(texts.values())
+
+
+def _runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+@pytest.mark.parametrize("stage", ["compiling", "linking"])
+@pytest.mark.parametrize("killed", ["setup.py", "its compilers too"])
+def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, stage, killed):
+    expected = _write_sources(checkout, "old")
+    if stage == "linking":
+        assert _build(checkout) == 3
+    with _start_build(checkout, PAUSE="1.5") as build:
+        _wait_until((checkout / ("half.o" if stage == "compiling" else "half.so")).exists)
+        if killed == "setup.py":
+            build.kill()
+        else:
+            os.killpg(build.pid, signal.SIGKILL)
+    if stage == "compiling":
+        expected = _write_sources(checkout, "new")
+    assert _build(checkout) == (3 if stage == "compiling" else 0)
+    library = checkout / "pyfused" / "_C.abi3.so"
+    assert library.read_text() == expected
+    # What lives on finishes its work.
+    _wait_until(lambda: not _runs(build.pid))
+    assert _build(checkout) == 0
+    assert library.read_text() == expected
