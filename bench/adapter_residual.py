@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfused.bench.baselines import Contender, Contenders
-from pyfused.bench.cases import Case, least_seconds, normal, short
+from pyfused.bench.cases import Case, Work, normal, short
 from pyfused.ops.adapter_residual import PLANS
 from pyfused.reference.adapter_residual import ACTIVATIONS
 
@@ -115,7 +115,7 @@ class AdapterCase(Case):
             dropout_p=self.dropout_p, channel_dim=self.channel_dim, **options,
         )  # fmt: skip
 
-    def floor_seconds(self) -> dict[str, float]:
+    def passes(self) -> tuple[Work, Work]:
         m, c, h = self.rows, self.channels, self.hidden
         dropped = m // self.shape[0] * self.dropped_samples
         size, live = self.dtype.itemsize, m - dropped
@@ -123,9 +123,9 @@ class AdapterCase(Case):
         # Forward reads z and the residual and writes y, backward reads dy and z, writes dz and the parameters'
         # gradients: with no more than these bytes h is computed again, a fifth product in backward. A dropped sample's
         # residual is copied, and its dz is zero.
-        forward = least_seconds(2 * product, size * ((3 * live + 2 * dropped) * c + parameters))
-        backward = least_seconds(5 * product, size * ((3 * live + dropped) * c + 2 * parameters))
-        return {"forward": forward, "forward+backward": forward + backward}
+        forward = Work(2 * product, size * ((3 * live + 2 * dropped) * c + parameters))
+        backward = Work(5 * product, size * ((3 * live + dropped) * c + 2 * parameters))
+        return forward, backward
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}

@@ -1,10 +1,11 @@
-"""What the benchmarks know of an operator: its shapes, their inputs, and the least time that a GPU could need."""
+"""What the benchmarks know of an operator: its shapes, their inputs, and the least work and time that they need."""
 
 from __future__ import annotations
 
 import abc
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,26 @@ from pyfused.bench.baselines import Contenders
 # Measured on an NVIDIA H200: bf16 matrix product in FLOP/s, device copy in bytes/s (read plus written).
 H200_FLOPS = 790e12
 H200_BANDWIDTH = 4.3e12
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that has to be computed and moved.
+
+    Attributes:
+        flops: floating-point operations of the matrix products, an addition and a multiplication counting two.
+        nbytes: bytes that memory must give or take once, however large the caches.
+    """
+
+    flops: int
+    nbytes: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
+
+    def least_seconds(self) -> float:
+        """On an H200, with cold memory and without the launch."""
+        return max(self.flops / H200_FLOPS, self.nbytes / H200_BANDWIDTH)
 
 
 class Case(abc.ABC):
@@ -55,8 +76,8 @@ class Case(abc.ABC):
         """y of ``function``, the operator or one with its signature."""
 
     @abc.abstractmethod
-    def floor_seconds(self) -> dict[str, float]:
-        """The least time of "forward" and of "forward+backward" on an H200: `least_seconds`, cold memory, no launch."""
+    def passes(self) -> tuple[Work, Work]:
+        """The least work of forward and of backward."""
 
     @abc.abstractmethod
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
@@ -65,6 +86,16 @@ class Case(abc.ABC):
     @abc.abstractmethod
     def plans(self, backend: str) -> tuple[str, ...]:
         """The plans that ``backend`` has; `refusal` says which of them take this case."""
+
+    def work(self) -> dict[str, Work]:
+        """The least work of "forward" and of "forward+backward"."""
+        forward, backward = self.passes()
+        return {"forward": forward, "forward+backward": forward + backward}
+
+    def floor_seconds(self) -> dict[str, float]:
+        """The least time of "forward" and of "forward+backward" on an H200: each direction by its own limit."""
+        forward, backward = (work.least_seconds() for work in self.passes())
+        return {"forward": forward, "forward+backward": forward + backward}
 
     def ours(self, by_name: Iterable[str] = ()) -> dict[str, Callable[..., Tensor]]:
         """The operator as "pyfused", and as "pyfused <backend>" bound to each of these backends."""
@@ -94,10 +125,6 @@ def refusal(case: Case, device: torch.device, backend: str, plan: str = "auto") 
                 raise
             return str(error)
     return None
-
-
-def least_seconds(flops: float, nbytes: float) -> float:
-    return max(flops / H200_FLOPS, nbytes / H200_BANDWIDTH)
 
 
 def normal(device: torch.device, seed: int) -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfused.bench.baselines import Contender, Contenders
-from pyfused.bench.cases import Case, least_seconds, normal, short
+from pyfused.bench.cases import Case, Work, normal, short
 from pyfused.bench.projection_residual import eager_projection_residual
 from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
@@ -111,13 +111,12 @@ class CrossAttentionCase(Case):
             num_heads=self.heads, weight=self.weight, norm_match=self.norm_match, **options,
         )  # fmt: skip
 
-    def floor_seconds(self) -> dict[str, float]:
-        """Of the plan that needs the least for both directions."""
-        forward, backward = min((self.plan_floor(plan) for plan in PLANS), key=sum)
-        return {"forward": forward, "forward+backward": forward + backward}
+    def passes(self) -> tuple[Work, Work]:
+        """Of the plan that an H200 would be done with first, in both directions together."""
+        return min(map(self.plan_passes, PLANS), key=lambda both: sum(work.least_seconds() for work in both))
 
-    def plan_floor(self, plan: str) -> tuple[float, float]:
-        """Least seconds of forward and of backward in one plan; norm matching adds nothing that counts beside them."""
+    def plan_passes(self, plan: str) -> tuple[Work, Work]:
+        """Work of forward and of backward in one plan; norm matching adds nothing that counts beside it."""
         m, c, inner, width, size = self.rows, self.channels, self.inner, self.context_width, self.dtype.itemsize
         columns, contexts = self.heads * self.tokens, self.batch * self.tokens
         parameters = 2 * inner * (c + width)
@@ -131,9 +130,9 @@ class CrossAttentionCase(Case):
             again, kept = (0, m * columns) if plan == "absorbed" else (2 * m * columns * c, 0)
         # Forward reads x and writes y and what is kept: p, or q and the attended values. Backward reads that, dy and x,
         # writes dx and the parameters' gradients, and makes the logits again that were not kept.
-        forward = least_seconds(flops, size * (2 * m * c + contexts * width + parameters + kept))
+        forward = Work(flops, size * (2 * m * c + contexts * width + parameters + kept))
         moved = 3 * m * c + 2 * contexts * width + 2 * parameters + kept
-        return forward, least_seconds(2 * flops + again, size * moved)
+        return forward, Work(2 * flops + again, size * moved)
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pyfused
 from pyfused.bench import thirdparty
 from pyfused.bench.baselines import BASE, Contender, Contenders
-from pyfused.bench.cases import Case, least_seconds, normal, short
+from pyfused.bench.cases import Case, Work, normal, short
 from pyfused.ops.lora_linear import PLANS
 
 # (in features, out features) of in_proj, out_proj, c_fc and c_proj in CLIP's ViT-B.
@@ -97,15 +97,15 @@ class LoRACase(Case):
         arguments = (tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias"))
         return function(*arguments, scaling=self.scaling, dropout_p=self.dropout_p, **options)
 
-    def floor_seconds(self) -> dict[str, float]:
+    def passes(self) -> tuple[Work, Work]:
         m, k, n, r = self.rows, self.in_features, self.out_features, self.rank
         size = self.dtype.itemsize
         base, narrow = 2 * m * n * k, 2 * m * r * (n + k)
         parameters = n * k + r * (n + k)
         # Forward reads x and writes y and P; backward reads dy, x and P and writes dx and both gradients.
-        forward = least_seconds(base + narrow, size * (m * (k + n + r) + parameters))
-        backward = least_seconds(base + 2 * narrow, size * (m * (n + 2 * k + r) + parameters + r * (n + k)))
-        return {"forward": forward, "forward+backward": forward + backward}
+        forward = Work(base + narrow, size * (m * (k + n + r) + parameters))
+        backward = Work(base + 2 * narrow, size * (m * (n + 2 * k + r) + parameters + r * (n + k)))
+        return forward, backward
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         weight, bias = tensors["weight"], tensors["bias"]

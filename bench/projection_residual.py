@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfused.bench.baselines import Contender, Contenders
-from pyfused.bench.cases import Case, least_seconds, normal, short
+from pyfused.bench.cases import Case, Work, normal, short
 from pyfused.ops.projection_residual import keeps_projection
 from pyfused.reference.adapter_residual import ACTIVATIONS
 
@@ -95,16 +95,16 @@ class ProjectionCase(Case):
             skip=self.skip, activation=self.activation, norm_match=self.norm_match, **options,
         )  # fmt: skip
 
-    def floor_seconds(self) -> dict[str, float]:
+    def passes(self) -> tuple[Work, Work]:
         m, k, c, size = self.rows, self.shape[2], self.channels, self.dtype.itemsize
         kept = m * c * keeps_projection(self.activation, self.norm_match, need_gate=False)
         product, parameters = 2 * m * k * c, c * (k + 1)
         # Forward reads o and the residual and writes y and h; backward reads dy, o and h, for the norm the residual
         # too, and writes do, where the norms are differentiated the residual's gradient, and the parameters'.
-        forward = least_seconds(product, size * (m * (k + 2 * c) + parameters + kept))
+        forward = Work(product, size * (m * (k + 2 * c) + parameters + kept))
         moved = m * (2 * k + (1 + 2 * self.norm_match) * c) + 2 * parameters + kept
-        backward = least_seconds(2 * product, size * moved)
-        return {"forward": forward, "forward+backward": forward + backward}
+        backward = Work(2 * product, size * moved)
+        return forward, backward
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}

@@ -17,7 +17,7 @@ from pyfused.bench.targets import verdicts
 def print_report(rows: Sequence[Row], stream: TextIO) -> None:
     """The table, what its columns mean, the losses, then each number to reach as met or not met."""
     console = Console(file=stream)
-    lines = table(rows)
+    lines = table([row for row in rows if row.kind != "machine"])
     # A table wider than the terminal is still easier to read than one whose columns are folded.
     wanted = Console(width=10_000).measure(lines).maximum
     if console.width < wanted:
@@ -30,6 +30,7 @@ def print_report(rows: Sequence[Row], stream: TextIO) -> None:
         "takes oneDNN's float32 product and torch takes MKL's.",
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
     ]
+    notes += [f"machine: {row.name}: {machine_text(row)}." for row in rows if row.kind == "machine" and row.seconds]
     variants = dict.fromkeys(tuple(_peft(row)) for row in rows)
     notes += [f"vs PEFT, in order: {', '.join(names)}." for names in variants if len(names) > 1]
     for row in rows:
@@ -79,16 +80,16 @@ def _cells(row: Row) -> dict[str, str]:
     loss = row.loss.get(row.subject)
     return {
         "row": row.name,
-        "measured": row.measured + ("" if row.mode == "wall clock" else f", {row.mode}"),
-        "parity": ("FAILED" if not row.passed else f"{_margin(row):.2f}" if row.parity else ""),
-        "pyfused": _time(own),
-        "vs eager": _ratio(row.ratios.get("eager", row.ratios.get("reference"))),
-        "vs compile": _ratio(row.ratios.get("torch.compile")),
-        "vs triton": _ratio(row.ratios.get("pyfused triton")),
-        "vs cuda": _ratio(row.ratios.get("pyfused cuda")),
-        "vs SDPA": _ratio(row.ratios.get("projections + SDPA")),
-        "vs PEFT": " / ".join(_ratio(row.ratios[name]) for name in _peft(row)),
-        "x GEMM": _ratio(1 / row.ratios[BASE] if BASE in row.ratios else None),
+        "measured": row.measured_how,
+        "parity": ("FAILED" if not row.passed else f"{margin(row):.2f}" if row.parity else ""),
+        "pyfused": time_text(own),
+        "vs eager": ratio_text(row.ratios.get("eager", row.ratios.get("reference"))),
+        "vs compile": ratio_text(row.ratios.get("torch.compile")),
+        "vs triton": ratio_text(row.ratios.get("pyfused triton")),
+        "vs cuda": ratio_text(row.ratios.get("pyfused cuda")),
+        "vs SDPA": ratio_text(row.ratios.get("projections + SDPA")),
+        "vs PEFT": " / ".join(ratio_text(row.ratios[name]) for name in _peft(row)),
+        "x GEMM": ratio_text(1 / row.ratios[BASE] if BASE in row.ratios else None),
         "% floor": f"{100 * floor / own:.0f}" if isinstance(floor, float) and own else "",
         "peak MiB\n/ eager / PEFT": _memory(row.peak_bytes, row.subject),
         "loss": "" if loss is None else f"{loss[-1] if isinstance(loss, list) else loss:.4f}",
@@ -99,12 +100,19 @@ def _peft(row: Row) -> list[str]:
     return [name for name in row.ratios if name.startswith("PEFT")]
 
 
-def _margin(row: Row) -> float:
-    """The largest error in units of its limit."""
+def margin(row: Row) -> float:
+    """The largest error in units of its limit; `Row.parity` is not empty."""
     return max(float(item["error"]) / float(item["limit"]) for item in row.parity)
 
 
-def _time(seconds: float | None) -> str:
+def machine_text(row: Row) -> str:
+    """How fast the machine itself was, by each of the row's contenders."""
+    amount, unit = (row.facts["bytes"], "GB/s") if row.measured == "copy" else (row.facts["flops"], "GFLOP/s")
+    return ", ".join(f"{amount / seconds * 1e-9:.1f} {unit} by {name}" for name, seconds in row.seconds.items())
+
+
+def time_text(seconds: float | None) -> str:
+    """In the unit that leaves few digits; empty for None."""
     if seconds is None:
         return ""
     if seconds < 1e-3:
@@ -112,7 +120,8 @@ def _time(seconds: float | None) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """With two decimals; empty for None."""
     return "" if value is None else f"{value:.2f}x"
 
 

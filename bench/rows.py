@@ -30,11 +30,13 @@ class Row:
 
     Attributes:
         name: what was measured, with its shape.
-        kind: "operator", "overhead", "model" or "training".
-        measured: "forward", "forward+backward", "training step" or "training run".
+        kind: "operator", "overhead", "model", "training" or "machine".
+        measured: "forward", "forward+backward", "training step" or "training run"; of a machine "matrix product" or
+            "copy".
         mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU; "host time" of a call on either.
         subject: the contender that the ratios compare with.
-        facts: shape, dtype and other settings.
+        facts: shape, dtype and other settings; of an operator and of a machine the floating-point operations
+            ("flops") and the least memory traffic ("bytes").
         parity: one entry for each tensor and norm: error, plain torch's error and limit, relative to the tensor's norm.
         passed: whether parity holds; when False the row has no times.
         seconds: contender -> median.
@@ -66,6 +68,11 @@ class Row:
     gpu: dict[str, object] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def measured_how(self) -> str:
+        """What was measured, and how where that is not by the wall clock."""
+        return self.measured if self.mode == "wall clock" else f"{self.measured}, {self.mode}"
+
 
 class RowFile:
     """rows.json in a directory that is made with the first row; whole and valid after every row.
@@ -89,7 +96,10 @@ class RowFile:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a rows.json."""
-    return [Row(**item) for item in _each(json.loads(path.read_text()), _number)]
+    items = _each(json.loads(path.read_text()), _number)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError("something else than a list of objects")
+    return [Row(**item) for item in items]
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -55,7 +55,8 @@ class Watcher:
     def _on_row(self, row: Row) -> None:
         if not self.progress.console.is_terminal:
             ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.ratios.items())
-            self._say(f"{row.name}, {row.measured}: {ratios or 'parity FAILED'}", "dim")
+            verdict = "measured" if row.passed else "parity FAILED"
+            self._say(f"{row.name}, {row.measured}: {ratios or verdict}", "dim")
 
     def _say(self, text: str, style: str) -> None:
         self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -64,5 +64,5 @@ class Session:
         """Writes ratios.png and curves.png for the rows there are; the files written."""
         from pyfused.bench import figures
 
-        pictures = {"ratios.png": figures.draw_ratios, "curves.png": figures.draw_curves}
-        return [self.directory / name for name, draw in pictures.items() if draw(self.rows, self.directory / name)]
+        pictures = (figures.overview(self.rows), figures.curves(self.rows))
+        return [picture.save(self.directory) for picture in pictures if picture is not None]

@@ -90,13 +90,19 @@ def prepared(case: Case, bench_session: Session) -> Iterator[Prepared]:
 def _row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> None:
     backward = measured != "forward"
     case = prepared.case
+    work = case.work()[measured]
     compare(
         case.name,
         prepared.calls(backward),
         measured=measured,
         graph=graph,
         deviations=[item for item in prepared.deviations if backward or item.tensor.startswith("y")],
-        facts=case.facts() | {"floor_seconds": _floor(case, prepared.device, measured)},
+        facts={
+            **case.facts(),
+            "flops": work.flops,
+            "bytes": work.nbytes,
+            "floor_seconds": _floor(case, prepared.device, measured),
+        },
         peak_bytes=prepared.peak_bytes(backward) if backward else {},
         saved_bytes=prepared.saved_bytes() if backward else {},
         unavailable=prepared.contenders.unavailable,

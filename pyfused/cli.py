@@ -25,6 +25,7 @@ _OPTIONAL = {
 }
 # Module -> distribution: without these `pyfused bench` does not start; every other package costs its own rows only.
 _BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich", "matplotlib": "matplotlib"}
+_REPORT_NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "rich": "rich"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
         help="compile what would be tried on a GPU of this compute capability, such as 9.0; no GPU is needed",
     )  # fmt: skip
 
+    report = commands.add_parser("report", help="an HTML page with figures on one record of `bench`, or on several")
+    report.set_defaults(function=_report)
+    report.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULTS",
+        help="directories that `bench` made, or their rows.json; the last is shown, and compared with those before it",
+    )  # fmt: skip
+    report.add_argument(
+        "--output", type=Path, metavar="DIRECTORY", help="where index.html goes (default: report/ in the last record)"
+    )
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
@@ -177,13 +187,38 @@ def _check(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    missing = [name for module, name in _BENCH_NEEDS.items() if importlib.util.find_spec(module) is None]
+def _lacks(command: str, needs: dict[str, str]) -> bool:
+    """Whether a package is missing without which ``command`` does not start; says which."""
+    missing = [name for module, name in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
-            f'pyfused bench needs {", ".join(missing)}; pip install "pyfused[bench]" brings all it uses',
+            f'pyfused {command} needs {", ".join(missing)}; pip install "pyfused[bench]" brings all it uses',
             file=sys.stderr,
         )
+    return bool(missing)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if _lacks("report", _REPORT_NEEDS):
+        return 2
+    from pyfused.bench import page, records
+
+    try:
+        found = [records.load(path) for path in arguments.results]
+    except records.Unreadable as error:
+        print(f"pyfused report: {error}", file=sys.stderr)
+        return 2
+    directory = found[-1].path.parent / "report" if arguments.output is None else arguments.output
+    if directory.exists() and not directory.is_dir():
+        print(f"pyfused report: --output must be a directory, got {str(directory)!r}", file=sys.stderr)
+        return 2
+    written = page.write(found, directory)
+    print(f"written: {written[0]}", f"         and {len(written) - 1} figures beside it", sep="\n")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if _lacks("bench", _BENCH_NEEDS):
         return 2
     for path in arguments.paths:
         if not Path(path.partition("::")[0]).exists():

@@ -375,14 +375,13 @@ def test_pictures(tmp_path):
     from pyfused.bench import figures
 
     run = _row("run", kind="training", loss={"pyfused": [2.0, 1.0, 0.5], "reference": [2.0, 1.0, 0.6]})
-    assert figures.draw_ratios([_row(), run], tmp_path / "ratios.png")
-    assert figures.draw_curves([_row(), run], tmp_path / "curves.png")
-    for name in ("ratios.png", "curves.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / name).stat().st_size > 5000
-    assert not figures.draw_curves([_row()], tmp_path / "none.png")
-    assert not figures.draw_ratios([_row(ratios={})], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    for picture in (figures.overview([_row(), run]), figures.curves([_row(), run])):
+        path = picture.save(tmp_path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
+    assert {path.name for path in tmp_path.iterdir()} == {"ratios.png", "curves.png"}
+    assert figures.curves([_row()]) is None
+    assert figures.overview([_row(ratios={}), _row(kind="machine")]) is None
 
 
 # ---- the whole, on rows of a user's own

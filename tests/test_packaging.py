@@ -63,7 +63,7 @@ def modules(package: Path) -> set[str]:
         os.path.relpath(Path(folder, file), package)
         for folder, _, files in os.walk(package, followlinks=True)
         for file in files
-        if file.endswith((".py", ".typed"))
+        if file.endswith((".py", ".typed", ".jinja"))
     }
 
 
