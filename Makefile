@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 GPU_WORKERS ?= 8
 
-.PHONY: test bench check audit gpu clean
+.PHONY: test bench bench-compare document check audit gpu clean
 .DELETE_ON_ERROR:
 
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
@@ -23,6 +23,14 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pyfused bench $(ARGS)
+
+# BASE: the commit that the working tree is held against.
+bench-compare: $(if $(BASE),$(STAMP))
+	$(if $(BASE),,$(error make bench-compare needs BASE, a commit, such as BASE=main))
+	$(BIN)/python -m pyfused.bench.compare "$(BASE)" $(ARGS)
+
+document: $(STAMP)
+	$(BIN)/python -m pyfused.bench.document
 
 check: $(STAMP)
 	$(BIN)/ruff check .

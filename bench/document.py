@@ -1,0 +1,139 @@
+"""The figures in README.md, from the newest committed records: `make document`.
+
+Everything between the two markers is written here; no figure stands outside them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pyfused.bench.cross_attention_residual import SDPA
+from pyfused.bench.report import time_text
+from pyfused.bench.rows import Row, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- record: begin -->", "<!-- record: end -->"
+# Column -> the contenders that it may hold, the first that a row has.
+_BASELINES = {
+    "plain PyTorch": ("eager", "reference"),
+    "`torch.compile`": ("torch.compile",),
+    SDPA: (SDPA,),
+    "PEFT": ("PEFT",),
+    "PEFT (`nn.Linear` attention)": ("PEFT (nn.Linear attention)",),
+}
+_EXPLANATION = """\
+Forward and backward together, or a training step. Under the name of a baseline: its time over that of pyfused, so that
+above 1 pyfused is faster; memory: the peak of pyfused as a share of that of plain PyTorch."""
+
+
+def committed_records(root: Path = ROOT) -> list[Path]:
+    """Every rows.json that git tracks under ``root``/bench/results, oldest first.
+
+    Raises:
+        ValueError: ``root`` is no git checkout.
+    """
+    if not (root / ".git").exists():
+        raise ValueError(f"committed records are known in a git checkout only, {root} is none")
+    command = ["git", "-C", str(root), "ls-files", "-z", "bench/results/*/rows.json"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sorted((root / name for name in listed.split("\0") if name), key=lambda path: path.parent.name)
+
+
+def block(records: Sequence[Path], root: Path = ROOT) -> str:
+    """The text between the markers, from the last GPU record and the last CPU record of ``records``."""
+    on_cpu = [path for path in records if path.parent.parent.name.startswith("cpu-")]
+    on_gpu = [path for path in records if path not in on_cpu]
+    return "\n\n".join(
+        [
+            _section(on_gpu[-1], root) if on_gpu else "On a GPU: not yet measured.",
+            _section(on_cpu[-1], root) if on_cpu else "On a CPU: not yet measured.",
+            _EXPLANATION,
+        ]
+    )
+
+
+def inserted(text: str, figures: str) -> str:
+    """``text`` with ``figures`` between its markers.
+
+    Raises:
+        ValueError: the two markers do not stand there once each, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not (begin and end) or any(marker in part for marker in (BEGIN, END) for part in (before, old, after)):
+        raise ValueError(f"the text must have {BEGIN} and {END} once each, in this order")
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+
+
+def _section(record: Path, root: Path) -> str:
+    """Where a record was made, and a table for each operator and for the models."""
+    timed = [row for row in read_rows(record) if _shown(row)]
+    if not timed:
+        raise ValueError(f"no row of {record} that passed parity has times")
+    facts = timed[0].provenance
+    where = record.parent.relative_to(root).as_posix()
+    how = f"{facts['threads']} threads" if timed[0].mode == "wall clock" else timed[0].mode
+    made = f"torch {facts['torch']}, {str(facts['date'])[:10]}, commit {str(facts['commit'])[:9]}"
+    parts = [f"On {facts['device']}, {how}, {made}{' with changes' * bool(facts['dirty'])} ([record]({where})):"]
+    operators = [row for row in timed if row.kind == "operator"]
+    for operator in dict.fromkeys(row.name.partition(" ")[0] for row in operators):
+        rows = {name: row for row in operators for head, _, name in [row.name.partition(" ")] if head == operator}
+        parts.append(_table(f"`{operator}`", rows))
+    models = {row.name: row for row in timed if row.kind == "model"}
+    return "\n\n".join(parts + ([_table("model", models)] if models else []))
+
+
+def _shown(row: Row) -> bool:
+    """Of an operator the launches themselves, not what the host adds on a GPU."""
+    if not (row.passed and row.ratios and row.subject in row.seconds):
+        return False
+    if row.kind == "operator":
+        return row.measured == "forward+backward" and row.mode in ("wall clock", "graph replay")
+    return row.kind == "model"
+
+
+def _table(title: str, rows: dict[str, Row]) -> str:
+    """One line for each row; columns that none fills are left out."""
+    lines = {name: _cells(row) for name, row in rows.items()}
+    columns = [column for column in ("time", *_BASELINES, "memory") if any(column in cells for cells in lines.values())]
+    return "\n".join(
+        [
+            _line([title, *columns]),
+            _line(["---"] + ["---:"] * len(columns)),
+            *(_line([name, *(cells.get(column, "") for column in columns)]) for name, cells in lines.items()),
+        ]
+    )
+
+
+def _cells(row: Row) -> dict[str, str]:
+    cells = {"time": time_text(row.seconds[row.subject])}
+    for column, contenders in _BASELINES.items():
+        found = [name for name in contenders if name in row.ratios]
+        if found:
+            cells[column] = f"{row.ratios[found[0]]:.2f}x"
+    plain = [name for name in _BASELINES["plain PyTorch"] if name in row.peak_bytes]
+    if plain and row.subject in row.peak_bytes:
+        cells["memory"] = f"{row.peak_bytes[row.subject] / row.peak_bytes[plain[0]]:.2f}x"
+    return cells
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Writes README.md anew; 1 when that cannot be done."""
+    readme = ROOT / "README.md"
+    try:
+        readme.write_text(inserted(readme.read_text(), block(committed_records())))
+    except ValueError as error:
+        print(f"pyfused.bench.document: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
