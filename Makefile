@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
-GPU_WORKERS ?= 8
 
 .PHONY: test bench bench-compare document check audit gpu clean
 .DELETE_ON_ERROR:
@@ -42,17 +41,8 @@ audit: $(STAMP)
 	$(BIN)/python -m pyfused.kernels.audit $(ARGS)
 
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
-	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device")'
-	PYFUSED_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -q -n $(GPU_WORKERS) --timeout 300 tests -m 'not host and not gpu'
-	$(PYTHON) -m pytest -q --timeout 300 tests -m gpu
-	$(PYTHON) -m pyfused.cli bench --seconds 2 $(ARGS)
-	@if ! command -v compute-sanitizer >/dev/null; then echo 'compute-sanitizer is not on PATH: not run'; \
-	elif ! compute-sanitizer --error-exitcode 1 $(PYTHON) -c 'import torch; torch.ones(1, device="cuda")'; then \
-		echo 'compute-sanitizer refuses this device: not run'; \
-	else compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q tests -m sanitize; fi
+	$(PYTHON) -m pyfused.bench.gpu $(if $(OUT),--output $(OUT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

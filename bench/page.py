@@ -12,13 +12,14 @@ import jinja2
 
 from pyfused.bench import figures, roofline, tables
 from pyfused.bench.records import LOSS, Comparison, Record, compare
-from pyfused.bench.report import machine_text
+from pyfused.bench.report import machine_text, traffic_text
 from pyfused.bench.rows import Row
 from pyfused.bench.style import Picture
 from pyfused.bench.tables import Table
 from pyfused.bench.targets import verdicts
 
-_KINDS = {"model": "Models", "training": "Training runs", "overhead": "Host overhead", "machine": "Machine"}
+_KINDS = {"model": "Models", "training": "Training runs", "overhead": "Host overhead", "machine": "Machine",
+          "traffic": "DRAM traffic"}  # fmt: skip
 _PROVENANCE = ("device", "capability", "driver", "threads", "torch", "triton", "cuda", "pyfused", "commit", "dirty",
                "python", "platform", "peft", "open_clip", "date")  # fmt: skip
 
@@ -93,7 +94,7 @@ def render(records: Sequence[Record], overview: Section, sections: Sequence[Sect
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by operator, then models, training runs, host overhead and the machine: title -> rows."""
+    """Rows by operator, then models, training runs, host overhead, the machine and DRAM traffic: title -> rows."""
     found: dict[str, list[Row]] = {}
     kinds: dict[str, list[Row]] = {title: [] for title in _KINDS.values()}
     for row in rows:
@@ -112,6 +113,9 @@ def _section(title: str, rows: list[Row], record: Record) -> Section | None:
     found, name = Section(title), slug(title)
     if title == _KINDS["machine"]:
         return None
+    if title == _KINDS["traffic"]:
+        found.notes = [f"{row.name}, {row.measured}: {traffic_text(row)}." for row in rows]
+        return found
     if any(row.kind == "operator" for row in rows):
         _work(found, rows, record)
     found.show(

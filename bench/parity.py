@@ -99,24 +99,33 @@ def results(
     return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def check(
-    case: Case,
-    device: torch.device,
-    *,
-    backend: str = "auto",
-    plan: str = "auto",
-    function: Callable[..., Tensor] | None = None,
-) -> list[Deviation]:
-    """``function``, the case's operator by default, against the reference in float64 and in the case's dtype; the
-    dropout mask included."""
-    tensors = case.tensors(device)
-    options = {"seed": torch.tensor([SEED], device=device)} if case.dropout_p else {}
-    function = getattr(pyfused, case.operator) if function is None else function
-    plainest = getattr(reference, case.operator)
-    ours = results(case, function, tensors, backend=backend, plan=plan, **options)
-    plain = results(case, plainest, tensors, **options)
-    exact = results(case, plainest, tensors, double=True, **options)
-    return deviations(ours, plain, exact, case.dtype)
+class Judge:
+    """The reference's results at one case, in float64 and in the case's dtype, the dropout mask included.
+
+    Args:
+        case: what is computed.
+        device: where.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self._case, self._tensors = case, case.tensors(device)
+        self._options = {"seed": torch.tensor([SEED], device=device)} if case.dropout_p else {}
+        plainest = getattr(reference, case.operator)
+        self._plain = results(case, plainest, self._tensors, **self._options)
+        self._exact = results(case, plainest, self._tensors, double=True, **self._options)
+
+    def check(
+        self, *, backend: str = "auto", plan: str = "auto", function: Callable[..., Tensor] | None = None
+    ) -> list[Deviation]:
+        """How far ``function``, the case's operator by default, is from them."""
+        function = getattr(pyfused, self._case.operator) if function is None else function
+        ours = results(self._case, function, self._tensors, backend=backend, plan=plan, **self._options)
+        return deviations(ours, self._plain, self._exact, self._case.dtype)
+
+
+def check(case: Case, device: torch.device, **options) -> list[Deviation]:
+    """`Judge.check` with these options, once."""
+    return Judge(case, device).check(**options)
 
 
 def _largest(value: Tensor) -> Tensor:

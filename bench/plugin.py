@@ -30,6 +30,9 @@ __all__ = [
 SESSION = pytest.StashKey[Session]()
 _RECORDED_DEVIATIONS = 16
 
+# What a run that is cut short should have measured comes first.
+_ORDER = ("test_machine", "test_operators", "test_overhead", "test_models", "test_training")
+
 Contenders = Mapping[str, Sequence[Callable[[], object]]]
 
 
@@ -43,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "compare" in getattr(item, "fixturenames", ()) and item.get_closest_marker("benchmark") is None:
             item.add_marker(pytest.mark.benchmark(timer=timing.subject_clock))
+    items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else len(_ORDER))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

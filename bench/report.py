@@ -17,7 +17,7 @@ from pyfused.bench.targets import verdicts
 def print_report(rows: Sequence[Row], stream: TextIO) -> None:
     """The table, what its columns mean, the losses, then each number to reach as met or not met."""
     console = Console(file=stream)
-    lines = table([row for row in rows if row.kind != "machine"])
+    lines = table([row for row in rows if row.kind not in ("machine", "traffic")])
     # A table wider than the terminal is still easier to read than one whose columns are folded.
     wanted = Console(width=10_000).measure(lines).maximum
     if console.width < wanted:
@@ -31,6 +31,7 @@ def print_report(rows: Sequence[Row], stream: TextIO) -> None:
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
     ]
     notes += [f"machine: {row.name}: {machine_text(row)}." for row in rows if row.kind == "machine" and row.seconds]
+    notes += [f"DRAM: {row.name}, {row.measured}: {traffic_text(row)}." for row in rows if row.kind == "traffic"]
     variants = dict.fromkeys(tuple(_peft(row)) for row in rows)
     notes += [f"vs PEFT, in order: {', '.join(names)}." for names in variants if len(names) > 1]
     for row in rows:
@@ -109,6 +110,15 @@ def machine_text(row: Row) -> str:
     """How fast the machine itself was, by each of the row's contenders."""
     amount, unit = (row.facts["bytes"], "GB/s") if row.measured == "copy" else (row.facts["flops"], "GFLOP/s")
     return ", ".join(f"{amount / seconds * 1e-9:.1f} {unit} by {name}" for name, seconds in row.seconds.items())
+
+
+def traffic_text(row: Row) -> str:
+    """What a call moved through DRAM, beside the least that it must."""
+    read, written, least = (row.facts[name] / 1e6 for name in ("read_bytes", "written_bytes", "bytes"))
+    return (
+        f"{(read + written) / least:.2f} times the {least:.1f} MB that it must move: {read:.1f} MB read, "
+        f"{written:.1f} MB written, {row.facts['kernels']} kernels"
+    )
 
 
 def time_text(seconds: float | None) -> str:

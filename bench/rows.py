@@ -30,10 +30,11 @@ class Row:
 
     Attributes:
         name: what was measured, with its shape.
-        kind: "operator", "overhead", "model", "training" or "machine".
+        kind: "operator", "overhead", "model", "training", "machine" or "traffic" (DRAM bytes, by `bench/traffic.py`).
         measured: "forward", "forward+backward", "training step" or "training run"; of a machine "matrix product" or
             "copy".
-        mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU; "host time" of a call on either.
+        mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU; "host time" of a call on either;
+            "hardware counters".
         subject: the contender that the ratios compare with.
         facts: shape, dtype and other settings; of an operator and of a machine the floating-point operations
             ("flops") and the least memory traffic ("bytes").
@@ -75,14 +76,15 @@ class Row:
 
 
 class RowFile:
-    """rows.json in a directory that is made with the first row; whole and valid after every row.
+    """rows.json in a directory that is made with the first row; whole and valid after every row, and continued when it
+    is there.
 
     NaN and infinities, which JSON does not know, stand there as strings.
     """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "rows.json"
-        self.rows: list[Row] = []
+        self.rows: list[Row] = read_rows(self.path) if self.path.exists() else []
 
     def append(self, row: Row) -> None:
         self.rows.append(row)

@@ -22,6 +22,7 @@ class Settings:
         threads: CPU threads that torch may use, pinned for the run; None keeps torch's own number.
         seconds_per_row: how long the counted rounds of one row may take.
         commit: recorded where the checkout has no .git to ask.
+        record: the very directory for the results, in place of a new one below ``output``.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -29,6 +30,7 @@ class Settings:
     threads: int | None = None
     seconds_per_row: float = 5.0
     commit: str | None = None
+    record: Path | None = None
 
 
 class Session:
@@ -43,9 +45,11 @@ class Session:
         self.settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        if settings.device.type == "cuda":
+        # "cuda" without a number is the current device, which `set_device` does not take.
+        if settings.device.type == "cuda" and settings.device.index is not None:
             torch.cuda.set_device(settings.device)
-        self.directory = row_format.run_directory(settings.output or row_format.default_output(), settings.device)
+        output = settings.output or row_format.default_output()
+        self.directory = settings.record or row_format.run_directory(output, settings.device)
         self.file = row_format.RowFile(self.directory)
         self.on_row: Callable[[Row], None] = lambda row: None
         self.on_round: Callable[[str, int, int], None] = lambda name, number, total: None

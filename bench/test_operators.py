@@ -72,9 +72,10 @@ def _kernels(case: Case, device: torch.device) -> dict[str, str | None]:
 
 
 def _deviations(case: Case, device: torch.device, by_name: Sequence[str] = ()) -> list[parity.Deviation]:
-    further = {name: parity.check(case, device, backend=name) for name in by_name}
+    judge = parity.Judge(case, device)
+    found = judge.check()
+    further = {name: judge.check(backend=name) for name in by_name}
     further |= {label: parity.check(other, device) for label, other in case.gated_too().items()}
-    found = parity.check(case, device)
     for label, items in further.items():
         found += [replace(item, tensor=f"{item.tensor} ({label})") for item in items]
     return found

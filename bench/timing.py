@@ -72,10 +72,19 @@ class HostClock:
         return seconds
 
 
-class CudaClock:
-    """Times each call by CUDA events, after a read of four times the L2 cache has emptied it of the inputs.
+def cache_flush(device: torch.device) -> Call:
+    """One kernel that reads four times the L2 cache, which empties it of all else.
 
-    A read, because a write would leave dirty lines, which the timed call would have to wait for.
+    A read, because a write would leave dirty lines, which the next kernel would have to wait for.
+    """
+    size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    numbers = torch.zeros(size // torch.int32.itemsize, dtype=torch.int32, device=device)
+    largest = torch.empty((), dtype=torch.int32, device=device)
+    return lambda: torch.amax(numbers, dim=0, out=largest)
+
+
+class CudaClock:
+    """Times each call by CUDA events, after `cache_flush`.
 
     Args:
         device: where the calls run.
@@ -84,25 +93,22 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device, graph: bool = False) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.mode = "graph replay" if graph else "eager launches"
-        self._graph = graph
-        self._flush = torch.zeros(4 * cache // torch.int32.itemsize, dtype=torch.int32, device=device)
-        self._largest = torch.empty((), dtype=torch.int32, device=device)
+        self._device, self._graph, self._flush = device, graph, cache_flush(device)
 
     def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
         """Seconds of each call from its first launch to its end on the GPU, in the order given."""
         events = {}
         for name, call in calls.items():
-            torch.amax(self._flush, dim=0, out=self._largest)
+            self._flush()
             if not self._graph:
-                torch.cuda.synchronize(self._flush.device)
+                torch.cuda.synchronize(self._device)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             call()
             end.record()
             events[name] = start, end
-        torch.cuda.synchronize(self._flush.device)
+        torch.cuda.synchronize(self._device)
         return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
 
 

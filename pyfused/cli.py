@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("paths", nargs="*", help="files or directories with rows of your own (pytest files)")
     bench.add_argument("-k", dest="select", metavar="EXPRESSION", help="only rows with these names, as pytest's -k")
     bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
+    bench.add_argument("--record", type=Path, metavar="DIRECTORY", help="instead: the very directory for the results")
     bench.add_argument(
         "--seconds", type=_positive_seconds, default=4.0, help="how long each row is timed (default 4)"
     )  # fmt: skip
@@ -227,7 +228,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyfused.bench.run import run
     from pyfused.bench.session import Settings
 
-    settings = Settings(arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit)
+    settings = Settings(
+        arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record
+    )  # fmt: skip
     return run(settings, arguments.select, arguments.paths)
 
 

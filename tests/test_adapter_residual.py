@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_residual_cases import FORMATS, check, check_drawn, draw, every_plan, image, sample_scale
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from operator_cases import (
-    BACKENDS,
     COTANGENTS,
     DEVICE,
     IMAGES,
@@ -18,7 +15,6 @@ from operator_cases import (
     leaves_of,
     plain_dtype,
     seed,
-    strided,
 )
 from oracle import norms, randn
 
@@ -312,53 +308,6 @@ def test_a_tiny_layer_scale_in_float16(backend, plan, loss_scale):
         allowed = norms(plain[name].double() - exact_one[name])
         for error, unit, size, count in zip(errors, allowed, norms(oracle[name]), (ours[name].numel(), 1), strict=True):
             assert error <= 2 * gamma * unit + 2.0**-10 * size + spacing * count**0.5, name
-
-
-@st.composite
-def _calls(draw_from):
-    channel_dim = draw_from(st.sampled_from((-1, 1)))
-    shape = draw_from(st.lists(st.integers(0, 5), min_size=2 if channel_dim == -1 else 3, max_size=4))
-    shape[channel_dim] = draw_from(st.integers(1, 40))
-    lies = {
-        name: {
-            "order": draw_from(st.permutations(range(len(shape)))),
-            "steps": draw_from(st.lists(st.sampled_from((1, 1, 2, 3)), min_size=len(shape), max_size=len(shape))),
-            "expanded": draw_from(st.sampled_from((None, *range(len(shape))))),
-            "dtype": draw_from(st.sampled_from(KERNEL_DTYPES)),
-        }
-        for name in draw_from(st.sampled_from((("z",), ("z", "residual"))))
-    }
-    return {
-        "shape": tuple(shape),
-        "channel_dim": channel_dim,
-        "lies": lies,
-        "hidden": draw_from(st.integers(1, 40)),
-        "float32_adapters": draw_from(st.booleans()),
-        "bias": draw_from(st.booleans()),
-        "layer_scale": draw_from(st.sampled_from(LAYER_SCALES)),
-        "drop": draw_from(st.sampled_from(DROPS)),
-        "skip": draw_from(st.sampled_from(SKIPS)),
-        "activation": draw_from(st.sampled_from(ACTIVATIONS)),
-        "plan": draw_from(st.sampled_from(PLANS)),
-        "p": draw_from(st.sampled_from((0.0, 0.1, 0.9))),
-    }
-
-
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
-@given(call=_calls())
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_call(backend, call):
-    shape, channel_dim, dtype = call["shape"], call["channel_dim"], plain_dtype(backend, call["lies"]["z"]["dtype"])
-    tensors = draw(
-        shape, call["hidden"], dtype, bias=call["bias"], adapters=torch.float32 if call["float32_adapters"] else None,
-        layer_scale=call["layer_scale"], channel_dim=channel_dim,
-    )  # fmt: skip
-    call["lies"]["z"]["dtype"] = dtype
-    tensors |= {name: strided(shape, **lies) for name, lies in call["lies"].items()}
-    check(
-        tensors, backend, call["plan"], skip=call["skip"], activation=call["activation"], channel_dim=channel_dim,
-        sample_scale=sample_scale(shape[0], call["drop"]), dropout_p=call["p"], seed=seed(),
-    )  # fmt: skip
 
 
 def test_dropout_acts_in_training_only_and_sample_scale_always():

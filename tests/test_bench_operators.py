@@ -263,15 +263,13 @@ def test_a_row_holds_each_backend_and_is_gated_by_it(monkeypatch):
     pytest.importorskip("pytest_benchmark")
     from pyfused.bench import test_operators as operator_rows
 
-    right = parity.check
+    right = parity.Judge.check
     monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
     monkeypatch.setattr(operator_rows, "_kernels", lambda case, device: {"triton": "too wide", "portable": None})
     monkeypatch.setattr(
-        parity,
+        parity.Judge,
         "check",
-        lambda case, device, backend="auto": right(
-            case, device, function=_without_norms if backend == "portable" else None
-        ),
+        lambda judge, backend="auto": right(judge, function=_without_norms if backend == "portable" else None),
     )
     for case in (SMALL_PROJECTION, SMALL_MATCHED):
         prepared = operator_rows.Prepared(case, CPU)

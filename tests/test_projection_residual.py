@@ -62,6 +62,7 @@ def test_every_activation(backend, activation, skip, norm_match):
     assert results["output"].is_contiguous()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend

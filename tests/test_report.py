@@ -60,6 +60,8 @@ def _rows() -> list[Row]:
             found.append(_row(case.name, measured=measured, **given))
     wrong = {"tensor": "dx", "norm": "maximum", "error": 0.5, "plain": 1e-7, "limit": 1e-6}
     found.append(_row("lora_linear <b>wrong</b> & more", seconds={}, ratios={}, passed=False, parity=[wrong]))
+    counted = {"bytes": 2 * 10**6, "read_bytes": 3 * 10**6, "written_bytes": 10**6, "kernels": 2}
+    found.append(_row("lora_linear", "traffic", seconds={}, ratios={}, mode="hardware counters", facts=counted))
     losses = {"pyfused": [2.0, 1.0, 0.5], "eager": [2.0, 1.0, 0.6]}
     found.append(_row("tower", "model", "training step", facts={"how": {"eager": "plain formulas"}}))
     found.append(_row("digits", "training", "training step", loss=losses))
@@ -440,6 +442,7 @@ def test_the_page_holds_everything(report):
         "torch.compile, in 6 rows: no compiler",
         "plain formulas",
         "100.0 GFLOP/s by oneDNN",
+        "lora_linear, forward: 2.00 times the 2.0 MB that it must move: 3.0 MB read, 1.0 MB written, 2 kernels.",
         "Worse: 2",
         'better">met<',
         'worse">not met<',
