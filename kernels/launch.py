@@ -121,6 +121,11 @@ def _measured_or_own(chosen: Chosen) -> object:
     return own if row is None else dataclasses.replace(own, **row.found)
 
 
+def forget() -> None:
+    """To be called after `measured.TABLE` has changed."""
+    _measured_or_own.cache_clear()
+
+
 def measured_for(arguments: Mapping[str, object]) -> tuple[str, str, int, dict[str, object]]:
     """(GPU, dtype, M, all other sizes) by which a row of a configuration is found."""
     others = dict(arguments)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from pyfused import measured
-from pyfused.bench import tune
+from pyfused.bench import operators, tune
 from pyfused.bench.adapter_residual import AdapterCase
 from pyfused.bench.cross_attention_residual import CrossAttentionCase
 from pyfused.bench.lora_linear import LoRACase
@@ -25,6 +25,14 @@ from pyfused.measured import Table
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 LIMITS = tune.Limits(790e12, 1.98e9)
 ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _empty_table(monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", Table())
+    launch.forget()
+    yield
+    launch.forget()
 
 
 def direction(case, name):
@@ -152,15 +160,11 @@ def test_the_fastest_configuration_becomes_a_row(tuner, monkeypatch):
     assert {"date", "torch", "commit"} <= row.source.keys()
     # And the kernel starts in it, on that GPU and no other.
     forward = direction(ADAPTER, "_fwd")
-    monkeypatch.setattr(measured, "TABLE", Table([row]))
-    launch._measured_or_own.cache_clear()
-    try:
-        for target, stages in ((H200, 5), (replace(H200, name="NVIDIA H100"), 4)):
-            with launch.record(target) as launches:
-                forward()
-            assert [item.num_stages for item in launches] == [stages]
-    finally:
-        launch._measured_or_own.cache_clear()
+    assert measured.TABLE.rows == [row]
+    for target, stages in ((H200, 5), (replace(H200, name="NVIDIA H100"), 4)):
+        with launch.record(target) as launches:
+            forward()
+        assert [item.num_stages for item in launches] == [stages]
 
 
 def test_the_same_is_tuned_once_and_no_new_work_begins_after_the_budget(tuner):
@@ -178,18 +182,24 @@ def test_the_same_is_tuned_once_and_no_new_work_begins_after_the_budget(tuner):
     assert late.out_of_time
 
 
-def test_backends_become_a_row_the_fastest_first():
+@pytest.mark.parametrize("name", operators.OPERATORS)
+def test_backends_become_a_row_the_fastest_first(name):
+    case = replace(operators.OPERATORS[name].TINY, dtype=torch.bfloat16)
     times = {"portable": 3e-6, "triton": 1e-6, "cuda": 2e-6}
-    found = tune.Tuner(
-        torch.device("cpu"), H200, LIMITS, lambda calls: {name: times[name] for name in calls}, seconds=1.0
-    )
-    _, operator, sizes = tune.directions(ADAPTER)
-    found._compare_backends(ADAPTER, operator, sizes)
+
+    def measure(calls):
+        # Each computes.
+        assert all(gradient.isfinite().all() for call in calls.values() for gradient in call())
+        return {name: times[name] for name in calls}
+
+    found = tune.Tuner(torch.device("cpu"), H200, LIMITS, measure, seconds=1.0)
+    _, operator, sizes = tune.directions(case)
+    found._compare_backends(case, operator, sizes)
     (row,) = found.rows
-    assert row.subject == "adapter_residual"
+    assert row.subject == operator
     assert list(row.found) == [name for name in ("triton", "cuda", "portable") if name in row.found]
     assert row.found["portable"] == 3.0
-    assert row.sizes == {"C": 128, "h": 16, "dropout_p": 0.0}
+    assert row.sizes == {name: size for name, size in sizes.items() if name not in ("M", "cuda_rows")}
 
 
 def test_new_rows_take_the_place_of_those_for_the_same():
