@@ -729,7 +729,7 @@ def test_a_model_with_a_wrong_operator_is_rejected():
     pytest.importorskip("sklearn")
     from pyfused.bench import data, fastvit, thirdparty, training
 
-    images, labels = (tensor[:8] for tensor in data.digits(32))
+    images, labels = (tensor[:4] for tensor in data.digits(32))
     try:
         model = fastvit.with_adapters(fastvit.fastvit("fastvit_t8", 10, images))
     except thirdparty.Unavailable as error:

@@ -127,8 +127,9 @@ except KeyboardInterrupt:
 
 
 def test_a_step_that_overruns_is_stopped_with_its_children_and_the_next_begins(tmp_path, impatient):
-    runner = _runner(tmp_path, 3.0)
-    assert not runner.run([Step("slow", 1, _python(_PARENT)), Step("next", 1, _python(""))])
+    # The next one has time enough on a machine that is busy.
+    runner = _runner(tmp_path, 11.8)
+    assert not runner.run([Step("slow", 1, _python(_PARENT)), Step("next", 9, _python(""))])
     slow, following = runner.outcomes
     assert (slow.status, following.status) == ("overran", "passed")
     assert slow.limit == pytest.approx(1.1, abs=0.1)

@@ -51,6 +51,11 @@ C = 16
 Step = Callable[[int], None]
 
 
+def _dropout(number: int) -> float:
+    """In every eighth step: drawing a mask takes most of a step so small."""
+    return 0.1 * (number % 8 == 0)
+
+
 def _rows(step: int, dtype: torch.dtype) -> Tensor:
     return randn(*SHAPES[step % len(SHAPES)], C, dtype=dtype, seed=step % 64, device=DEVICE)
 
@@ -67,11 +72,12 @@ def _trains(module: Callable[[Tensor], Tensor], parameters, dtype: torch.dtype) 
 
 
 def _lora_steps(dtype: torch.dtype) -> Step:
-    module = LoRALinear(C, 12, rank=4, dropout=0.1, device=DEVICE, dtype=dtype)
+    module = LoRALinear(C, 12, rank=4, device=DEVICE, dtype=dtype)
     step = _trains(module, [module.lora_a, module.lora_b], dtype)
 
     def mixed(number: int) -> None:
         # Every other step under autocast, which keeps a cast copy of the frozen weight; the weight itself changes.
+        module.lora_dropout = _dropout(number)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=number % 2 == 1):
             step(number)
         if number % 16 == 0:
@@ -82,13 +88,19 @@ def _lora_steps(dtype: torch.dtype) -> Step:
 
 
 def _adapter_steps(dtype: torch.dtype) -> Step:
-    module = BottleneckAdapter(C, layer_scale=0.1, drop_path=0.3, dropout=0.1, device=DEVICE)
-    return _trains(module, module.parameters(), dtype)
+    module = BottleneckAdapter(C, layer_scale=0.1, drop_path=0.3, device=DEVICE)
+    step = _trains(module, module.parameters(), dtype)
+
+    def mixed(number: int) -> None:
+        module.dropout = _dropout(number)
+        step(number)
+
+    return mixed
 
 
 def _attention_steps(dtype: torch.dtype) -> Step:
     """A module that trains, then a frozen one that gets a new prepared context every eighth step."""
-    trained = ScaledCrossAttention(C, 8, 2, dropout=0.1, device=DEVICE)
+    trained = ScaledCrossAttention(C, 8, 2, device=DEVICE)
     frozen = ScaledCrossAttention(C, 8, 2, learnable_weight=True, device=DEVICE).requires_grad_(False)
     frozen.gate.requires_grad_()
     contexts = [randn(1, 3, 8, dtype=dtype, seed=i, device=DEVICE) for i in range(4)]
@@ -100,6 +112,7 @@ def _attention_steps(dtype: torch.dtype) -> Step:
         context = contexts[calls // 8 % 4]
         if calls % 8 == 0:
             prepared = frozen.prepare(context, plan="absorbed")
+        trained.dropout = _dropout(calls)
         calls += 1
         return frozen(trained(x, context), prepared=prepared)
 
@@ -157,8 +170,9 @@ def test_training_does_not_grow(operator, served_by):
     assert tensors == 0
     # One of any kind in a hundred steps would be twenty; none has been seen.
     assert objects < 20
-    # The smallest tensor takes some 700 bytes with what torch keeps of it: one a step would be 1.4 MB. 82 kB were seen.
-    assert resident < 512 * 1024
+    # The smallest tensor takes some 700 bytes with what torch keeps of it: one a step would be 1.4 MB. The allocator's
+    # own growth, which ends, was seen to be 82 to 574 kB.
+    assert resident < 1024 * 1024
 
 
 @pytest.mark.gpu
