@@ -267,7 +267,7 @@ def projection_residual_bwd(
                     stride_gate=_stride(gate), **strides("x", "blc", residual), factor=factor, skip=skip, eps=eps,
                     ACTIVATION=activation, NORM_MATCH=norm_match, LARGEST=torch.finfo(pre.dtype).max,
                     OFFSET=offset_type(dy, residual),
-                    BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
+                    BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4 if vectorised(dy, pre, residual) else 8, num_stages=2,
                 )  # fmt: skip
         if need_gate:
             torch.sum(parts[:, 0], 0, out=d_gate)
