@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, for GPUs that are not there, in the configurations that ship.
 
 ``python -m pyfused.kernels.audit`` records the launches of representative calls on meta tensors, compiles each
-distinct one for its target with Triton's own compiler, and reads the machine code. It fails on a register spill, on
-shared memory over the target's limit, and on a 16-bit matrix kernel without tensor-core instructions.
+distinct one for its target with Triton's own compiler, and reads what it made. It fails on a register spill, on shared
+memory over the target's limit, and on a 16-bit matrix kernel without tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -36,17 +36,23 @@ TARGETS = tuple(
     )
 )  # fmt: skip
 
-# Tensor-core instructions in SASS: warp-level, warpgroup-level on Hopper, and tcgen05 on Blackwell.
+# Tensor-core instructions: warp-level, warpgroup-level on Hopper, and tcgen05 on Blackwell; in SASS, and in PTX.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
+_TENSOR_CORE_PTX = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration for one target, and what the compiler made of it."""
+    """One kernel in one configuration for one target.
+
+    ``disassembled``: its tensor-core instructions are read off the machine code, which takes as long as half the
+    compilation; else off the PTX, which that is made of.
+    """
 
     target: Target
     label: str
     launch: Launch
+    disassembled: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,19 @@ def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
 
 
 def _lora_linear_calls(full: bool) -> Iterator[tuple[str, object]]:
-    shapes = [(1, 8192, 4096, 4096), (1, 2740, 1024, 1024), (32, 49, 80, 76)]
-    # Rank and dropout: the ranks that users take, and those that ask most of a row.
-    ranks, dtypes = [(16, 0.0), (64, 0.0), (64, 0.1), (100, 0.1), (256, 0.0), (256, 0.1)], [torch.bfloat16]
+    # Rank and dropout: the ranks that users take, and, of tiles for other shapes, those that ask most of one.
+    hardest, dtypes = [(64, 0.0), (64, 0.1), (256, 0.1)], [torch.bfloat16]
+    shapes = {
+        (1, 8192, 4096, 4096): [*hardest, (16, 0.0), (100, 0.1), (256, 0.0)],
+        (1, 2740, 1024, 1024): hardest,
+        (32, 49, 80, 76): [*hardest, (16, 0.0)],
+    }
     if full:
-        shapes += [(1, 6304, 768, 3072), (1, 6304, 3072, 768), (1, 8192, 4096, 14336), (1, 50, 768, 768)]
+        more = [(1, 6304, 768, 3072), (1, 6304, 3072, 768), (1, 8192, 4096, 14336), (1, 50, 768, 768)]
         ranks = list(itertools.product((1, 8, 16, 32, 64, 100, 128, 256), (0.0, 0.1)))
-        dtypes = [torch.bfloat16, torch.float16]
-    for (batch, length, k, n), (rank, p), dtype in itertools.product(shapes, ranks, dtypes):
+        shapes, dtypes = dict.fromkeys([*shapes, *more], ranks), [torch.bfloat16, torch.float16]
+    calls = [(shape, rank, dtype) for shape, ranks in shapes.items() for rank in ranks for dtype in dtypes]
+    for (batch, length, k, n), (rank, p), dtype in calls:
         for plan in ("one_launch", "shrink_expand"):
             if plan == "one_launch" and rank > lora_linear.ONE_LAUNCH_MAX_RANK:
                 continue
@@ -285,6 +296,8 @@ def _projection_residual_call(
 def cases(targets: tuple[Target, ...], full: bool, text: str = "") -> list[Case]:
     """Every distinct compilation that the representative calls need; only those whose label contains ``text``."""
     found: dict[tuple, Case] = {}
+    # One of each kernel's on each target.
+    disassembled = set()
     for target in targets:
         for label, call in representative_calls(full):
             if text not in label:
@@ -292,7 +305,10 @@ def cases(targets: tuple[Target, ...], full: bool, text: str = "") -> list[Case]
             with record(target) as launches:
                 call()
             for launch in launches:
-                found.setdefault((target.capability, *_signature(launch, target)[1]), Case(target, label, launch))
+                kernel = target.capability, launch.kernel.__name__
+                case = Case(target, label, launch, disassembled=kernel not in disassembled)
+                disassembled.add(kernel)
+                found.setdefault((target.capability, *_signature(launch, target)[1]), case)
     return list(found.values())
 
 
@@ -318,11 +334,16 @@ def compile_case(case: Case) -> Finding:
         compiled = triton.compile(source, target=gpu, options=options.__dict__)
     except Exception as error:  # the compiler's own failure is a finding like any other
         return Finding(case.label, name, case.target.capability, 0, 0, 0, 0, "", (f"does not compile: {error}",))
-    usage, sass = _read_cubin(compiled.asm["cubin"])
+    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    # What is spilled lies in the stack.
+    sass = _cuobjdump("-sass", compiled.asm["cubin"]) if case.disassembled or stack else ""
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     shared = compiled.metadata.shared
-    instructions = sorted(set(_TENSOR_CORE.findall(sass)))
+    if sass:
+        instructions = sorted(set(_TENSOR_CORE.findall(sass)))
+    else:
+        instructions = sorted(name for ptx, name in _TENSOR_CORE_PTX.items() if ptx in compiled.asm["ptx"])
     if spills or stack:
         faults.append(f"spills: {spills} local accesses, {stack} bytes of stack")
     if shared > case.target.shared_memory:
@@ -338,16 +359,13 @@ def compile_case(case: Case) -> Finding:
     return Finding(case.label, name, case.target.capability, registers, stack, spills, shared, found, tuple(faults))
 
 
-def _read_cubin(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) by the disassembler in Triton's wheel."""
+def _cuobjdump(flag: str, cubin: bytes) -> str:
+    """What the disassembler in Triton's wheel prints."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return tuple(
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
