@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -71,7 +72,13 @@ def _compiled(processes, cache: Path, together: int = 1) -> list[list]:
 
 def _files(cache: Path) -> dict[Path, int]:
     """What was written when; nothing half-written is under its name."""
-    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    found = {}
+    for folder, _, names in os.walk(cache):
+        for path in (Path(folder, name) for name in names):
+            # A compiler at work renames its files.
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
