@@ -164,7 +164,6 @@ __global__ void __launch_bounds__(B::kThreads)
     load_numbers<T>(memory.bias, p.bias, p.channels, chunks * B::kChunk, 0.0f);
     put_lengths<B>(memory.keep, tile, p.channels, [&](float(&x)[8], const Eight& where) { where.load(x, p.x, tile); });
   }
-  __syncthreads();
   const float root = p.gate.data == nullptr ? p.root : gate_root(p.gate, p.channels, memory.scratch);
   const float dy_scale = p.dy.number == Number::kFloat32 ? root : 1.0f;
   load_numbers<float>(memory.gate, p.gate, p.channels, chunks * B::kChunk, p.weight);

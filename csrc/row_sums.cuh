@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(128, 1) row_sums_kernel(const __grid_constant_
     if (blockIdx.y == 0) {
       // The second half of the rows joins the first.
       float* const halves = reinterpret_cast<float*>(slots);
-      cp_async_wait<0>();
       __syncthreads();
       if (half != 0) {
         store_shared(halves + column, sum_dy);
