@@ -139,6 +139,7 @@ class Runner:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._cwd,
                     env=os.environ | self._environment | step.environment, start_new_session=True,
+                    preexec_fn=_interruptible,
                 )  # fmt: skip
             except OSError as error:
                 log.write(f"{error}\n".encode())
@@ -192,6 +193,11 @@ class Runner:
             f"{name:{widths[0]}}  {status:{widths[1]}}  {took:>{widths[2]}}  {limit:>{widths[3]}}  {why}".rstrip()
             for name, status, took, limit, why in lines
         )
+
+
+def _interruptible() -> None:
+    """A shell's job in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ask(process: subprocess.Popen, number: signal.Signals, seconds: float | None) -> None:

@@ -126,7 +126,17 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_step_that_overruns_is_stopped_with_its_children_and_the_next_begins(tmp_path, monkeypatch, impatient):
+@pytest.fixture(params=[False, True], ids=["", "in the background"])
+def background(request):
+    """A shell's job in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if request.param else signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_step_that_overruns_is_stopped_with_its_children_and_the_next_begins(
+    tmp_path, monkeypatch, impatient, background
+):
     # Time enough to start, to sum up and for the next one on a machine that is busy.
     monkeypatch.setattr(steps, "_AFTER_INTERRUPT", 10.0)
     runner = _runner(tmp_path, 40.3)
