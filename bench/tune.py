@@ -35,7 +35,7 @@ from pyfused.bench import operators, timing
 from pyfused.bench import rows as row_format
 from pyfused.bench.cases import Case, refusal
 from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
-from pyfused.kernels.launch import Chosen, Target, Work
+from pyfused.kernels.launch import Chosen, LaunchWork, Target
 
 # Function of a configuration -> what a launch in it does at least.
 _WORK = {
@@ -61,7 +61,7 @@ class Limits:
     flops: float
     clock: float
 
-    def least_seconds(self, work: Work, target: Target) -> float:
+    def least_seconds(self, work: LaunchWork, target: Target) -> float:
         """The least time of the busiest multiprocessor."""
         programs = -(-work.programs // target.multiprocessors)
         flops = work.flops * target.multiprocessors / self.flops
@@ -150,7 +150,7 @@ def _others(name: str, value: int) -> Iterator[int]:
         yield from (splits for splits in (value // 2, 2 * value) if splits >= 1)
 
 
-def least_work(chosen: Chosen, config: object) -> Work:
+def least_work(chosen: Chosen, config: object) -> LaunchWork:
     """Of the launch that ``chosen`` is for, in this configuration."""
     function = _WORK[chosen.function]
     known = chosen.arguments

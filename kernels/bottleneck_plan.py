@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, Target, Work
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def rows_config(
 
 def rows_work(
     config: RowsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype, weight_bytes: int
-) -> Work:
+) -> LaunchWork:
     """Two products with weights that each tile of rows reads whole, and three rows read or written once."""
     rows = config.block_m
     tile = 3 * rows * channels * dtype.itemsize + 2 * channels * width * weight_bytes
-    return Work(batch * -(-length // rows), 4 * rows * channels * block_width(width), tile)
+    return LaunchWork(batch * -(-length // rows), 4 * rows * channels * block_width(width), tile)
 
 
 def weights_config(
@@ -139,9 +139,9 @@ def weights_config(
 
 def weights_work(
     config: WeightsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype, groups: int
-) -> Work:
+) -> LaunchWork:
     """Two sums over rows of products of a tile of channels and a tile of the narrow width."""
     tiles = groups * -(-channels // config.block_c) * -(-width // config.block_h)
     rows = batch // groups * length / config.splits
     nbytes = 2 * rows * (config.block_c + config.block_h) * dtype.itemsize
-    return Work(tiles * config.splits, 4 * rows * config.block_c * config.block_h, nbytes)
+    return LaunchWork(tiles * config.splits, 4 * rows * config.block_c * config.block_h, nbytes)

@@ -39,7 +39,7 @@ INTERPRETER = Target((0, 0), 4, 1 << 30)
 
 
 @dataclass(frozen=True)
-class Work:
+class LaunchWork:
     """What a launch does at least: its programs, and of each the FLOPs and the bytes to and from the L2 cache."""
 
     programs: int

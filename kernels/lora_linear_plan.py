@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, Target, Work
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ def gemm_config(
 def gemm_work(
     config: GemmConfig, batch: int, length: int, n: int, k: int, rank: int, dtype: torch.dtype, weight_bytes: int,
     own_p: bool,
-) -> Work:  # fmt: skip
+) -> LaunchWork:  # fmt: skip
     """A tile of the GEMM, and with ``own_p`` of P."""
     narrow = block_rank(rank) if own_p else 0
     tiles = batch * -(-length // config.block_m) * -(-n // config.block_n)
     nbytes = k * (config.block_m * dtype.itemsize + config.block_n * weight_bytes)
-    return Work(tiles, 2 * k * config.block_m * (config.block_n + narrow), nbytes)
+    return LaunchWork(tiles, 2 * k * config.block_m * (config.block_n + narrow), nbytes)
 
 
 def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype, target: Target) -> PassConfig:
@@ -170,11 +170,11 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     )
 
 
-def shrink_work(config: PassConfig, batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> Work:
+def shrink_work(config: PassConfig, batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> LaunchWork:
     """A tile of P, of a part of K."""
     part, narrow = k / config.splits, block_rank(rank)
     nbytes = part * dtype.itemsize * (config.block_m + narrow)
-    return Work(batch * -(-length // config.block_m) * config.splits, 2 * part * config.block_m * narrow, nbytes)
+    return LaunchWork(batch * -(-length // config.block_m) * config.splits, 2 * part * config.block_m * narrow, nbytes)
 
 
 def wgrad_config(
@@ -194,11 +194,11 @@ def wgrad_config(
     return PassConfig(block_m, block_c, splits, num_warps=warps, num_stages=3 if dtype.itemsize == 2 else 2)
 
 
-def wgrad_work(config: PassConfig, batch: int, length: int, columns: int, rank: int, dtype: torch.dtype) -> Work:
+def wgrad_work(config: PassConfig, batch: int, length: int, columns: int, rank: int, dtype: torch.dtype) -> LaunchWork:
     """A tile of the gradient, of a part of the rows."""
     part, narrow = batch * length / config.splits, block_rank(rank)
     nbytes = part * dtype.itemsize * (config.block_c + narrow)
-    return Work(-(-columns // config.block_c) * config.splits, 2 * part * config.block_c * narrow, nbytes)
+    return LaunchWork(-(-columns // config.block_c) * config.splits, 2 * part * config.block_c * narrow, nbytes)
 
 
 def shares_pass(rank: int) -> bool:

@@ -19,7 +19,7 @@ from pyfused.bench.cross_attention_residual import CrossAttentionCase
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.kernels import launch
 from pyfused.kernels.bottleneck_plan import RowsConfig
-from pyfused.kernels.launch import SHARED_MEMORY, Target, Work
+from pyfused.kernels.launch import SHARED_MEMORY, LaunchWork, Target
 from pyfused.measured import Table
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -95,8 +95,8 @@ def test_neighbours_differ_in_one_or_two_fields_and_stay_in_bounds():
 def test_least_seconds_are_those_of_the_busiest_multiprocessor():
     limits, target = tune.Limits(flops=100.0, clock=2.0), Target((9, 0), 10, 0)
     # Two rounds of programs; a multiprocessor makes 10 FLOP/s and reads 128 bytes/s.
-    assert limits.least_seconds(Work(11, 50.0, 128.0), target) == pytest.approx(10.0)
-    assert limits.least_seconds(Work(10, 50.0, 1280.0), target) == pytest.approx(10.0)
+    assert limits.least_seconds(LaunchWork(11, 50.0, 128.0), target) == pytest.approx(10.0)
+    assert limits.least_seconds(LaunchWork(10, 50.0, 1280.0), target) == pytest.approx(10.0)
 
 
 def test_what_cannot_be_faster_is_not_compiled(monkeypatch):
