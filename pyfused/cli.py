@@ -26,6 +26,7 @@ _OPTIONAL = {
 # Module -> distribution: without these `pyfused bench` does not start; every other package costs its own rows only.
 _BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich", "matplotlib": "matplotlib"}
 _REPORT_NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "rich": "rich"}
+_TUNE_NEEDS = {"triton": "triton", "rich": "rich"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="where index.html goes (default: report/ in the last record)"
     )
+
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
@@ -188,12 +190,12 @@ def _check(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _lacks(command: str, needs: dict[str, str]) -> bool:
+def _lacks(command: str, needs: dict[str, str], extras: str = "bench") -> bool:
     """Whether a package is missing without which ``command`` does not start; says which."""
     missing = [name for module, name in needs.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(
-            f'pyfused {command} needs {", ".join(missing)}; pip install "pyfused[bench]" brings all it uses',
+            f'pyfused {command} needs {", ".join(missing)}; pip install "pyfused[{extras}]" brings all it uses',
             file=sys.stderr,
         )
     return bool(missing)
@@ -235,9 +237,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"pyfused tune needs {', '.join(missing)}", file=sys.stderr)
+    if _lacks("tune", _TUNE_NEEDS, extras="triton,bench"):
         return 2
     if arguments.show is None and arguments.device.type != "cuda":
         print("pyfused tune: torch sees no CUDA device to measure on; --show 9.0 compiles without one", file=sys.stderr)

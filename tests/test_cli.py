@@ -49,6 +49,13 @@ def test_tune_measures_on_a_gpu_alone(capsys):
     assert "torch sees no CUDA device to measure on; --show 9.0 compiles without one" in capsys.readouterr().err
 
 
+def test_tune_names_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    assert cli.main(["tune"]) == 2
+    expected = 'pyfused tune needs triton; pip install "pyfused[triton,bench]" brings all it uses'
+    assert expected in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
