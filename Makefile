@@ -13,7 +13,7 @@ WORKERS ?= 2
 # torch comes first: the CUDA C++ kernels are compiled against it.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

@@ -2,8 +2,8 @@
 
 PYFUSED_CUDA=1 turns what is missing into an error, PYFUSED_CUDA=0 leaves the kernels out. PYFUSED_CUDA_ARCHS, by
 default "80;90", names the compute capabilities to compile for; the newest is added as PTX. MAX_JOBS is how many
-compilers run at once. Objects stay in build/cuda with what ptxas says of each kernel (*.log): only what changed is
-compiled again.
+compilers run at once. ninja keeps the objects in build/cuda, with what ptxas says of each kernel (*.log), and compiles
+again what changed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError
 
 MIN_NVCC = (12, 0)
 MIN_TORCH = (2, 10)
@@ -44,6 +41,7 @@ class Missing(Exception):
 class Toolchain:
     """What builds the kernels here, and for which GPUs."""
 
+    ninja: str
     nvcc: str
     nvcc_version: str
     cxx: str
@@ -76,34 +74,37 @@ class Toolchain:
                           "--no-build-isolation)")  # fmt: skip
         torch_version = importlib.metadata.version("torch")
         _at_least("torch", torch_version, MIN_TORCH)
-        return cls(nvcc, nvcc_version, cxx, Path(torch.origin).parent, torch_version, _architectures())
+        # Beside the Python that runs this, whose environment may not be on PATH.
+        ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
+        if ninja is None:
+            raise Missing("ninja, which builds the kernels, was not found (pip install ninja)")
+        return cls(ninja, nvcc, nvcc_version, cxx, Path(torch.origin).parent, torch_version, _architectures())
 
     @property
     def targets(self) -> list[str]:
         return [*(f"sm_{name}" for name in self.architectures), f"compute_{self.architectures[-1]}"]
 
-    def compile_command(self, source: str, target: Path) -> list[str]:
-        outputs = ["-c", source, "-o", str(target), "-MMD", "-MF", f"{target}.d"]
-        if source.endswith(".cpp"):
-            return [
-                self.cxx, "-std=c++17", "-O2", "-Wall", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA",
-                "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(self.torch / "include"), *outputs,
-            ]  # fmt: skip
+    def rules(self) -> dict[str, list[str]]:
+        """ninja's rule -> its command, of ninja's variables and words for a shell."""
         # Hidden: symbols of inline variables are else one for the whole process, another library's included.
-        command = [self.nvcc, "-ccbin", self.cxx, "-std=c++17", "-O3", "-Xcompiler", "-Wall,-fPIC,-fvisibility=hidden"]
-        for name in self.architectures:
-            command += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-        newest = self.architectures[-1]
-        command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}", "-Xptxas", "-v"]
-        return [*command, "-I", sysconfig.get_path("include"), "-I", str(OBJECTS), *outputs]
-
-    def link_command(self, objects: list[Path], target: Path) -> list[str]:
-        # libtorch brings libtorch_cuda along where there is one; no symbol of it is needed to link.
-        return [
-            self.nvcc, "-ccbin", self.cxx, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL",
-            "-Xlinker", "--no-as-needed", *map(str, objects), "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu",
-            "-o", str(target),
+        options = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+        outputs = ["-c", "$in", "-o", "$out", "-MMD", "-MF", "$out.d"]
+        cpp = [
+            self.cxx, *options, "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-isystem", str(self.torch / "include"), *outputs,
         ]  # fmt: skip
+        cu = [self.nvcc, "-ccbin", self.cxx, options[0], "-O3", "-Xcompiler", ",".join(options[1:])]
+        for name in self.architectures:
+            cu += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+        newest = self.architectures[-1]
+        cu += ["-gencode", f"arch=compute_{newest},code=compute_{newest}", "-Xptxas", "-v"]
+        cu += ["-I", sysconfig.get_path("include"), "-I", str(OBJECTS), *outputs]
+        # libtorch brings libtorch_cuda along where there is one; no symbol of it is needed to link.
+        link = [
+            self.nvcc, "-ccbin", self.cxx, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL",
+            "-Xlinker", "--no-as-needed", "$in", "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu", "-o", "$out",
+        ]  # fmt: skip
+        return {"cpp": cpp, "cu": cu, "link": link}
 
     def build_info(self) -> str:
         return json.dumps({"nvcc": self.nvcc_version, "targets": self.targets, "torch": self.torch_version})
@@ -123,60 +124,59 @@ def _architectures() -> tuple[str, ...]:
 
 
 def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
-    """Compile what changed, and link.
+    """Compile what changed, and link."""
+    import fcntl
 
-    Compilers write into a folder of this build alone: those that outlive a build that was killed spoil nothing.
-    """
     OBJECTS.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / "building").open("a") as building:
+        # The compilers inherit the lock: those that outlive a build that was killed have ended when the next begins.
+        fcntl.flock(building, fcntl.LOCK_EX)
+        if building.tell():
+            _remove_unfinished(since=os.path.getmtime(building.name))
+        print("yes", file=building, flush=True)
+        plan, library = _write_plan(toolchain, sources)
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        # ninja prints by itself: what was printed before must not come after.
+        sys.stdout.flush()
+        command = [toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]
+        failed = subprocess.run(command, pass_fds=[building.fileno()]).returncode
+        building.truncate(0)
+        if failed:
+            raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, target)
+
+
+def _remove_unfinished(since: float) -> None:
+    """What a build that was killed has left: ninja would take it for what its last whole build made."""
+    for path in OBJECTS.iterdir():
+        if path.suffix in (".o", ".so") and path.stat().st_mtime >= since:
+            path.unlink()
+
+
+def _write_plan(toolchain: Toolchain, sources: list[str]) -> tuple[Path, Path]:
+    """What ninja reads, and the library that it makes."""
+    # Every object depends on it: other versions of nvcc and torch compile the same command to something else.
     info, literal = OBJECTS / "build_info.h", json.dumps(toolchain.build_info())
     if not info.exists() or literal not in info.read_text():
         info.write_text(f"#define PYFUSED_BUILD_INFO {literal}\n")
-    objects = [OBJECTS / f"{Path(source).name}.o" for source in sources]
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=OBJECTS) as folder:
-        unfinished = Path(folder)
-        with ThreadPoolExecutor(jobs) as pool:
-            failures = list(filter(None, pool.map(partial(_compile, toolchain, unfinished), sources, objects)))
-        if failures:
-            raise CompileError("\n".join([*failures, "PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels"]))
-        linked = subprocess.run(
-            toolchain.link_command(objects, unfinished / target.name), capture_output=True, text=True
-        )  # fmt: skip
-        if linked.returncode:
-            raise LinkError(f"pyfused._C does not link\n{linked.stdout}{linked.stderr}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(unfinished / target.name, target)
-
-
-def _compile(toolchain: Toolchain, unfinished: Path, source: str, target: Path) -> str | None:
-    """What the compiler said when it failed."""
-    identity = toolchain.build_info() + shlex.join(toolchain.compile_command(source, target))
-    if _up_to_date(target, identity):
-        return None
-    identified = target.with_suffix(".command")
-    identified.unlink(missing_ok=True)
-    # One write: several threads print.
-    print(f"compiling {source}\n", end="", flush=True)
-    made = unfinished / target.name
-    done = subprocess.run(toolchain.compile_command(source, made), capture_output=True, text=True)
-    target.with_suffix(".log").write_text(done.stdout + done.stderr)
-    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("ptxas info"))
-    if done.returncode:
-        return f"{source} does not compile\n{said}"
-    for path in (Path(f"{made}.d"), made):
-        path.replace(OBJECTS / path.name)
-    identified.write_text(identity)
-    return None
-
-
-def _up_to_date(target: Path, identity: str) -> bool:
-    try:
-        if target.with_suffix(".command").read_text() != identity:
-            return False
-        _, _, sources = Path(f"{target}.d").read_text().replace("\\\n", " ").partition(": ")
-        return all(os.path.getmtime(source) <= os.path.getmtime(target) for source in shlex.split(sources))
-    except OSError:
-        return False
+    plan, library = OBJECTS / "build.ninja", OBJECTS / "_C.so"
+    lines = [f"builddir = {OBJECTS}"]
+    for name, command in toolchain.rules().items():
+        words = " ".join(word if word[0] == "$" else shlex.quote(word).replace("$", "$$") for word in command)
+        # What ptxas says of every kernel, wrong or not, stays in the log.
+        show = "code=$$?; grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$code"
+        lines += [f"rule {name}", f"  command = {words} > $out.log 2>&1; {show}"]
+        if name == "link":
+            lines.append("  description = linking $out")
+        else:
+            lines += ["  description = compiling $in", "  depfile = $out.d", "  deps = gcc"]
+    objects = {source: str(OBJECTS / f"{Path(source).name}.o") for source in sources}
+    for source, target in objects.items():
+        lines.append(f"build {target}: {Path(source).suffix[1:]} {source} | {info}")
+    lines.append(f"build {library}: link {' '.join(objects.values())}")
+    plan.write_text("\n".join(lines) + "\n")
+    return plan, library
 
 
 class BuildKernels(build_ext):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pyfused.bench.rows import read_rows
@@ -151,7 +152,7 @@ def test_a_killed_benchmark_leaves_its_rows(tmp_path):
     assert left == [f"row {number}" for number in range(len(left))]
 
 
-# Stands in for nvcc and the C++ compiler: copies its inputs, in two halves with a pause between them.
+# Stands in for nvcc and the C++ compiler: writes its inputs and its targets, in two halves with a pause between them.
 COMPILER = """#!{python} -SI
 import os, pathlib, sys, time
 arguments = sys.argv[1:]
@@ -160,6 +161,7 @@ if "--version" in arguments:
 target = pathlib.Path(arguments[arguments.index("-o") + 1])
 inputs = [item for item in arguments if item.endswith((".cu", ".cu.o")) and item != str(target)]
 text = "".join(pathlib.Path(item).read_text() for item in inputs)
+text += "".join(f"{{item}}\\n" for item in arguments if "sm_" in item)
 with target.open("w") as file:
     file.write(text[: len(text) // 2])
     file.flush()
@@ -187,16 +189,18 @@ def checkout(tmp_path) -> Path:
 
 def _start_build(checkout: Path, **variables: str) -> subprocess.Popen:
     """In a process group of its own, numbered as the process."""
-    variables |= {"CUDA_HOME": str(checkout), "PYFUSED_CUDA": "1", "MAX_JOBS": "2"}
+    variables = {
+        "CUDA_HOME": str(checkout), "PYFUSED_CUDA": "1", "PYFUSED_CUDA_ARCHS": "80", "MAX_JOBS": "2", **variables,
+    }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=checkout, env=os.environ | variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def _build(checkout: Path) -> int:
+def _build(checkout: Path, **variables: str) -> int:
     """How many sources it compiled."""
-    with _start_build(checkout) as build:
+    with _start_build(checkout, **variables) as build:
         printed, _ = build.communicate(timeout=60)
     assert build.returncode == 0, printed
     return printed.count("compiling csrc/")
@@ -207,36 +211,52 @@ def _write_sources(checkout: Path, version: str) -> str:
     texts = {f"{name}.cu": f"{name} {version}\n" * 100 for name in "abc"}
     for name, text in texts.items():
         (checkout / "csrc" / name).write_text(text)
-    return "".join(texts.values())
+    return "".join(f"{text}arch=compute_80,code=sm_80\n" for text in texts.values())
 
 
-def _runs(group: int) -> bool:
+def _runs(process: psutil.Process) -> bool:
+    # Whose parent was killed stays a zombie where nobody adopts it.
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
-@pytest.mark.parametrize("stage", ["compiling", "linking"])
-@pytest.mark.parametrize("killed", ["setup.py", "its compilers too"])
-def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, stage, killed):
+@pytest.mark.parametrize("kind", ["first", "new sources", "other targets", "linking"])
+@pytest.mark.parametrize("survivors", ["ninja and compilers", "compilers", "none"])
+def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, kind, survivors):
     expected = _write_sources(checkout, "old")
-    if stage == "linking":
+    if kind != "first":
         assert _build(checkout) == 3
-    with _start_build(checkout, PAUSE="1.5") as build:
-        _wait_until((checkout / ("half.o" if stage == "compiling" else "half.so")).exists)
-        if killed == "setup.py":
-            build.kill()
-        else:
-            os.killpg(build.pid, signal.SIGKILL)
-    if stage == "compiling":
+    if kind == "new sources":
         expected = _write_sources(checkout, "new")
-    assert _build(checkout) == (3 if stage == "compiling" else 0)
+    elif kind == "linking":
+        os.remove(checkout / "build" / "cuda" / "_C.so")
+    with _start_build(checkout, PAUSE="1", PYFUSED_CUDA_ARCHS="90" if kind == "other targets" else "80") as build:
+        _wait_until((checkout / ("half.so" if kind == "linking" else "half.o")).exists)
+        family = psutil.Process(build.pid).children(recursive=True)
+        (ninja,) = (member for member in family if member.name() == "ninja")
+        assert len(family) > 1
+        build.kill()
+        for member in {"ninja and compilers": [], "compilers": [ninja], "none": [ninja, *family]}[survivors]:
+            member.kill()
+    # It begins when those that live on have ended.
+    assert _build(checkout) == (0 if kind == "linking" else 3)
+    assert not any(map(_runs, family))
     library = checkout / "pyfused" / "_C.abi3.so"
     assert library.read_text() == expected
-    # What lives on finishes its work.
-    _wait_until(lambda: not _runs(build.pid))
     assert _build(checkout) == 0
     assert library.read_text() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+def test_a_source_edited_while_it_compiles_is_compiled_again(checkout):
+    _write_sources(checkout, "old")
+    with _start_build(checkout, PAUSE="1.5") as build:
+        _wait_until((checkout / "half.o").exists)
+        expected = _write_sources(checkout, "new")
+        build.communicate(timeout=60)
+    assert build.returncode == 0
+    assert _build(checkout) >= 2
+    assert (checkout / "pyfused" / "_C.abi3.so").read_text() == expected
