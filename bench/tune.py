@@ -300,7 +300,8 @@ class Tuner:
     def _add(self, subject, dtype, rows, sizes, found, **source) -> None:
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         source = {"date": today} | self._source | source
-        self.rows.append(measured.Row(self.target.name, subject, dtype, rows, sizes, found, source))
+        gpu, capability = self.target.name, self.target.capability
+        self.rows.append(measured.Row(gpu, capability, subject, dtype, rows, sizes, found, source))
 
 
 def _fields(own: object, config: object) -> dict[str, int]:
@@ -365,10 +366,20 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
             measured.write(merged(known, tuner.rows), output)
             progress.advance(task)
             torch.cuda.empty_cache()
-    for row in tuner.rows:
-        print(f"{row.subject}, M = {row.rows}, {row.sizes}: {row.found}")
+    print(*summary(tuner.rows), sep="\n")
     print(f"{len(tuner.rows)} rows, written: {output}" + (", before all was tried" if tuner.out_of_time else ""))
     return 0
+
+
+def summary(rows: list[measured.Row]) -> Iterator[str]:
+    """A line for each row of one GPU, and for each operator by how much the arithmetic is off."""
+    for row in rows:
+        yield f"{row.subject}, M = {row.rows}, {row.sizes}: {row.found}"
+    table = measured.Table(rows)
+    for operator in sorted({row.subject for row in rows}):
+        fit = table.fit(operator, rows[0].gpu, rows[0].capability)
+        if fit is not None:
+            yield f"{operator}, where nothing was measured: by the arithmetic of pyfused.costs, {fit}"
 
 
 def show(capability: tuple[int, int], select: str) -> int:

@@ -18,8 +18,9 @@ host = pytest.mark.host
 
 # Component -> what else of pyfused it may import. "face" is `pyfused` itself: the names that users import.
 MAY_IMPORT: dict[str, set[str]] = {
-    "measured": set(),
-    "preference": {"measured"},
+    "costs": set(),
+    "measured": {"costs"},
+    "preference": {"costs", "measured"},
     "backend": {"preference"},
     "observe": set(),
     "reference": set(),

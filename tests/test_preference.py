@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import types
 from dataclasses import replace
@@ -11,11 +12,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from pyfused import backend as backends
-from pyfused import measured
+from pyfused import measured, preference
 from pyfused.backend import choose
+from pyfused.costs import costs
 from pyfused.measured import Row, Table
 from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
-from pyfused.preference import preference
 
 GPU = torch.device("cuda", 0)
 LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0}
@@ -28,7 +29,7 @@ SIZES = {
     "cross_attention_residual": ATTENTION,
     "projection_residual": PROJECTION,
 }
-ROW = Row("NVIDIA H200", "adapter_residual", "bfloat16", 6304, {"C": 768, "h": 64, "dropout_p": 0.0}, {}, {})
+ROW = Row("NVIDIA H200", (9, 0), "adapter_residual", "bfloat16", 6304, preference.others(ADAPTER), {}, {})
 
 
 @pytest.fixture
@@ -51,14 +52,14 @@ def gpu(monkeypatch):
 
 
 def first(operator, **sizes):
-    return preference(operator, GPU, torch.bfloat16, SIZES[operator] | sizes)[0][0]
+    return preference.preference(operator, GPU, torch.bfloat16, SIZES[operator] | sizes)[0][0]
 
 
 @pytest.mark.parametrize("operator", SIZES)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 def test_every_backend_has_a_place_and_the_order_a_reason(gpu, operator, capability):
     gpu(capability)
-    order, why = preference(operator, GPU, torch.bfloat16, SIZES[operator])
+    order, why = preference.preference(operator, GPU, torch.bfloat16, SIZES[operator])
     assert sorted(order) == sorted(backends.BACKENDS)
     assert why().endswith("(not measured yet)")
     assert choose("auto", GPU, torch.bfloat16, operator, SIZES[operator]) in ("cuda", "triton")
@@ -72,14 +73,31 @@ def test_every_backend_has_a_place_and_the_order_a_reason(gpu, operator, capabil
         ({"N": 3072}, "triton"),
         ({"N": 768, "R": 17}, "triton"),
         ({"N": 367, "R": 64}, "cuda"),
+        ({"N": 369, "R": 64}, "triton"),
         ({"N": 768, "dropout_p": 0.1}, "triton"),
+        ({"N": 256, "dropout_p": 0.1}, "cuda"),
     ],
 )
 def test_lora_linear_goes_by_what_is_done_twice(gpu, sizes, backend):
-    gpu((8, 0))
-    assert first("lora_linear", **sizes) == backend
-    gpu((9, 0))
-    assert first("lora_linear", **sizes) == "triton"
+    for capability in ((8, 0), (12, 0)):
+        gpu(capability)
+        assert first("lora_linear", **sizes) == backend
+    for capability in ((9, 0), (10, 0)):
+        gpu(capability)
+        faster = sizes == {"N": 256, "dropout_p": 0.1}
+        assert first("lora_linear", **sizes) == ("cuda" if faster else "triton")
+
+
+def test_products_of_lora_linear():
+    # N, and rank 16 for each of 9 columns of tiles; mma.sync has 1 / 1.6 of wgmma's rate, the mask costs 320.
+    for capability, dropout_p, expected in (
+        ((8, 0), 0.0, (2448, 2448)),
+        ((9, 0), 0.0, (1.6 * 2448, 2448)),
+        ((9, 0), 0.1, (1.6 * 2448 + 9 * 320, 2304 + 184 + 320)),
+    ):
+        cuda, triton, why = costs("lora_linear", capability, LORA | {"dropout_p": dropout_p})
+        assert (cuda, triton) == pytest.approx(expected)
+        assert why() == f"each of x costs as much as {cuda:.0f} products with cuda, {triton:.0f} with triton"
 
 
 @pytest.mark.parametrize(
@@ -101,12 +119,10 @@ def test_the_bottleneck_family_goes_by_bytes_on_chip(gpu, operator, sizes, backe
 
 
 def test_bytes_on_chip():
-    from pyfused.preference import _bottleneck
-
     # z, residual, y, and 2 x 64 x 2 bytes of each of 768 columns of the weights for 64 rows; z twice, for 128.
-    assert _bottleneck((9, 0), 768, 64, 64)[1]() == (
-        f"forward moves {768 * (6 + 4)} bytes a row on chip with cuda, {768 * (8 + 2)} with triton"
-    )
+    cuda, triton, why = costs("adapter_residual", (9, 0), ADAPTER)
+    assert (cuda, triton) == (768 * (6 + 4), 768 * (8 + 2))
+    assert why() == f"forward moves {cuda:.0f} bytes a row on chip with cuda, {triton:.0f} with triton"
 
 
 def test_rows_of_a_tile_follow_from_shared_memory(gpu, monkeypatch):
@@ -125,20 +141,69 @@ def test_a_measured_row_comes_before_arithmetic(gpu, monkeypatch):
     monkeypatch.setattr(
         measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0, "portable": 90.5})])
     )
-    order, why = preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)
+    order, why = preference.preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)
     assert order == ("triton", "cuda", "portable")
     assert why() == "measured at M = 6304: triton 30.0 us, cuda 31.0 us, portable 90.5 us"
     assert choose("auto", GPU, torch.bfloat16, "adapter_residual", ADAPTER) == "triton"
-    # Another GPU, type, width, or M by more than a factor of two: arithmetic.
-    assert first("adapter_residual", h=65) == first("adapter_residual", M=6304 * 2 + 1) == "cuda"
-    assert preference("adapter_residual", GPU, torch.float16, ADAPTER)[0][0] == "cuda"
+    # Another type, width, M by more than a factor of two, or GPU.
+    for dtype, other in ((torch.float16, {}), (torch.bfloat16, {"h": 65}), (torch.bfloat16, {"M": 6304 * 2 + 1})):
+        assert "fitted to 1 row" in preference.preference("adapter_residual", GPU, dtype, ADAPTER | other)[1]()
     gpu((9, 0), "NVIDIA H100 80GB HBM3")
-    assert first("adapter_residual") == "cuda"
+    assert "fitted to 1 row" in preference.preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)[1]()
+
+
+def rows_where_cuda_takes(factor, spread=1.0, **where):
+    """Adapters whose times are as arithmetic says but for that factor, half of them more and half less."""
+    rows = []
+    for i, hidden in enumerate((32, 64, 128, 256)):
+        sizes = preference.others(ADAPTER | {"h": hidden})
+        cuda, triton, _ = costs("adapter_residual", (9, 0), sizes)
+        off = spread if i % 2 else 1 / spread
+        rows.append(replace(ROW, sizes=sizes, found={"cuda": factor * off * cuda, "triton": triton}, **where))
+    return rows
+
+
+def test_arithmetic_is_fitted_to_measured_rows(gpu, monkeypatch):
+    # 7680 bytes a row with cuda and as many with triton: whichever is measured to be better at them.
+    sizes = ADAPTER | {"M": 100}
+    for factor, order in ((0.99, ("cuda", "triton", "portable")), (1.01, ("triton", "cuda", "portable"))):
+        monkeypatch.setattr(measured, "TABLE", Table(rows_where_cuda_takes(factor, spread=1.25)))
+        fit = measured.TABLE.fit("adapter_residual", "NVIDIA H200", (9, 0))
+        assert (fit.factor, fit.spread, fit.count) == pytest.approx((factor, 1.25, 4))
+        found, why = preference.preference("adapter_residual", GPU, torch.bfloat16, sizes)
+        assert found == order
+        assert why() == (
+            "forward moves 7680 bytes a row on chip with cuda, 7680 with triton "
+            f"(cuda's, fitted to 4 rows of NVIDIA H200, times {factor:.2f}; within a factor of 1.25)"
+        )
+    # Another operator's kernels are others.
+    assert preference.preference("lora_linear", GPU, torch.bfloat16, LORA)[1]().endswith("(not measured yet)")
+
+
+def test_rows_of_the_most_similar_gpu_count(gpu, monkeypatch):
+    gpus = {"A100": (8, 0), "L40": (8, 9), "H200": (9, 0), "B200": (10, 0)}
+    rows = [rows_where_cuda_takes(1.0, gpu=name, capability=capability) for name, capability in gpus.items()]
+    table = Table(itertools.chain(*rows))
+    for name, capability, expected in (
+        ("A100", (8, 0), "A100"),
+        ("RTX A6000", (8, 6), "L40"),
+        ("H100", (9, 0), "H200"),
+        ("B300", (10, 3), "B200"),
+        ("RTX 5090", (12, 0), "B200"),
+        ("L40", (7, 0), "L40"),
+    ):
+        assert table.fit("adapter_residual", name, capability).gpu == expected
+
+
+def test_no_fit_without_times_of_both():
+    configuration = replace(ROW, subject="_adapter_fwd_kernel", found={"num_stages": 3})
+    alone = replace(ROW, found={"triton": 10.0, "portable": 30.0})
+    assert Table([configuration, alone]).fit("adapter_residual", ROW.gpu, ROW.capability) is None
 
 
 def test_a_backend_that_was_slower_than_plain_torch_is_not_taken(gpu, monkeypatch):
     monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"portable": 10.0, "triton": 30.0})]))
-    assert preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)[0] == ("portable", "triton", "cuda")
+    assert preference.preference("adapter_residual", GPU, torch.bfloat16, ADAPTER)[0] == ("portable", "triton", "cuda")
     assert choose("auto", GPU, torch.bfloat16, "adapter_residual", ADAPTER) == "portable"
 
 
@@ -171,11 +236,11 @@ def test_measured_rows_are_explained(gpu, monkeypatch):
 
 
 def test_choice_is_traced_with_any_number_of_rows(gpu, monkeypatch):
-    monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
+    monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"portable": 30.0, "cuda": 31.0})]))
 
     def call(x):
         sizes = ADAPTER | {"M": x.shape[0]}
-        return x + {"cuda": 1, "triton": 2}[choose("auto", GPU, torch.bfloat16, "adapter_residual", sizes)]
+        return x + {"cuda": 1, "portable": 2}[choose("auto", GPU, torch.bfloat16, "adapter_residual", sizes)]
 
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -185,8 +250,13 @@ def test_choice_is_traced_with_any_number_of_rows(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("operator", SIZES)
-def test_arithmetic_is_traced_with_sizes_that_change(gpu, operator):
+@pytest.mark.parametrize("fitted", [False, True])
+def test_arithmetic_is_traced_with_sizes_that_change(gpu, monkeypatch, operator, fitted):
     gpu((8, 0))
+    if fitted:
+        found = {"cuda": 1.0, "triton": 2.0}
+        row = replace(ROW, subject=operator, sizes=preference.others(SIZES[operator]), found=found)
+        monkeypatch.setattr(measured, "TABLE", Table([replace(row, gpu="NVIDIA H100")]))
 
     def call(x):
         sizes = {name: x.shape[0] if type(size) is int else size for name, size in SIZES[operator].items()}
@@ -224,4 +294,4 @@ def test_the_committed_rows_name_where_they_were_measured():
 
 
 def test_no_order_for_a_cpu():
-    assert "only by name" in preference("lora_linear", torch.device("cpu"), torch.float32, LORA)[1]()
+    assert "only by name" in preference.preference("lora_linear", torch.device("cpu"), torch.float32, LORA)[1]()
