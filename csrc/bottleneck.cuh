@@ -261,13 +261,12 @@ struct Eight {
 };
 
 /// Writes sums of one chunk of channels to `to`, eight at a time once `finish(numbers, where)` has changed them, in 16
-/// bytes where `to` allows that.
+/// bytes where `to` allows that. A barrier must lie between two calls: they use the same memory.
 template <class B, class Finish>
 __device__ inline void store_chunk(const float (&sum)[B::kWideOwn / 8][4], const BottleneckMemory<B>& memory,
                                    const Rows& to, const Tile& tile, int c0, int channels, const Finish& finish) {
   const int lane = threadIdx.x % kWarp, first = B::first_row(), c = c0 + B::first_wide();
   float* mine = memory.staging + threadIdx.x / kWarp * 16 * B::kStagingPitch;
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < B::kWideOwn / 8; ++i) {
     float* at = mine + lane / 4 * B::kStagingPitch + 8 * i + lane % 4 * 2;

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from emulator.build import COMPILER, HERE, ROOT, build
+from emulator import tests
+from emulator.build import HERE, MODULE, REFUSAL, build, load
+from emulator.tests import bits
 from oracle import randn
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER} is not on PATH"),
-]
+pytestmark = [pytest.mark.host, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
 
 DTYPES = (torch.bfloat16, torch.float16)
 # As in gemm.cu.
@@ -26,26 +23,14 @@ SEEDS = range(8)
 
 
 class Library:
-    def __init__(self, path: Path):
-        self.functions = ctypes.CDLL(str(path))
+    def __init__(self, module: ModuleType):
+        self.module = module
+        self.emulate = module.emulate
         self.emulate()
 
-    def emulate(self, capability=90, multiprocessors=4, shared_memory=232448, seed=0) -> None:
-        self.functions.pyfused_emulate(capability, multiprocessors, shared_memory, ctypes.c_uint64(seed))
-
-    def launch(self, name: str, *arguments) -> None:
-        """Calls a function that returns what went wrong."""
-        function = self.functions[name]
-        function.restype = ctypes.c_char_p
-        message = function(*arguments)
-        if message is not None:
-            raise RuntimeError(message.decode())
-
     def gemm(self, a: Tensor, b: Tensor, mistake: int = 0) -> Tensor:
-        (rows, inner), columns = a.shape, b.shape[1]
-        c = torch.full((rows, columns), torch.nan)
-        sizes = (rows, columns, inner, a.stride(0), b.stride(0), mistake)
-        self.launch("gemm", a.dtype == torch.bfloat16, *map(pointer, (a, b, c)), *sizes)
+        c = torch.full((a.shape[0], b.shape[1]), torch.nan)
+        self.module.gemm(a.dtype == torch.bfloat16, *map(bits, (a, b, c)), mistake)
         return c
 
     def probe(self, name, given=None, words=8, *, grid=(1, 1, 1), threads=32, shared=1024) -> np.ndarray:
@@ -55,23 +40,19 @@ class Library:
         memory = torch.zeros(given.size + 16, dtype=torch.int32)
         memory[8:-8] = torch.from_numpy(given.view(np.int32))
         out = torch.zeros(words + 8, dtype=torch.int32)[:words]
-        buffers = (pointer(memory[8:]), given.size, pointer(out), words)
-        self.launch("probe", name.encode(), *buffers, *grid, threads, shared)
-        return out.numpy().view(np.uint32)
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+        found = out.numpy().view(np.uint32)
+        self.module.probe(name, memory[8:-8].numpy().view(np.uint32), found, grid, threads, shared)
+        return found
 
 
 @pytest.fixture(scope="module")
-def built() -> Path:
-    return build([HERE / "gemm.cu", HERE / "probes.cu", ROOT / "csrc" / "launch.cu"], "test_emulator")
+def module() -> ModuleType:
+    return tests.module()
 
 
 @pytest.fixture
-def library(built) -> Library:
-    return Library(built)
+def library(module) -> Library:
+    return Library(module)
 
 
 def place(file: str, pattern: str) -> str:
@@ -215,22 +196,18 @@ def test_rounding(library, dtype):
     numbers = (
         (leading | torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF])).to(torch.int32).view(torch.float32).ravel()
     )
-    found = torch.zeros(numbers.numel(), 2, dtype=torch.uint16)
-    library.functions.round_numbers(
-        dtype == torch.bfloat16, pointer(numbers), pointer(found), ctypes.c_int64(numbers.numel())
-    )
     expected = numbers.to(dtype)
-    for way in found.view(dtype).unbind(1):
-        assert torch.equal(way.isnan(), numbers.isnan())
+    for way in (library.module.rounded, library.module.rounded_in_pair):
+        found = torch.from_numpy(way(dtype == torch.bfloat16, numbers.numpy())).view(dtype)
+        assert torch.equal(found.isnan(), numbers.isnan())
         number = ~numbers.isnan()
-        assert torch.equal(way[number].view(torch.int16), expected[number].view(torch.int16))
+        assert torch.equal(found[number].view(torch.int16), expected[number].view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widening(library, dtype):
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
-    found = torch.zeros(2**16)
-    library.functions.widen_numbers(dtype == torch.bfloat16, pointer(numbers), pointer(found), ctypes.c_int64(2**16))
+    found = torch.from_numpy(library.module.widened(dtype == torch.bfloat16, numbers.numpy()))
     expected = numbers.view(dtype).float()
     assert torch.equal(found.isnan(), expected.isnan())
     number = ~expected.isnan()
@@ -295,7 +272,10 @@ def test_what_is_ordered_is_no_race(library, seed):
     [
         "read after write",
         "read after write in a warp",
+        "shuffle between write and read",
+        "mma between write and read",
         "ldmatrix after write in a warp",
+        "write after ldmatrix in a warp",
         "write after read",
         "write after read in a warp",
         "copy seen by others",
@@ -356,12 +336,9 @@ def test_mistakes_are_caught(library, name, message):
 
 
 def test_device(library):
-    attributes = (ctypes.c_int * 3)()
-    library.functions.device(attributes)
-    assert list(attributes) == [90, 4, 232448]
+    assert library.module.device() == (90, 4, 232448)
     library.emulate(86, 20, 101376)
-    library.functions.device(attributes)
-    assert list(attributes) == [86, 20, 101376]
+    assert library.module.device() == (86, 20, 101376)
     library.probe("barrier", threads=64, shared=101376)
     with pytest.raises(RuntimeError, match=r"^probe_kernel: shared_bytes: 0 to the device's 101376, got 101392$"):
         library.probe("barrier", threads=64, shared=101392)
@@ -384,21 +361,32 @@ def test_impossible_launches_are_refused(library, launch, message):
 
 
 def test_fibers_without_assembly():
-    sources = [HERE / "gemm.cu", ROOT / "csrc" / "launch.cu"]
-    library = Library(build(sources, "test_emulator_ucontext", defines=["PYFUSED_EMULATOR_UCONTEXT"]))
+    library = Library(tests.module("tests_ucontext", emulator_defines=["PYFUSED_EMULATOR_UCONTEXT"]))
     a, b = matrices(65, 40, 100, torch.bfloat16)
     assert excess(library.gemm(a, b), a, b) < 16
     with pytest.raises(RuntimeError, match="race"):
         library.gemm(a, b, NO_BARRIER)
 
 
+# A module by hand: pybind11's headers would take seconds.
+ANSWER = f"""
+#include <Python.h>
+PyMODINIT_FUNC PyInit_{MODULE}() {{
+  static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "{MODULE}"}};
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "answer", ANSWER);
+  return module;
+}}
+"""
+
+
 def test_build(tmp_path, monkeypatch):
     monkeypatch.setattr("emulator.build.CACHE", tmp_path)
     monkeypatch.setattr("emulator.build.EMULATOR", ())
     source = tmp_path / "answer.cpp"
-    source.write_text('extern "C" int answer() { return ANSWER; }')
+    source.write_text(ANSWER)
     with pytest.raises(RuntimeError, match=r"ANSWER.* was not declared"):
         build([source], "answer")
     libraries = [build([source], "answer", defines=[f"ANSWER={answer}"]) for answer in (41, 42, 41)]
     assert libraries[0] == libraries[2] != libraries[1]
-    assert [ctypes.CDLL(str(path)).answer() for path in libraries] == [41, 42, 41]
+    assert [load(path).answer for path in libraries] == [41, 42, 41]

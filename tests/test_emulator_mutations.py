@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from emulator import build as emulator
+from emulator import tests
 from oracle import randn
 from torch import Tensor
 
 pytestmark = [
     pytest.mark.host,
-    pytest.mark.skipif(
-        shutil.which(emulator.COMPILER) is None, reason=f"needs a C++ compiler: {emulator.COMPILER} is not on PATH"
-    ),
+    pytest.mark.skipif(emulator.REFUSAL is not None, reason=str(emulator.REFUSAL)),
 ]
 CSRC = emulator.ROOT / "csrc"
 # Two tiles of rows, two chunks of channels and one of the middle, each with a tail.
@@ -93,15 +90,11 @@ def _matrix(rows: int, columns: int, seed: int | None = None) -> Tensor:
 
 def _error(source: Path, seed: int = 0) -> float:
     """How far the kernel's results are off, in roundings of the largest."""
-    library = ctypes.CDLL(str(emulator.build([source, CSRC / "launch.cu"], "changed")))
-    library.pyfused_emulate(90, 4, 232_448, ctypes.c_uint64(seed))
-    library.adapter_forward.restype = ctypes.c_char_p
+    changed = tests.module("changed", adapter=source)
+    changed.emulate(seed=seed)
     z, down, up = _matrix(ROWS, CHANNELS, 1), _matrix(WIDTH, CHANNELS, 2), _matrix(CHANNELS, WIDTH, 3)
     y, hidden = _matrix(ROWS, CHANNELS), _matrix(ROWS, WIDTH)
-    pointers = (ctypes.c_void_p(matrix.data_ptr()) for matrix in (z, down, up, y, hidden))
-    message = library.adapter_forward(*pointers, ROWS, CHANNELS, WIDTH, 3)
-    if message is not None:
-        raise RuntimeError(message.decode())
+    changed.adapter_forward(*map(tests.bits, (z, down, up, y, hidden)), stages=3)
     exact_hidden = z.double() @ down.double().T
     exact = z.double() + exact_hidden.bfloat16().double() @ up.double().T
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in ((y, exact), (hidden, exact_hidden))]

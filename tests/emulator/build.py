@@ -1,15 +1,21 @@
-"""Compiles kernels, their launchers and the emulator with the host's compiler into one shared library."""
+"""Compiles kernels, their launchers and the emulator with the host's compiler into one library, a Python module."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import fcntl
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -30,6 +36,18 @@ FLAGS = (
     f"-I{ROOT / 'csrc'}",
 )
 EMULATOR = ("emulator.cpp", "memory.cpp", "collectives.cpp", "fiber.cpp")
+# What PYBIND11_MODULE calls each of them.
+MODULE = "emulated"
+
+
+def _refusal() -> str | None:
+    if shutil.which(COMPILER) is None:
+        return f"needs a C++ compiler: {COMPILER} is not on PATH"
+    return None if importlib.util.find_spec("pybind11") else "needs pybind11, which is not installed"
+
+
+# Why nothing can be built here; None when it can.
+REFUSAL = _refusal()
 
 
 def build(
@@ -39,24 +57,43 @@ def build(
     defines: Sequence[str] = (),
     include: Sequence[Path | str] = (),
     link: Sequence[str] = (),
+    emulator_defines: Sequence[str] = (),
 ) -> Path:
     """The library ``name`` of ``sources`` (.cu or .cpp) and the emulator, out of the cache if nothing has changed.
 
-    ``defines`` are ``NAME`` or ``NAME=value``, ``include`` folders of other headers, ``link`` options for the linker.
-    Raises ``RuntimeError`` with the compiler's message.
+    ``defines`` are ``NAME`` or ``NAME=value``, ``include`` folders of other headers, both for ``sources`` alone;
+    ``emulator_defines`` are for the emulator alone, ``link`` options for the linker. Raises ``RuntimeError`` with the
+    compiler's message.
     """
+    # Not above: where nothing is built it may be missing.
+    import pybind11
+
+    include = [pybind11.get_include(), sysconfig.get_path("include"), *include]
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(f"-isystem{folder}" for folder in include)]
+    emulator_flags = [*FLAGS, *(f"-D{define}" for define in emulator_defines)]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:
         # Of several test processes one compiles and the others wait.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        headers = _hash(*(path.read_bytes() for path in _headers()), _run(COMPILER, "--version"))
+        versions = (importlib.metadata.version(name) for name in ("pybind11", "torch"))
+        headers = _hash(*(path.read_bytes() for path in _headers()), _run(COMPILER, "--version"), *versions)
         with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-            paths = [*sources, *(HERE / source for source in EMULATOR)]
-            objects = list(pool.map(lambda path: _compile(path, flags, headers), paths))
+            started = [pool.submit(_compile, source, flags, headers) for source in sources]
+            started += [pool.submit(_compile, HERE / source, emulator_flags, headers) for source in EMULATOR]
+            objects = [task.result() for task in started]
         options = ["-shared", *map(str, objects), *link]
         library = CACHE / f"{name}-{_hash(shlex.join(options))}.so"
         return _make(library, [*options, "-o"])
+
+
+def load(library: Path) -> ModuleType:
+    """Import a library; one that something else has loaded is the same one, with the same state."""
+    # By a name that no other file has: pybind11 makes one module of each name.
+    name = f"{library.stem}.{MODULE}"
+    loader = ExtensionFileLoader(name, str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
 
 
 def _compile(source: Path, flags: Sequence[str], headers: str) -> Path:

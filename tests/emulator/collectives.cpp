@@ -80,7 +80,9 @@ void barrier(const Site& site) { machine.barrier(site); }
 
 void sync_warp(uint32_t mask, const Site& site) {
   check_mask(mask, site);
-  machine.rendezvous(site, nullptr, [](int, void* const (&)[kWarpSize], const Site&) {});
+  machine.rendezvous(site, nullptr, [](int first, void* const (&)[kWarpSize], const Site&) {
+    machine.shared.pass_syncwarp(first / kWarpSize);
+  });
 }
 
 uint64_t shuffle(uint32_t mask, uint64_t bits, int from, const Site& site) {

@@ -27,11 +27,9 @@ Settings settings;
 
 const Device& current_device() { return settings.device; }
 
-extern "C" void pyfused_emulate(int capability, int multiprocessors, int shared_memory, uint64_t seed) {
-  settings = {{capability, multiprocessors, shared_memory}, seed};
-}
-
 namespace emulator {
+
+void emulate(const Device& device, uint64_t seed) { settings = {device, seed}; }
 
 Machine machine;
 
@@ -187,7 +185,6 @@ void Machine::rendezvous(const Site& site, void* argument, Collective collective
     return;
   }
   collective(first, warp.arguments, site);
-  shared.pass_rendezvous(thread / kWarpSize);
   warp.arrived = 0;
   warp.ready = ~(1u << (thread - first));
 }

@@ -10,7 +10,11 @@
 
 #include "numbers.h"
 
-namespace pyfused::emulator {
+namespace pyfused {
+
+struct Device;
+
+namespace emulator {
 
 /// A place in a kernel's source; as a default argument, that of the call.
 struct Source {
@@ -31,6 +35,9 @@ struct Site {
     return operation != other.operation || source.file != other.source.file || source.line != other.source.line;
   }
 };
+
+/// Sets the device that is played, and the seed of the order in which threads run.
+void emulate(const Device& device, uint64_t seed);
 
 /// A buffer that kernels may read, and write if `writable`; they may touch no other memory but the block's own.
 void expose(const void* at, size_t bytes, bool writable);
@@ -54,7 +61,9 @@ void ldmatrix(uint32_t (&to)[4], const void* row, bool transposed, const Site& s
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*to_float)(uint16_t),
          const Site& site);
 
-}  // namespace pyfused::emulator
+}  // namespace emulator
+
+}  // namespace pyfused
 
 #include "cuda_names.h"
 

@@ -2,8 +2,8 @@
 // tiles of 64x64, four warps, three stages of copies. It can be told to make one of the mistakes that the emulator is
 // for.
 #include "device.cuh"
-#include "entry.h"
 #include "launch.h"
+#include "tests.h"
 
 namespace pyfused {
 
@@ -100,16 +100,9 @@ void launch_gemm(const Gemm& p) {
   launch<gemm_kernel<T>>(grid, kThreads, kStages * kStageElements * sizeof(T), nullptr, p);
 }
 
-extern "C" const char* gemm(bool bf16, const void* a, const void* b, float* c, int rows, int columns, int inner,
-                            int pitch_a, int pitch_b, int mistake) {
-  return message_of([=] {
-    // The last rows end with their last element.
-    emulator::expose(a, ((rows - 1) * size_t(pitch_a) + inner) * 2, false);
-    emulator::expose(b, ((inner - 1) * size_t(pitch_b) + columns) * 2, false);
-    emulator::expose(c, size_t(rows) * columns * 4, true);
-    const Gemm p = {a, b, c, rows, columns, inner, pitch_a, pitch_b, mistake};
-    bf16 ? launch_gemm<bfloat16>(p) : launch_gemm<float16>(p);
-  });
+void gemm(bool bf16, const Matrix& a, const Matrix& b, const Matrix& c, int mistake) {
+  const Gemm p = {a.data, b.data, static_cast<float*>(c.data), c.rows, c.columns, b.rows, a.pitch, b.pitch, mistake};
+  bf16 ? launch_gemm<bfloat16>(p) : launch_gemm<float16>(p);
 }
 
 }  // namespace pyfused

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from emulator.build import ROOT, build
+from emulator import build
+from emulator.build import HERE, ROOT
 
 from pyfused import backend
 
-# Capability, multiprocessors, bytes of shared memory that a block can have.
-DEFAULT = (90, 4, 232_448)
 TORCH = Path(torch.__file__).parent
 
 
@@ -23,15 +22,17 @@ def sources() -> list[Path]:
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
+def load() -> ModuleType:
     """Build what changed and load it, once a process."""
     link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
     defines = ["TORCH_TARGET_VERSION=0x020a000000000000"]
-    path = build(sources(), "kernels", defines=defines, include=[TORCH / "include"], link=link)
+    own = HERE / "library.cpp"
+    path = build.build([*sources(), own], "kernels", defines=defines, include=[TORCH / "include"], link=link)
     backend.load_cuda(path)
-    return ctypes.CDLL(str(path))
+    return build.load(path)
 
 
-def emulate(device: tuple[int, int, int] = DEFAULT, schedule: int = 0) -> None:
-    """Set the emulated device and the seed of the order in which threads run."""
-    load().pyfused_emulate(*device, ctypes.c_uint64(schedule))
+def emulate(device: tuple[int, ...] = (), schedule: int = 0) -> None:
+    """Set the emulated device (capability, multiprocessors, bytes of shared memory that one block can have) and the
+    seed of the order in which threads run."""
+    load().emulate(*device, seed=schedule)

@@ -22,7 +22,8 @@ class Sites {
 };
 
 /// A block's shared memory. Two accesses by different threads, one of them a write, race unless a barrier lies between
-/// or, within a warp, a rendezvous of the warp. Barriers and rendezvous stamp what follows them with a later time.
+/// or, within a warp, a __syncwarp: CUDA promises no order of memory for anything else that a warp does together. Both
+/// stamp what follows them with a later time.
 class SharedMemory {
  public:
   SharedMemory();
@@ -34,7 +35,7 @@ class SharedMemory {
 
   void check(int thread, const void* at, int bytes, bool write, const Site& site);
   void pass_barrier();
-  void pass_rendezvous(int warp) { warp_time_[warp] = ++clock_; }
+  void pass_syncwarp(int warp) { warp_time_[warp] = ++clock_; }
 
   /// Poisons the 16 bytes; the copy itself is made when the thread has waited for it. Between, they are untouchable.
   void issue(int thread, void* to, const void* from, int bytes, const Site& site);

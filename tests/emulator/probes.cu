@@ -5,8 +5,8 @@
 #include <string>
 
 #include "device.cuh"
-#include "entry.h"
 #include "launch.h"
+#include "tests.h"
 
 namespace pyfused {
 
@@ -92,6 +92,13 @@ const std::map<std::string, void (*)(const Probe&)> kProbes = {
        load_shared(words());
        __syncwarp();
        if (threadIdx.x == 9) store_shared(words(), load_shared(words()));
+       uint4* rows = reinterpret_cast<uint4*>(words() + 32);
+       uint32_t to[4];
+       store_shared(rows + threadIdx.x, uint4{});
+       __syncwarp();
+       ldmatrix_x4(to, rows + (threadIdx.x ^ 1));
+       __syncwarp();
+       store_shared(rows + threadIdx.x, uint4{});
      }},
     {"uninitialised",
      [](const Probe& p) {
@@ -167,6 +174,20 @@ const std::map<std::string, void (*)(const Probe&)> kProbes = {
        store_shared(words() + threadIdx.x, 1u);   // there: read after write in a warp
        load_shared(words() + (threadIdx.x ^ 1));  // here: read after write in a warp
      }},
+    {"shuffle between write and read",
+     [](const Probe&) {
+       store_shared(words() + threadIdx.x, 1u);  // there: shuffle between write and read
+       __shfl_sync(~0u, 0, 0);
+       load_shared(words() + (threadIdx.x ^ 1));  // here: shuffle between write and read
+     }},
+    {"mma between write and read",
+     [](const Probe&) {
+       const uint32_t a[4] = {};
+       float sum[4] = {};
+       store_shared(words() + threadIdx.x, 1u);  // there: mma between write and read
+       mma_m16n8k16<bfloat16>(sum, a, 0, 0);
+       load_shared(words() + (threadIdx.x ^ 1));  // here: mma between write and read
+     }},
     {"ldmatrix after write in a warp",
      [](const Probe&) {
        uint4* rows = reinterpret_cast<uint4*>(words());
@@ -174,9 +195,16 @@ const std::map<std::string, void (*)(const Probe&)> kProbes = {
        store_shared(rows + threadIdx.x, uint4{});  // there: ldmatrix after write in a warp
        ldmatrix_x4(to, rows + (threadIdx.x ^ 1));  // here: ldmatrix after write in a warp
      }},
+    {"write after ldmatrix in a warp",
+     [](const Probe&) {
+       uint4* rows = reinterpret_cast<uint4*>(words());
+       uint32_t to[4];
+       ldmatrix_x4(to, rows + threadIdx.x);              // there: write after ldmatrix in a warp
+       store_shared(rows + (threadIdx.x ^ 1), uint4{});  // here: write after ldmatrix in a warp
+     }},
     {"write after read",
      [](const Probe&) {
-       // The writer is also the last of the readers, and a rendezvous of its warp does not help.
+       // The writer is also the last of the readers, and a __syncwarp of its warp does not help.
        if (threadIdx.x >= 32) __syncwarp();
        if (threadIdx.x != 0 && threadIdx.x != 33) return;
        for (int i = 0; i < 2; ++i) load_shared(words());  // there: write after read
@@ -185,7 +213,7 @@ const std::map<std::string, void (*)(const Probe&)> kProbes = {
     {"write after read in a warp",
      [](const Probe&) {
        if (threadIdx.x < 2) load_shared(words());
-       __shfl_sync(~0u, 0, 0);
+       __syncwarp();
        if (threadIdx.x < 2) load_shared(words());        // there: write after read in a warp
        if (threadIdx.x == 1) store_shared(words(), 1u);  // here: write after read in a warp
      }},
@@ -260,34 +288,9 @@ const std::map<std::string, void (*)(const Probe&)> kProbes = {
 
 }  // namespace
 
-extern "C" const char* probe(const char* name, const uint32_t* in, int in_words, uint32_t* out, int out_words,
-                             int grid_x, int grid_y, int grid_z, int threads, int shared_bytes) {
-  return message_of([=] {
-    emulator::expose(in, 4 * in_words, false);
-    emulator::expose(out, 4 * out_words, true);
-    const Probe p = {kProbes.at(name), in, out, shared_bytes};
-    launch<probe_kernel>(dim3(grid_x, grid_y, grid_z), threads, shared_bytes, nullptr, p);
-  });
-}
-
-extern "C" void device(int* attributes) {
-  const Device& device = current_device();
-  attributes[0] = device.capability;
-  attributes[1] = device.multiprocessors;
-  attributes[2] = device.shared_memory;
-}
-
-extern "C" void round_numbers(bool bf16, const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    // By both ways.
-    const uint32_t both = bf16 ? pack<bfloat16>(from[i], 0.0f) : pack<float16>(0.0f, from[i]);
-    to[2 * i] = bf16 ? from_float<bfloat16>(from[i]).bits : from_float<float16>(from[i]).bits;
-    to[2 * i + 1] = static_cast<uint16_t>(bf16 ? both : both >> 16);
-  }
-}
-
-extern "C" void widen_numbers(bool bf16, const uint16_t* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = bf16 ? to_float(bfloat16{from[i]}) : to_float(float16{from[i]});
+void probe(const std::string& name, const uint32_t* in, uint32_t* out, dim3 grid, int threads, int shared_bytes) {
+  const Probe p = {kProbes.at(name), in, out, shared_bytes};
+  launch<probe_kernel>(grid, threads, shared_bytes, nullptr, p);
 }
 
 }  // namespace pyfused
