@@ -293,17 +293,10 @@ def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -
         "up_weight": ((channels, hidden), "(C, h)"),
         "up_bias": ((channels,), "(C,)"),
     }
-    narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
-    allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((z.dtype, torch.promote_types(z.dtype, torch.float32))))
-    if checks.autocast_dtype(z) is not None:
-        allowed = narrow
+    allowed = checks.parameter_dtypes(z)
     for parameter, value in weights.items():
-        if value is None and parameter.endswith("bias"):
-            continue
-        checks.tensor(name, parameter, value)
-        checks.shape(name, parameter, value, *shapes[parameter])
-        checks.dtype(name, parameter, value, allowed)
-        checks.same_device(name, parameter, value, z.device, "z")
+        if value is not None or parameter.endswith("weight"):
+            checks.argument(name, parameter, value, *shapes[parameter], allowed, z.device, "z")
     for argument, value in (("residual", residual), ("layer_scale", layer_scale), ("sample_scale", sample_scale)):
         if value is not None:
             checks.tensor(name, argument, value)
@@ -312,7 +305,7 @@ def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -
     if residual is not None:
         checks.shape(name, "residual", residual, tuple(z.shape), "of z")
         # Its sum with the branch is formed in float32, or with a float64 z in float64.
-        checks.dtype(name, "residual", residual, checks.FLOATING if z.dtype == torch.float64 else narrow)
+        checks.dtype(name, "residual", residual, checks.FLOATING if z.dtype == torch.float64 else checks.NARROW)
     # Not a tuple's ``in``: sizes may be symbols, which it does not compare.
     if (
         layer_scale is not None

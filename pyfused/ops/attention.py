@@ -169,8 +169,7 @@ def check_context(name: str, context: Tensor, mask: Tensor | None, projections: 
             f"got {tuple(context.shape)}"
         )
     if x is not None:
-        narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
-        checks.dtype(name, "context", context, (x.dtype,) if checks.autocast_dtype(x) is None else narrow)
+        checks.dtype(name, "context", context, (x.dtype,) if checks.autocast_dtype(x) is None else checks.NARROW)
         checks.same_device(name, "context", context, x.device)
         if context.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{name}: context must have x's batch B = {x.shape[0]} or 1, got {context.shape[0]}")

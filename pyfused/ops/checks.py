@@ -12,6 +12,7 @@ import numbers
 import torch
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NARROW = FLOATING[1:]
 
 
 def tensor(operator: str, name: str, value: object) -> None:
@@ -33,6 +34,30 @@ def dtype(operator: str, name: str, value: torch.Tensor, allowed: tuple[torch.dt
 def same_device(operator: str, name: str, value: torch.Tensor, device: torch.device, like: str = "x") -> None:
     if value.device != device:
         raise ValueError(f"{operator}: {name} must be on {device} like {like}, got {value.device}")
+
+
+def argument(
+    operator: str,
+    name: str,
+    value: torch.Tensor,
+    expected: tuple[int, ...],
+    letters: str,
+    allowed: tuple[torch.dtype, ...],
+    device: torch.device,
+    like: str = "x",
+) -> None:
+    """`tensor`, `shape`, `dtype` and `same_device`: where nothing is wrong, in one step."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.shape == expected
+        and value.dtype in allowed
+        and value.device == device
+    ):
+        return
+    tensor(operator, name, value)
+    shape(operator, name, value, expected, letters)
+    dtype(operator, name, value, allowed)
+    same_device(operator, name, value, device, like)
 
 
 def finite(operator: str, name: str, value: float) -> None:
@@ -76,3 +101,10 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def parameter_dtypes(x: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """What a parameter beside x may have: x's dtype or float32; under autocast anything up to float32."""
+    if autocast_dtype(x) is not None:
+        return NARROW
+    return (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (x.dtype, torch.float32)

@@ -385,9 +385,7 @@ def _check_rows(x: Tensor, projections: Projections) -> None:
     channels = projections.q_weight.shape[1]
     if x.dim() != 3 or x.shape[2] != channels:
         raise ValueError(f"{_NAME}: x must have shape (B, L, C) with q_weight's C = {channels}, got {tuple(x.shape)}")
-    allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((x.dtype, torch.promote_types(x.dtype, torch.float32))))
-    if checks.autocast_dtype(x) is not None:
-        allowed = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
+    allowed = checks.parameter_dtypes(x)
     for argument in PROJECTIONS:
         tensor = getattr(projections, argument)
         if tensor is not None:

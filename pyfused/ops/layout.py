@@ -11,6 +11,8 @@ def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool
 
     All leading dimensions become L, and B is 1, where the strides of every tensor allow that.
     """
+    if channel_dim == -1 and all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.reshape(1, -1, tensor.shape[-1]) for tensor in tensors], [False] * len(tensors)
     channels_first = [channel_dim == 1 and not _channels_last(tensor) for tensor in tensors]
     rows = [tensor if channel_dim == -1 else tensor.movedim(1, -1) for tensor in tensors]
     if not any(channels_first):
@@ -23,7 +25,7 @@ def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool
 def from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:
     """(B, L, N) -> x's shape with N channels, a view of y."""
     if channel_dim == -1:
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.reshape(x.shape[:-1] + y.shape[-1:])
     if channels_first:
         return y.transpose(1, 2).reshape(x.shape[0], y.shape[-1], *x.shape[2:])
     return y.reshape(x.shape[0], *x.shape[2:], y.shape[-1]).movedim(-1, 1)
@@ -44,7 +46,7 @@ def _channels_last(x: Tensor) -> bool:
 
 def _merged(x: Tensor) -> Tensor | None:
     """(..., C) as (1, M, C) without a copy; None where strides forbid it."""
-    if x.dim() <= 2 or x.is_contiguous():
+    if x.dim() <= 2:
         return x.reshape(1, -1, x.shape[-1])
     x = x.flatten(1, -2)
     if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):

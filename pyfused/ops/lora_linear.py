@@ -217,25 +217,14 @@ def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_di
             f"with weight (N, K) = {(n, k)}"
         )
     checks.tensor(name, "lora_a", lora_a)
-    checks.tensor(name, "lora_b", lora_b)
     rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{name}: lora_a must have shape (R, K) with 1 <= R <= {MAX_RANK}, got {tuple(lora_a.shape)}")
-    checks.shape(name, "lora_a", lora_a, (rank, k), "(R, K)")
-    checks.shape(name, "lora_b", lora_b, (n, rank), "(N, R)")
-    checks.dtype(name, "weight", weight, checks.FLOATING)
-    allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    if checks.autocast_dtype(x) is not None:
-        allowed = checks.FLOATING
-    allowed = tuple(dict.fromkeys(allowed))
-    for parameter, value in (("lora_a", lora_a), ("lora_b", lora_b)):
-        checks.dtype(name, parameter, value, allowed)
-        checks.same_device(name, parameter, value, x.device)
-    checks.same_device(name, "weight", weight, x.device)
+    allowed = checks.parameter_dtypes(x)
+    checks.argument(name, "lora_a", lora_a, (rank, k), "(R, K)", allowed, x.device)
+    checks.argument(name, "lora_b", lora_b, (n, rank), "(N, R)", allowed, x.device)
+    checks.argument(name, "weight", weight, (n, k), "(N, K)", checks.FLOATING, x.device)
     if bias is not None:
-        checks.tensor(name, "bias", bias)
-        checks.shape(name, "bias", bias, (n,), "(N,)")
-        checks.dtype(name, "bias", bias, checks.FLOATING)
-        checks.same_device(name, "bias", bias, x.device)
+        checks.argument(name, "bias", bias, (n,), "(N,)", checks.FLOATING, x.device)
     checks.finite(name, "scaling", scaling)
     checks.probability(name, "dropout_p", dropout_p)

@@ -231,18 +231,10 @@ def _check(o, weight, bias, residual) -> None:
         raise ValueError(f"{_NAME}: weight must have shape (C, K), got {tuple(weight.shape)}")
     channels, width = weight.shape
     checks.shape(_NAME, "o", o, (*o.shape[:-1], width), "(..., K)")
-    checks.tensor(_NAME, "residual", residual)
-    checks.shape(_NAME, "residual", residual, (*o.shape[:-1], channels), "(..., C)")
-    narrow = tuple(dtype for dtype in checks.FLOATING if dtype != torch.float64)
-    checks.dtype(_NAME, "residual", residual, checks.FLOATING if o.dtype == torch.float64 else narrow)
-    allowed: tuple[torch.dtype, ...] = tuple(dict.fromkeys((o.dtype, torch.promote_types(o.dtype, torch.float32))))
-    if checks.autocast_dtype(o) is not None:
-        allowed = narrow
-    checks.dtype(_NAME, "weight", weight, allowed)
-    checks.same_device(_NAME, "weight", weight, o.device, "o")
-    checks.same_device(_NAME, "residual", residual, o.device, "o")
+    # The sum is formed in float32, or with a float64 o in float64.
+    stream = checks.FLOATING if o.dtype == torch.float64 else checks.NARROW
+    checks.argument(_NAME, "residual", residual, (*o.shape[:-1], channels), "(..., C)", stream, o.device, "o")
+    allowed = checks.parameter_dtypes(o)
+    checks.argument(_NAME, "weight", weight, (channels, width), "(C, K)", allowed, o.device, "o")
     if bias is not None:
-        checks.tensor(_NAME, "bias", bias)
-        checks.shape(_NAME, "bias", bias, (channels,), "(C,)")
-        checks.dtype(_NAME, "bias", bias, allowed)
-        checks.same_device(_NAME, "bias", bias, o.device, "o")
+        checks.argument(_NAME, "bias", bias, (channels,), "(C,)", allowed, o.device, "o")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,9 @@ _EXCLUDED = (
     | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 )
+# What is left of the dispatch keys below autograd when nothing stands between it and a backend's implementation: no
+# fake tensors, no mode, no trace.
+_PLAIN = tuple(torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in BACKENDS}
 
 
@@ -33,23 +37,27 @@ def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[s
     overloads = {}
     for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        implementation = None
         if backend in _HOMES:
-            library.impl(name, _lazy(f"{_HOMES[backend]}.{operator}", name), "CompositeExplicitAutograd")
+            implementation = _lazy(f"{_HOMES[backend]}.{operator}", name)
+            library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default
-        library.impl(name, functools.partial(_refuse_gradient, overload), "Autograd", with_keyset=True)
+        kernel = functools.partial(_refuse_gradient, overload, implementation)
+        library.impl(name, kernel, "Autograd", with_keyset=True)
         overloads[backend] = overload
     return overloads
 
 
 def _lazy(module: str, name: str) -> Callable:
     def implementation(*args, **kwargs):
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        home = sys.modules.get(module) or importlib.import_module(module)
+        return getattr(home, name)(*args, **kwargs)
 
     return implementation
 
 
-def _refuse_gradient(overload, keyset, *args, **kwargs):
+def _refuse_gradient(overload, implementation, keyset, *args, **kwargs):
     # Without this kernel torch would run the raw operator and drop the gradient without a word.
     if forward_ad._current_level >= 0:
         for argument, value in zip(overload._schema.arguments, args, strict=False):
@@ -64,5 +72,9 @@ def _refuse_gradient(overload, keyset, *args, **kwargs):
                     f"{overload}: {argument.name} requires grad, but a raw operator has no derivative; "
                     "call the public function of pyfused, or run under torch.no_grad()"
                 )
+    remaining = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
-        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        if implementation is not None and remaining in _PLAIN:
+            # Where the dispatcher would come to by way of C++, which costs as much as a small product.
+            return implementation(*args, **kwargs)
+        return overload.redispatch(remaining, *args, **kwargs)

@@ -73,17 +73,18 @@ def _images(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, weight: Tensor, channels_first: bool, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, channels_first: bool = False, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x W^T + b: (B, L, K), (N, K) -> (B, L, N), which lies in memory as (B, N, L) when ``channels_first``.
+    """x W^T + b: (..., K), (N, K) -> (..., N); of x (B, L, K) it lies in memory as (B, N, L) when ``channels_first``.
 
     ``out``, where given, lies so and receives it.
     """
     if out is None:
-        batch, length, width = *x.shape[:2], weight.shape[0]
-        out = x.new_empty((batch, width, length)).transpose(1, 2) if channels_first else (
-            x.new_empty((batch, length, width))
-        )  # fmt: skip
+        if not channels_first:
+            if not _takes_onednn(x):
+                return torch.nn.functional.linear(x, weight, bias)
+            return _by_onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        out = x.new_empty((x.shape[0], weight.shape[0], x.shape[1])).transpose(1, 2)
     if not channels_first:
         rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
         if _takes_onednn(x):
@@ -105,11 +106,12 @@ def product(
 
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> None:
-    """y += alpha x W^T, in place: (B, L, N), (B, L, K), (N, K)."""
-    by_channels = _runs_by_channels(y)
+    """y += alpha x W^T, in place: (..., N), (..., K), (N, K), of two or three dimensions."""
     if _takes_onednn(x) and weight.shape[1] > _NARROW:
-        y.add_(product(x, weight, by_channels), alpha=alpha)
-    elif by_channels:
+        y.add_(product(x, weight, y.dim() == 3 and _runs_by_channels(y)), alpha=alpha)
+    elif y.dim() == 2:
+        y.addmm_(x, weight.t(), alpha=alpha)
+    elif _runs_by_channels(y):
         y.transpose(1, 2).baddbmm_(_images(weight, x), x.transpose(1, 2), alpha=alpha)
     else:
         y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.t(), alpha=alpha)
@@ -133,31 +135,49 @@ def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]), out=out)
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b: (M, I), (M, J) -> (I, J)."""
+    if not _takes_onednn(a):
+        return torch.mm(a.t(), b)
+    # oneDNN is several times faster with the narrow matrix on the left.
+    if a.shape[1] > b.shape[1]:
+        return _by_onednn(b.t(), a.t()).t().contiguous()
+    return _by_onednn(a.t(), b.t())
+
+
+def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Images whose rows are to be summed over as one image, unless those run by channels and are long."""
+    if len(left) > 1 and left.shape[1] >= _SHORT and (_runs_by_channels(left) or _runs_by_channels(right)):
+        return left, right
+    return left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
+
+
 def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
-    by_channels = _runs_by_channels(left) or _runs_by_channels(right)
-    if not by_channels or left.shape[1] < _SHORT:
-        left, right = left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
-    for a, b in zip(left, right, strict=True):
-        if not _takes_onednn(a):
-            total.addmm_(a.t(), b)
-        # oneDNN is several times faster with the narrow matrix on the left.
-        elif a.shape[1] > b.shape[1]:
-            total.add_(_by_onednn(b.t(), a.t()).t())
+    for a, b in zip(*_together(left, right), strict=True):
+        if _takes_onednn(a):
+            total.add_(_outer(a, b))
         else:
-            total.add_(_by_onednn(a.t(), b.t()))
+            total.addmm_(a.t(), b)
 
 
 def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over rows of left^T right: (B, L, I), (B, L, J) -> (I, J), accumulated and returned in ``dtype``."""
-    if left.is_cuda and left.dtype != dtype:
-        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
-        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
-    total = left.new_zeros((left.shape[2], right.shape[2]), dtype=dtype)
+    """sum over rows of left^T right: (..., I), (..., J) -> (I, J), accumulated and returned in ``dtype``.
+
+    Of two or three dimensions.
+    """
     if left.dtype == dtype:
-        add_outer_(total, left, right)
+        if left.dim() == 2:
+            return _outer(left, right)
+        left, right = _together(left, right)
+        total = _outer(left[0], right[0])
+        if len(left) > 1:
+            add_outer_(total, left[1:], right[1:])
         return total
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
+    total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
     for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
         total.addmm_(a.to(dtype).t(), b.to(dtype))
     return total

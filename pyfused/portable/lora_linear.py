@@ -27,12 +27,16 @@ def lora_linear_fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
-    weight, bias = _cast_frozen(weight, x.dtype), None if bias is None else bias.to(x.dtype)
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    p = product(_dropped(x, seed, dropout_p), lora_a, channels_first)
-    y = product(x, weight, channels_first, bias)
-    add_product_(y, p, lora_b, scaling)
-    return y, p.reshape(-1, lora_a.shape[0]).contiguous() if save else x.new_empty((0, lora_a.shape[0]))
+    (batch, length, _), dtype = x.shape, x.dtype
+    rows = x if channels_first else x.reshape(-1, x.shape[2])
+    p = product(_dropped(rows, seed, dropout_p), _cast(lora_a, dtype), channels_first)
+    y = product(rows, _cast_frozen(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
+    add_product_(y, p, _cast(lora_b * scaling, dtype))
+    if not channels_first:
+        y = y.view(batch, length, weight.shape[0])
+    elif save:
+        p = p.reshape(-1, p.shape[2]).contiguous()
+    return y, p if save else x.new_empty((0, lora_a.shape[0]))
 
 
 def lora_linear_bwd(
@@ -52,23 +56,39 @@ def lora_linear_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
-    dx, da, db = dy.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+    dx = da = db = None
+    (batch, length, _), dtype = dy.shape, dy.dtype
+    if not channels_first:
+        dy, x = dy.reshape(-1, dy.shape[2]), None if x is None else x.reshape(-1, x.shape[2])
+    elif need_db:
+        p = p.view(batch, length, p.shape[1])
     if need_dx or need_da:
-        q = product(dy, lora_b.to(dy.dtype).t(), channels_first).mul_(scaling)
+        # A factor in a product over all rows costs more than one in so small a matrix.
+        q = product(dy, _cast(lora_b * scaling, dtype).t(), channels_first)
     if need_dx:
-        dx = product(dy, _cast_frozen(weight, dy.dtype).t(), channels_first)
-        a = lora_a.to(dy.dtype)
+        dx = product(dy, _cast_frozen(weight, dtype).t(), channels_first)
+        a = _cast(lora_a, dtype).t()
         if dropout_p > 0.0:
-            low_rank = product(q, a.t(), channels_first=False)
-            dropout_(low_rank.view(-1, a.shape[1]), seed, dropout_p)
+            low_rank = product(q, a)
+            dropout_(low_rank.view(-1, low_rank.shape[-1]), seed, dropout_p)
             dx.add_(low_rank)
         else:
-            add_product_(dx, q, a.t())
+            add_product_(dx, q, a)
+        if not channels_first:
+            dx = dx.view(batch, length, a.shape[0])
     if need_da:
         da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
-        db = sum_over_rows(dy, p.view(*dy.shape[:2], lora_b.shape[1]), lora_b.dtype).mul_(scaling)
-    return dx, da, db
+        db = sum_over_rows(dy, p, lora_b.dtype).mul_(scaling)
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        lora_a.new_empty(0) if da is None else da,
+        lora_b.new_empty(0) if db is None else db,
+    )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
