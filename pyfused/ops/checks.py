@@ -61,7 +61,8 @@ def argument(
 
 
 def finite(operator: str, name: str, value: float) -> None:
-    if not isinstance(value, numbers.Real):
+    # First what it nearly always is: to ask an abstract class takes as long as all other checks.
+    if type(value) is not float and not isinstance(value, numbers.Real):
         raise TypeError(f"{operator}: {name} must be a Python number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{operator}: {name} must be finite, got {value}")
@@ -98,7 +99,9 @@ def seed(operator: str, value: torch.Tensor | int | None, device: torch.device) 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast turns x into; None when it is off or leaves x alone, as it does float64."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Where there is no autocast torch refuses to say whether it is on; on these there always is.
+    available = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if x.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
