@@ -24,7 +24,7 @@ _EXCLUDED = (
 )
 # What is left of the dispatch keys below autograd when nothing stands between it and a backend's implementation: no
 # fake tensors, no mode, no trace.
-_PLAIN = tuple(torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
+_PLAIN = [torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)]
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in BACKENDS}
 
 
@@ -74,7 +74,7 @@ def _refuse_gradient(overload, implementation, keyset, *args, **kwargs):
                 )
     remaining = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
-        if implementation is not None and remaining in _PLAIN:
+        if implementation is not None and remaining.raw_repr() in _PLAIN:
             # Where the dispatcher would come to by way of C++, which costs as much as a small product.
             return implementation(*args, **kwargs)
         return overload.redispatch(remaining, *args, **kwargs)
