@@ -334,6 +334,22 @@ def test_autocast_equals_torch_autocast(backend, plan, dtype, x_dtype, p):
     assert all(results[f"d{name}"].dtype == tensors[name].dtype for name in NAMES)
 
 
+@pytest.mark.parametrize("argument", ["lora_a", "lora_b"])
+def test_autocast_takes_no_float64_adapters(argument):
+    tensors = {
+        "x": torch.ones(4, 6),
+        "weight": torch.ones(5, 6),
+        "lora_a": torch.ones(3, 6),
+        "lora_b": torch.ones(5, 3),
+    }
+    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    tensors[argument] = tensors[argument].double()
+    with pytest.raises(
+        TypeError, match=f"lora_linear: {argument} must have dtype torch.float32 or .*, got torch.float64"
+    ):
+        autocast(pyfused.lora_linear, torch.bfloat16)(**tensors)
+
+
 @every_backend
 def test_autocast_leaves_float64_alone(backend):
     tensors = draw((5, 6), 7, 3, torch.float64)
