@@ -136,12 +136,18 @@ def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
         print("yes", file=building, flush=True)
         plan, library = _write_plan(toolchain, sources)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        if not re.fullmatch(r"[1-9]\d*", jobs):
+            raise SystemExit(f"pyfused: MAX_JOBS must be a number from 1 on, got {jobs!r}")
         # ninja prints by itself: what was printed before must not come after.
         sys.stdout.flush()
         command = [toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]
         failed = subprocess.run(command, pass_fds=[building.fileno()]).returncode
-        building.truncate(0)
+        if failed >= 0:
+            # Nothing of it lives on.
+            building.truncate(0)
         if failed:
+            # Half a library, of a linker that was killed, would pass for a whole one that once stood there.
+            library.unlink(missing_ok=True)
             raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, target)

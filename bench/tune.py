@@ -102,13 +102,8 @@ class _RawCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def directions(case: Case) -> tuple[list[Direction], str, Mapping[str, float]]:
-    """(forward and backward of the case's kernels, the operator they are of, `preference`'s sizes)."""
-    seen: list[dict] = []
-
-    def observer(operator: str, **facts: object) -> None:
-        seen.append({"kernels": operator} | facts)
-
+def directions(case: Case) -> list[Direction]:
+    """Forward and backward of the case's kernels."""
     # Fake ones take no time to draw.
     with FakeTensorMode():
         drawn = case.tensors(torch.device("cpu"))
@@ -118,16 +113,27 @@ def directions(case: Case) -> tuple[list[Direction], str, Mapping[str, float]]:
     }
     for name in (*case.inputs, *case.trained):
         tensors[name].requires_grad_()
+    with _RawCalls() as calls:
+        y = case.call(functools.partial(getattr(pyfused, case.operator), backend="portable"), tensors)
+        leaves = [tensors[name] for name in (*case.inputs, *case.trained)]
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
+    return calls.found
+
+
+def kernels_and_sizes(case: Case, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, float]]:
+    """(the operator whose kernels serve the case, `preference`'s sizes), which depend on where ``tensors`` are."""
+    seen: list[tuple[str, Mapping[str, float]]] = []
+
+    def observer(operator: str, **facts) -> None:
+        seen.append((facts.get("kernels", operator), facts["sizes"]))
+
     observe.observers.append(observer)
     try:
-        with _RawCalls() as calls:
-            y = case.call(functools.partial(getattr(pyfused, case.operator), backend="portable"), tensors)
-            leaves = [tensors[name] for name in (*case.inputs, *case.trained)]
-            torch.autograd.grad(y, leaves, torch.empty_like(y))
+        case.call(getattr(pyfused, case.operator), tensors)
     finally:
         observe.observers.remove(observer)
-    (facts,) = seen
-    return calls.found, facts["kernels"], facts["sizes"]
+    (found,) = seen
+    return found
 
 
 def neighbours(config: object) -> Iterator[object]:
@@ -234,8 +240,7 @@ class Tuner:
 
     def tune(self, case: Case) -> None:
         """Rows for the kernels of one case, then for its backends."""
-        found, operator, sizes = directions(case)
-        for direction in found if refusal(case, self.device, "triton") is None else ():
+        for direction in directions(case) if refusal(case, self.device, "triton") is None else ():
             for chosen in chosen_by(direction, self.target):
                 if self.out_of_time:
                     return
@@ -248,7 +253,7 @@ class Tuner:
             measured.TABLE = measured.Table(merged(measured.TABLE.rows, self.rows))
             launch.forget()
             self.on_step(f"{case.name}: backends")
-            self._compare_backends(case, operator, sizes)
+            self._compare_backends(case)
 
     def _is_new(self, *what: object) -> bool:
         key = repr(what)
@@ -286,9 +291,10 @@ class Tuner:
             _, dtype, rows, others = launch.measured_for(chosen.arguments)
             self._add(chosen.kernel, dtype, rows, others, _fields(own, best), gain=round(gain, 3), of=direction.name)
 
-    def _compare_backends(self, case: Case, operator: str, sizes: Mapping[str, float]) -> None:
+    def _compare_backends(self, case: Case) -> None:
         names = [name for name in backends.BACKENDS if refusal(case, self.device, name) is None]
         tensors = case.tensors(self.device)
+        operator, sizes = kernels_and_sizes(case, tensors)
         contenders = case.contenders(tensors, names).named
         inputs = [tensors[name] for name in case.inputs]
         calls = {name: contenders[f"pyfused {name}"].call(inputs, tensors["dy"], backward=True) for name in names}
@@ -393,7 +399,7 @@ def show(capability: tuple[int, int], select: str) -> int:
     limits, jobs = Limits(float("inf"), float("inf")), os.cpu_count() or 1
     cases = [case for case in operators.timed_cases(torch.device("cuda")) if select in case.name]
     for case in cases:
-        for direction in directions(case)[0]:
+        for direction in directions(case):
             for chosen in chosen_by(direction, target):
                 own = chosen.config()
                 found = sound(direction, chosen, target, limits, float("inf"), jobs)

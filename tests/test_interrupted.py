@@ -253,6 +253,34 @@ def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, kind, sur
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+@pytest.mark.parametrize("killed", ["the linker", "ninja too"])
+def test_half_a_library_does_not_pass_for_built(checkout, killed):
+    expected = _write_sources(checkout, "old")
+    assert _build(checkout) == 3
+    os.remove(checkout / "build" / "cuda" / "_C.so")
+    with _start_build(checkout, PAUSE="2") as build:
+        _wait_until((checkout / "half.so").exists)
+        (ninja,) = psutil.Process(build.pid).children()
+        for member in ([ninja] if killed == "ninja too" else []) + ninja.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        build.communicate(timeout=60)
+    assert build.returncode != 0
+    assert _build(checkout) == 0
+    assert (checkout / "pyfused" / "_C.abi3.so").read_text() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
+@pytest.mark.parametrize("given", ["0", "-1", "all"])
+def test_jobs_that_are_no_number_of_compilers(checkout, given):
+    _write_sources(checkout, "old")
+    with _start_build(checkout, MAX_JOBS=given) as build:
+        printed, _ = build.communicate(timeout=60)
+    assert build.returncode != 0
+    assert f"pyfused: MAX_JOBS must be a number from 1 on, got {given!r}" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux")
 def test_a_source_edited_while_it_compiles_is_compiled_again(checkout):
     _write_sources(checkout, "old")
     with _start_build(checkout, PAUSE="1.5") as build:

@@ -101,3 +101,9 @@ def test_images_come_back_in_their_format_with_other_channels(memory_format):
     assert image.is_contiguous(memory_format=memory_format)
     assert _storage(image) == _storage(y)
     assert torch.equal(image, x[:, :9])
+
+
+def test_a_stride_of_a_single_image_does_not_count():
+    odd = torch.randn(4, 1, 16).as_strided((4, 1, 16), (16, 999, 1))
+    rows, _ = as_rows(-1, odd, torch.randn(4, 1, 32)[..., ::2])
+    assert [tuple(tensor.shape) for tensor in rows] == [(1, 4, 16)] * 2

@@ -334,6 +334,24 @@ def test_autocast_equals_torch_autocast(backend, plan, dtype, x_dtype, p):
     assert all(results[f"d{name}"].dtype == tensors[name].dtype for name in NAMES)
 
 
+@pytest.mark.parametrize("scaling", [1 / 64, 1e-3])
+def test_a_small_scaling_costs_no_digits_in_float16(scaling):
+    x, dy = torch.randn(64, 32).half(), torch.randn(64, 24).half()
+    a, b = torch.randn(4, 32).half(), (1e-4 * torch.randn(24, 4)).half()
+    results = []
+    for function, dtype in (
+        (pyfused.lora_linear, None),
+        (reference.lora_linear, None),
+        (reference.lora_linear, torch.float64),
+    ):
+        tensors = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (x, a, b)]
+        y = function(tensors[0], torch.zeros_like(tensors[0][:24]), *tensors[1:], scaling=scaling)
+        results.append([y, *torch.autograd.grad(y, tensors, dy.to(y))])
+    ours, plain, exact = ([tensor.detach().double() for tensor in each] for each in results)
+    for mine, other, right in zip(ours, plain, exact, strict=True):
+        assert (mine - right).norm() <= 2 * (other - right).norm() + 1e-3 * right.norm()
+
+
 @pytest.mark.parametrize("argument", ["lora_a", "lora_b"])
 def test_autocast_takes_no_float64_adapters(argument):
     tensors = {

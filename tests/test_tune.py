@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from pyfused import backend as backends
 from pyfused import measured
 from pyfused.bench import operators, tune
 from pyfused.bench.adapter_residual import AdapterCase
@@ -36,7 +37,7 @@ def _empty_table(monkeypatch):
 
 
 def direction(case, name):
-    return next(item for item in tune.directions(case)[0] if item.name.endswith(name))
+    return next(item for item in tune.directions(case) if item.name.endswith(name))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,8 @@ def direction(case, name):
     ids=lambda value: getattr(value, "operator", ""),
 )
 def test_every_choice_of_an_operator_is_found(case, kernels):
-    found, operator, sizes = tune.directions(case)
+    found = tune.directions(case)
+    operator, sizes = tune.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
     assert [item.name for item in found] == [f"{case.operator}_fwd", f"{case.operator}_bwd"]
     chosen = [one for item in found for one in tune.chosen_by(item, H200)]
     assert sorted(one.kernel for one in chosen) == sorted(kernels)
@@ -193,14 +195,22 @@ def test_backends_become_a_row_the_fastest_first(name):
         return {name: times[name] for name in calls}
 
     found = tune.Tuner(torch.device("cpu"), H200, LIMITS, measure, seconds=1.0)
-    _, operator, sizes = tune.directions(case)
-    found._compare_backends(case, operator, sizes)
+    operator, sizes = tune.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
+    found._compare_backends(case)
     (row,) = found.rows
     assert row.subject == operator
     assert list(row.found) == [name for name in ("triton", "cuda", "portable") if name in row.found]
     assert row.found["portable"] == 3.0
     assert row.sizes == {name: size for name, size in sizes.items() if name != "M"}
     assert row.capability == (9, 0)
+
+
+def test_a_row_has_the_sizes_of_a_call_on_its_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "shared_memory", lambda device: 0 if device.type == "cpu" else 232_448)
+    case = replace(operators.OPERATORS["adapter_residual"].TINY, dtype=torch.bfloat16)
+    found = tune.Tuner(torch.device("cpu"), H200, LIMITS, lambda calls: dict.fromkeys(calls, 1e-6), seconds=1.0)
+    found._compare_backends(case)
+    assert found.rows[0].sizes["cuda_rows"] == 0
 
 
 def test_the_summary_tells_how_far_arithmetic_is_off():
@@ -227,7 +237,7 @@ from pyfused.bench import operators, tune
 from pyfused.bench.adapter_residual import AdapterCase
 operators.timed_cases = lambda device: [AdapterCase((1, 64, 64), 16, torch.bfloat16)]
 directions = tune.directions
-tune.directions = lambda case: (directions(case)[0][:1],)
+tune.directions = lambda case: directions(case)[:1]
 tune.neighbours = lambda config: [config]
 sys.exit(tune.show((9, 0), "adapter_residual"))
 """

@@ -46,7 +46,7 @@ def _channels_last(x: Tensor) -> bool:
 
 def _merged(x: Tensor) -> Tensor | None:
     """(..., C) as (1, M, C) without a copy; None where strides forbid it."""
-    if x.dim() <= 2:
+    if x.dim() <= 2 or x.is_contiguous():
         return x.reshape(1, -1, x.shape[-1])
     x = x.flatten(1, -2)
     if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):

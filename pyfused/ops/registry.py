@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
 
 import torch
@@ -50,8 +49,13 @@ def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[s
 
 
 def _lazy(module: str, name: str) -> Callable:
+    home = None
+
     def implementation(*args, **kwargs):
-        home = sys.modules.get(module) or importlib.import_module(module)
+        nonlocal home
+        if home is None:
+            # Not out of sys.modules, where another thread's import may not have ended.
+            home = importlib.import_module(module)
         return getattr(home, name)(*args, **kwargs)
 
     return implementation

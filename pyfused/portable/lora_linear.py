@@ -31,7 +31,7 @@ def lora_linear_fwd(
     rows = x if channels_first else x.reshape(-1, x.shape[2])
     p = product(_dropped(rows, seed, dropout_p), _cast(lora_a, dtype), channels_first)
     y = product(rows, _cast_frozen(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
-    add_product_(y, p, _cast(lora_b * scaling, dtype))
+    add_product_(y, p, _cast(lora_b, dtype), scaling)
     if not channels_first:
         y = y.view(batch, length, weight.shape[0])
     elif save:
@@ -63,8 +63,7 @@ def lora_linear_bwd(
     elif need_db:
         p = p.view(batch, length, p.shape[1])
     if need_dx or need_da:
-        # A factor in a product over all rows costs more than one in so small a matrix.
-        q = product(dy, _cast(lora_b * scaling, dtype).t(), channels_first)
+        q = product(dy, _cast(lora_b, dtype).t(), channels_first).mul_(scaling)
     if need_dx:
         dx = product(dy, _cast_frozen(weight, dtype).t(), channels_first)
         a = _cast(lora_a, dtype).t()
