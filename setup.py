@@ -88,7 +88,7 @@ class Toolchain:
         """ninja's rule -> its command, of ninja's variables and words for a shell."""
         # Hidden: symbols of inline variables are else one for the whole process, another library's included.
         options = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-        outputs = ["-c", "$in", "-o", "$out", "-MMD", "-MF", "$out.d"]
+        outputs = ["-c", "$in", "-o", "$out.part", "-MMD", "-MF", "$out.d", "-MT", "$out"]
         cpp = [
             self.cxx, *options, "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
             "-isystem", str(self.torch / "include"), *outputs,
@@ -102,7 +102,8 @@ class Toolchain:
         # libtorch brings libtorch_cuda along where there is one; no symbol of it is needed to link.
         link = [
             self.nvcc, "-ccbin", self.cxx, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL",
-            "-Xlinker", "--no-as-needed", "$in", "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu", "-o", "$out",
+            "-Xlinker", "--no-as-needed", "$in", "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu", "-o",
+            "$out.part",
         ]  # fmt: skip
         return {"cpp": cpp, "cu": cu, "link": link}
 
@@ -127,52 +128,39 @@ def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
     """Compile what changed, and link."""
     import fcntl
 
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not re.fullmatch(r"[1-9]\d*", jobs):
+        raise SystemExit(f"pyfused: MAX_JOBS must be a number from 1 on, got {jobs!r}")
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    with (OBJECTS / "building").open("a") as building:
-        # The compilers inherit the lock: those that outlive a build that was killed have ended when the next begins.
-        fcntl.flock(building, fcntl.LOCK_EX)
-        if building.tell():
-            _remove_unfinished(since=os.path.getmtime(building.name))
-        print("yes", file=building, flush=True)
+    with (OBJECTS / "lock").open("w") as lock:
+        # The compilers inherit it: those that outlive a build that was killed have ended when the next begins.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         plan, library = _write_plan(toolchain, sources)
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        if not re.fullmatch(r"[1-9]\d*", jobs):
-            raise SystemExit(f"pyfused: MAX_JOBS must be a number from 1 on, got {jobs!r}")
         # ninja prints by itself: what was printed before must not come after.
         sys.stdout.flush()
         command = [toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]
-        failed = subprocess.run(command, pass_fds=[building.fileno()]).returncode
-        if failed >= 0:
-            # Nothing of it lives on.
-            building.truncate(0)
-        if failed:
-            # Half a library, of a linker that was killed, would pass for a whole one that once stood there.
-            library.unlink(missing_ok=True)
+        if subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
             raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, target)
 
 
-def _remove_unfinished(since: float) -> None:
-    """What a build that was killed has left: ninja would take it for what its last whole build made."""
-    for path in OBJECTS.iterdir():
-        if path.suffix in (".o", ".so") and path.stat().st_mtime >= since:
-            path.unlink()
-
-
 def _write_plan(toolchain: Toolchain, sources: list[str]) -> tuple[Path, Path]:
     """What ninja reads, and the library that it makes."""
-    # Every object depends on it: other versions of nvcc and torch compile the same command to something else.
+    rules = toolchain.rules()
+    # Every object depends on it: other versions of nvcc and torch make something else of the same command, and ninja
+    # cannot know by which command an object came about whose compiler outlived it.
     info, literal = OBJECTS / "build_info.h", json.dumps(toolchain.build_info())
-    if not info.exists() or literal not in info.read_text():
-        info.write_text(f"#define PYFUSED_BUILD_INFO {literal}\n")
+    text = f"#define PYFUSED_BUILD_INFO {literal}\n// {json.dumps(rules)}\n"
+    if not info.exists() or info.read_text() != text:
+        info.write_text(text)
     plan, library = OBJECTS / "build.ninja", OBJECTS / "_C.so"
     lines = [f"builddir = {OBJECTS}"]
-    for name, command in toolchain.rules().items():
+    for name, command in rules.items():
         words = " ".join(word if word[0] == "$" else shlex.quote(word).replace("$", "$$") for word in command)
-        # What ptxas says of every kernel, wrong or not, stays in the log.
-        show = "code=$$?; grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$code"
-        lines += [f"rule {name}", f"  command = {words} > $out.log 2>&1; {show}"]
+        # Half an object never has an object's name. What ptxas says of every kernel, wrong or not, stays in the log.
+        done = "mv $out.part $out; code=$$?; grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$code"
+        lines += [f"rule {name}", f"  command = {words} > $out.log 2>&1 && {done}"]
         if name == "link":
             lines.append("  description = linking $out")
         else:

@@ -159,14 +159,15 @@ arguments = sys.argv[1:]
 if "--version" in arguments:
     sys.exit(print("release 12.4, V12.4.131"))
 target = pathlib.Path(arguments[arguments.index("-o") + 1])
-inputs = [item for item in arguments if item.endswith((".cu", ".cu.o")) and item != str(target)]
+made = arguments[arguments.index("-MT") + 1] if "-MT" in arguments else str(target)
+inputs = [item for item in arguments if item.endswith((".cu", ".cu.o")) and item != made]
 text = "".join(pathlib.Path(item).read_text() for item in inputs)
 text += "".join(f"{{item}}\\n" for item in arguments if "sm_" in item)
 with target.open("w") as file:
     file.write(text[: len(text) // 2])
     file.flush()
     if "PAUSE" in os.environ:
-        pathlib.Path(f"half{{target.suffix}}").touch()
+        pathlib.Path("half.so" if "_C.so" in target.name else "half.o").touch()
         time.sleep(float(os.environ["PAUSE"]))
     file.write(text[len(text) // 2 :])
 if "-MF" in arguments:
@@ -243,8 +244,9 @@ def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, kind, sur
             # A shell ends with its compiler.
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    # It begins when those that live on have ended.
-    assert _build(checkout) == (0 if kind == "linking" else 3)
+    # It begins when those that live on have ended. A ninja that lives on may end its work, or end by printing to nobody.
+    may_be_done = kind == "new sources" and survivors == "ninja and compilers"
+    assert _build(checkout) in ((0,) if kind == "linking" else (0, 3) if may_be_done else (3,))
     assert not any(map(_runs, family))
     library = checkout / "pyfused" / "_C.abi3.so"
     assert library.read_text() == expected
