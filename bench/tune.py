@@ -36,6 +36,7 @@ from pyfused.bench import rows as row_format
 from pyfused.bench.cases import Case, refusal
 from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
 from pyfused.kernels.launch import Chosen, LaunchWork, Target
+from pyfused.ops.lora_linear import choose_plan
 
 # Function of a configuration -> what a launch in it does at least.
 _WORK = {
@@ -90,7 +91,7 @@ def _like(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class _RawCalls(TorchDispatchMode):
-    """Notes the arguments of the raw operators inside."""
+    """Notes the arguments of the raw operators inside, with the plan that Triton's kernels have on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +99,17 @@ class _RawCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "pyfused_portable":
-            self.found.append(Direction(func._schema.name.rpartition("::")[2], tuple(args)))
+            name, given = func._schema.name.rpartition("::")[2], dict(zip(_names(func), args, strict=True))
+            if "plan" in given:
+                rank, k = given["lora_a"].shape
+                width = k if name.endswith("_bwd") else given["weight"].shape[0]
+                given["plan"], _ = choose_plan(width, rank, given["dropout_p"], args[0].dtype, "cuda")
+            self.found.append(Direction(name, tuple(given.values())))
         return func(*args, **(kwargs or {}))
+
+
+def _names(func: torch._ops.OpOverload) -> list[str]:
+    return [argument.name for argument in func._schema.arguments]
 
 
 def directions(case: Case) -> list[Direction]:

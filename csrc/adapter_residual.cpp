@@ -17,13 +17,6 @@ Tensor narrow(const Tensor& weight, const Tensor& like) {
   return torch::stable::to(weight, like.scalar_type());
 }
 
-/// Numbers of a type that the kernels take.
-OptionalTensor held(const OptionalTensor& numbers) {
-  using torch::headeronly::ScalarType;
-  if (!numbers || numbers->scalar_type() != ScalarType::Double) return numbers;
-  return torch::stable::to(*numbers, ScalarType::Float);
-}
-
 /// What both directions read, for rows (batch, length) whose products are made in the type of `like`.
 Adapter adapter_of(int64_t batch, int64_t length, const Tensor& like, const Tensor& down, const OptionalTensor& down_bias,
                    const Tensor& up, const OptionalTensor& up_bias, const OptionalTensor& layer_scale,

@@ -7,8 +7,9 @@
 // of size (J, J) meets the rows: o and o F^T come out of the tiles of F that g F^T needs anyway.
 //
 // Gradients of the middle are divided by the root of the largest |w|, and a dy wider than the products is multiplied by
-// it: float16 holds neither a w of 1e-6 nor what a scaled loss sends back. For the same reason kappa a a^T is summed as
-// (kappa |o| a) (a / |o|)^T.
+// it: float16 holds neither a w of 1e-6 nor what a scaled loss sends back. For the same reason the matrices that are
+// summed over rows, rho a and kappa a, are divided by the largest rho and kappa: |x| / eps where o is next to 0. Those
+// are known when all rows are done: a light kernel between rows and sums.
 #pragma once
 
 #include "cross_attention_residual.cuh"
@@ -52,8 +53,8 @@ struct Matched {
   }
 };
 
-/// From |x| of each row in `rho`, the sums over channels, and dy w . o too large by `too_large`: rho; what x gets times
-/// in dx, to narrow_bias; kappa, kappa |o| and 1 / |o| to row_numbers 4 to 6. And kappa's sum over the tile.
+/// From |x| of each row in `keep`, the sums over channels, and dy w . o too large by `too_large`: rho in `keep`; what x
+/// gets times in dx, to narrow_bias; kappa to row_numbers 4. And what is to be summed over the rows of all tiles.
 template <class B>
 __device__ inline void put_row_norms(const BottleneckMemory<B>& memory, const CrossAttentionBackwardRows& p,
                                      const Tile& tile, float too_large) {
@@ -63,21 +64,28 @@ __device__ inline void put_row_norms(const BottleneckMemory<B>& memory, const Cr
     const float norm = sqrtf(row_sum(memory, 0, row)), along = row_sum(memory, 2, row) / too_large;
     const float length = load_shared(memory.keep + row);
     const float inverse = inverse_or_zero(norm + p.eps), rho = length * inverse;
-    const float kappa_norm = norm == 0.0f ? 0.0f : along * rho * inverse;
+    const float kappa = along * rho * inverse * inverse_or_zero(norm);
     store_shared(memory.keep + row, rho);
     store_shared(memory.narrow_bias + row, along * inverse * inverse_or_zero(length));
-    store_shared(row_numbers(memory, 4) + row, kappa_norm * inverse_or_zero(norm));
-    store_shared(row_numbers(memory, 5) + row, kappa_norm);
-    store_shared(row_numbers(memory, 6) + row, inverse_or_zero(norm));
+    store_shared(row_numbers(memory, 4) + row, kappa);
     if (p.rho != nullptr && row < tile.count) {
-      store_global(p.rho + tile.batch * p.length + tile.first + row, rho);
+      const int64_t m = tile.batch * p.length + tile.first + row;
+      store_global(p.rho + m, rho);
+      store_global(p.kappa + m, kappa);
     }
   }
   __syncthreads();
-  if (p.kappa_sums != nullptr && threadIdx.x == 0) {
-    float sum = 0.0f;
-    for (int row = 0; row < tile.count; ++row) sum += load_shared(row_numbers(memory, 4) + row);
-    store_global(p.kappa_sums + blockIdx.x, sum);
+  if (p.rho != nullptr && threadIdx.x == 0) {
+    float largest_rho = 0.0f, largest_kappa = 0.0f, sum = 0.0f;
+    for (int row = 0; row < tile.count; ++row) {
+      const float kappa = load_shared(row_numbers(memory, 4) + row);
+      largest_rho = fmaxf(largest_rho, load_shared(memory.keep + row));
+      largest_kappa = fmaxf(largest_kappa, fabsf(kappa));
+      sum += kappa;
+    }
+    store_global(p.tile_numbers + blockIdx.x, largest_rho);
+    store_global(p.tile_numbers + p.tiles + blockIdx.x, largest_kappa);
+    store_global(p.tile_numbers + 2 * p.tiles + blockIdx.x, sum);
   }
 }
 
@@ -119,6 +127,48 @@ __device__ inline void store_weighted(const Rows& to, const float* factors, floa
     for (int j = 0; j < 8; ++j) a[j] = factor * (column + j == p.columns ? one : dropped(a[j], p.dropout));
     Eight{row, column, false, 8}.store(a, to, tile);
   }
+}
+
+constexpr int kWeighedRows = 64, kWeighThreads = 128;
+constexpr int kWeighBytes = 4 * (2 * kWeighedRows + 2 * (kWeighThreads / kWarp));
+
+/// The largest of `count` numbers, for the whole block; `scratch` has a number for each warp.
+__device__ inline float largest_of(const float* numbers, int count, float* scratch) {
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) largest = fmaxf(largest, load_global(numbers + i));
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
+  }
+  if (threadIdx.x % kWarp == 0) store_shared(scratch + threadIdx.x / kWarp, largest);
+  __syncthreads();
+  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) largest = fmaxf(largest, load_shared(scratch + warp));
+  return largest == 0.0f ? 1.0f : largest;
+}
+
+/// rho a and kappa a, divided by the largest of each, and a with 1 behind it.
+template <class T>
+__global__ void __launch_bounds__(kWeighThreads)
+    cross_attention_bwd_weigh_kernel(const __grid_constant__ CrossAttentionBackwardRows p) {
+  float* const factors = reinterpret_cast<float*>(shared_memory());  // (2, kWeighedRows)
+  float* const scratch = factors + 2 * kWeighedRows;
+  const float rho = largest_of(p.tile_numbers, p.tiles, scratch);
+  const float kappa = largest_of(p.tile_numbers + p.tiles, p.tiles, scratch + kWeighThreads / kWarp);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    store_global(p.largest, rho);
+    store_global(p.largest + 1, kappa);
+  }
+  const int tiles_l = static_cast<int>((p.length + kWeighedRows - 1) / kWeighedRows);
+  const Tile tile = tile_of(blockIdx.x, kWeighedRows, tiles_l, p.length);
+  for (int row = threadIdx.x; row < tile.count; row += blockDim.x) {
+    const int64_t m = tile.batch * p.length + tile.first + row;
+    store_shared(factors + row, load_global(p.rho + m) / rho);
+    store_shared(factors + kWeighedRows + row, load_global(p.kappa + m) / kappa);
+  }
+  __syncthreads();
+  store_weighted(p.matched, factors, 0.0f, p, tile);
+  store_weighted(p.left, factors + kWeighedRows, 0.0f, p, tile);
+  store_weighted(p.right, nullptr, p.bias.data == nullptr ? 0.0f : 1.0f, p, tile);
 }
 
 /// p of a tile of rows out of x, to memory.
@@ -223,11 +273,7 @@ __global__ void __launch_bounds__(B::kThreads)
   __syncthreads();
   round_middle(memory, p.columns);
   if (p.ds.data != nullptr) store_middle(memory, p.ds, tile, p.pitch);
-  if (p.matched.data != nullptr) store_weighted(p.matched, matches ? memory.keep : nullptr, 0.0f, p, tile);
-  if (p.left.data != nullptr) store_weighted(p.left, row_numbers(memory, 5), 0.0f, p, tile);
-  if (p.right.data != nullptr) {
-    store_weighted(p.right, row_numbers(memory, 6), p.bias.data == nullptr ? 0.0f : 1.0f, p, tile);
-  }
+  if (p.matched.data != nullptr && !matches) store_weighted(p.matched, nullptr, 0.0f, p, tile);
   if (p.dx.data == nullptr) return;
 
   const auto finish = [&](float (&out)[8], const Eight& where) {

@@ -87,8 +87,10 @@ __global__ void __launch_bounds__(kGradientWarps* kWarp)
       p.gram == nullptr ? nullptr : p.gram + static_cast<int64_t>(context) * gram_rows * p.pitch;
   const float gate = !exists ? 0.0f : p.gate.data == nullptr ? p.weight : load_vector(p.gate, c);
   const float bias = exists && p.bias.data != nullptr ? load_vector(p.bias, c) : 0.0f;
-  // G of a wide dy is root times too large.
-  const float outer_scale = p.wide_dy ? 1.0f / root : 1.0f;
+  // G of a wide dy is root times too large; with norm matching sums have been divided by the largest weight of a row.
+  const bool weighed = p.largest != nullptr;
+  const float outer_scale = (p.wide_dy ? 1.0f / root : 1.0f) * (weighed ? load_global(p.largest) : 1.0f);
+  const float gram_scale = root * (weighed ? load_global(p.largest + 1) : 1.0f);
 
   float d_gate = 0.0f, d_bias = 0.0f;
 #pragma unroll 1
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarp)
       if (need_values) {
         const float value = load_f(p, context, j + k, c), sum = load_shared(outer + here);
         d_gate += value * sum;
-        store_number(p.d_f.data, p.d_f.number, at, gate * sum - root * along[k]);
+        store_number(p.d_f.data, p.d_f.number, at, gate * sum - gram_scale * along[k]);
         if (gram != nullptr && p.bias.data != nullptr) {
           d_bias -= value * load_global(gram + static_cast<int64_t>(p.columns) * p.pitch + j + k);
         }
@@ -141,10 +143,11 @@ __global__ void __launch_bounds__(kGradientWarps* kWarp)
   const int64_t at = static_cast<int64_t>(context) * p.channels + c;
   store_number(p.d_gate.data, p.d_gate.number, at, d_gate + bias * sum_dy);
   if (p.d_bias.data == nullptr) return;
+  d_bias *= gram_scale;
   if (gram != nullptr) {
-    d_bias -= bias * sum_of_floats(p.kappa_sums + static_cast<int64_t>(context) * p.tiles, p.tiles, 1);
+    d_bias -= root * bias * sum_of_floats(p.kappa_sums + static_cast<int64_t>(context) * p.tiles, p.tiles, 1);
   }
-  store_number(p.d_bias.data, p.d_bias.number, at, gate * sum_dy + root * d_bias);
+  store_number(p.d_bias.data, p.d_bias.number, at, gate * sum_dy + d_bias);
 }
 
 }  // namespace pyfused

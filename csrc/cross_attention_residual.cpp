@@ -126,11 +126,12 @@ void sum_gradients(const CrossAttentionBackwardRows& p, Gradients& to, int64_t c
     outer.need_down = true;
     const Tensor outer_parts = sum_rows(outer, p, with_one, contexts, like, call);
     g.gram = mutable_data<float>(gram);
+    g.largest = p.largest;
     sum_parts({outer.parts, outer.part_size, with_one * p.pitch, static_cast<int>(outer.splits / contexts),
                static_cast<int>(contexts), written(gram)},
               call.stream());
-    g.kappa_sums = p.kappa_sums;
-    g.tiles = static_cast<int>(cross_attention_tiles(p) / contexts);
+    g.kappa_sums = p.tile_numbers + 2 * p.tiles;
+    g.tiles = static_cast<int>(p.tiles / contexts);
   }
   g.parts = sums.parts;
   g.part_size = sums.part_size;
@@ -183,8 +184,9 @@ std::tuple<Tensor, Tensor> cross_attention_residual_fwd(const Tensor& x, const T
   Tensor y = empty(x.sizes(), number_of(x), x);
   Tensor kept = save ? empty({batch, length, columns}, number_of(e), e) : nothing(e);
   if (batch * length == 0) return {y, kept};
+  const OptionalTensor gate_numbers = held(gate);
   CrossAttentionForward p{
-      attention_of(batch, length, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p)};
+      attention_of(batch, length, e, c, f, bias, gate_numbers, seed, weight, norm_match, eps, dropout_p)};
   const Tensor rows = rows_of(x, e);
   p.x = const_rows(rows);
   p.y = mutable_rows(y);
@@ -202,15 +204,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_resid
   const auto gradient = [&](const OptionalTensor& of, bool needed) {
     return of && needed ? empty(of->sizes(), number_of(*of), *of) : nothing(e);
   };
+  // 16 bits do not hold a sum over rows.
+  const auto wide_gradient = [&](const Tensor& of, bool needed) {
+    return needed ? empty(of.sizes(), Number::kFloat32, of) : empty({0}, Number::kFloat32, of);
+  };
   Tensor dx = need_dx ? empty(dy.sizes(), number_of(dy), dy) : nothing(dy);
-  Gradients to{gradient(e, need_keys), gradient(c, need_keys), gradient(f, need_values), gradient(bias, need_values),
-               empty({need_values ? channels : 0}, Number::kFloat32, dy)};
+  Gradients to{wide_gradient(e, need_keys), gradient(c, need_keys), wide_gradient(f, need_values),
+               gradient(bias, need_values), empty({need_values ? channels : 0}, Number::kFloat32, dy)};
   if (rows == 0) {
     for (Tensor* empty_sum : {&to.e, &to.c, &to.f, &to.bias, &to.gate}) torch::stable::zero_(*empty_sum);
     return {dx, to.e, to.c, to.f, to.bias, to.gate};
   }
+  const OptionalTensor gate_numbers = held(gate);
   CrossAttentionBackwardRows p{
-      attention_of(batch, length, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p)};
+      attention_of(batch, length, e, c, f, bias, gate_numbers, seed, weight, norm_match, eps, dropout_p)};
   const auto whole_eights = [](int64_t width) { return (width + 7) / 8 * 8; };
   const int64_t pitch = whole_eights(p.columns), one_pitch = whole_eights(p.columns + (bias ? 1 : 0));
   p.recompute = !kept;
@@ -233,16 +240,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_resid
   const bool as_it_is = !seed && !norm_match && p.p.stride_l == pitch;
   const Tensor matched = matrix(need_values && !as_it_is, pitch);
   const Tensor left = matrix(matches_values, pitch), right = matrix(matches_values, one_pitch);
-  const Tensor rho = floats(norm_match ? rows : 0), gate_copy = floats(gate ? 0 : 1);
-  const Tensor kappa_sums = floats(matches_values ? cross_attention_tiles(p) : 0);
+  p.tiles = cross_attention_tiles(p);
+  const Tensor rho = floats(matches_values ? rows : 0), kappa = floats(matches_values ? rows : 0);
+  const Tensor tile_numbers = floats(matches_values ? 3 * p.tiles : 0), largest = floats(matches_values ? 2 : 0);
+  const Tensor gate_copy = floats(gate ? 0 : 1);
   p.ds = made_rows(ds);
   p.matched = made_rows(matched);
   p.left = made_rows(left);
   p.right = made_rows(right);
   p.rho = static_cast<float*>(written(rho).data);
-  p.kappa_sums = static_cast<float*>(written(kappa_sums).data);
+  p.kappa = static_cast<float*>(written(kappa).data);
+  p.tile_numbers = static_cast<float*>(written(tile_numbers).data);
+  p.largest = static_cast<float*>(written(largest).data);
   p.gate_copy = static_cast<float*>(written(gate_copy).data);
   cross_attention_backward_rows(p, call.stream());
+  if (matches_values) cross_attention_weigh(p, call.stream());
   if (need_keys || need_values) sum_gradients(p, to, e.size(0), dy, call);
   return {dx, to.e, to.c, to.f, to.bias, to.gate};
 }

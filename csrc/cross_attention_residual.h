@@ -35,15 +35,17 @@ struct CrossAttentionForward : CrossAttention {
 };
 
 /// p (M, J) is read, or made again and written with zeros up to `pitch`, the columns in whole eights. What else has
-/// data is made: dx, ds / root (M, pitch), rho a (M, pitch) in `matched`; with norm matching also rho of each row,
-/// kappa |o| a / root (M, pitch) in `left`, a / |o| with 1 / |o| behind it if there is a bias in `right`, and the sum
-/// of kappa / root over each tile of rows.
+/// data is made: dx, ds / root (M, pitch), and without norm matching a (M, pitch) in `matched`. With norm matching,
+/// where dF is wanted: rho and kappa / root of each row, of each tile of rows the largest of both and then kappa's sum,
+/// and after them, by cross_attention_weigh, rho a and kappa a (M, pitch) in `matched` and `left`, a with 1 behind it if
+/// there is a bias in `right`. `matched` is divided by the largest rho and `left` by the largest kappa, which 16 bits
+/// may not hold and which `largest` gets.
 struct CrossAttentionBackwardRows : CrossAttention {
   Rows dy, p, dx, ds, matched, left, right;
-  float *rho, *kappa_sums;
+  float *rho, *kappa, *tile_numbers, *largest;  // (M), (M), (3, tiles), (2)
   float* gate_copy;  // gets `weight`, if there is no gate
   float root;        // of |weight|; with a gate that of the largest
-  int pitch;
+  int pitch, tiles;  // tiles of rows in all
   bool recompute;
 };
 
@@ -53,8 +55,9 @@ struct CrossAttentionGradients : CrossAttention {
   const float* parts;
   int64_t part_size;
   int contexts, splits, pitch;
-  // With norm matching: the sum of right^T left for each context, and of kappa, in `tiles` numbers each.
-  const float *gram, *kappa_sums;
+  // With norm matching: the sum of right^T left for each context, and of kappa, in `tiles` numbers each; the largest
+  // rho and kappa, by which sums have been divided.
+  const float *gram, *kappa_sums, *largest;
   int tiles;
   float root;
   bool wide_dy;
@@ -77,6 +80,7 @@ void cross_attention_forward(const CrossAttentionForward& parameters, void* stre
 /// How many tiles of rows a pass has.
 int cross_attention_tiles(const CrossAttention& parameters);
 void cross_attention_backward_rows(const CrossAttentionBackwardRows& parameters, void* stream);
+void cross_attention_weigh(const CrossAttentionBackwardRows& parameters, void* stream);
 void cross_attention_gradients(const CrossAttentionGradients& parameters, void* stream);
 void sum_parts(const SumOfParts& parameters, void* stream);
 

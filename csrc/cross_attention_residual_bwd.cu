@@ -1,4 +1,5 @@
-// Starts cross_attention_residual's backward: rows, gradients. The sums over rows between them are adapter_residual's.
+// Starts cross_attention_residual's backward: rows, weights of the rows, gradients. The sums over rows between them are
+// adapter_residual's.
 #include "cross_attention_backward.cuh"
 #include "cross_attention_gradients.cuh"
 #include "cross_attention_residual_config.cuh"
@@ -19,6 +20,15 @@ void cross_attention_backward_rows(const CrossAttentionBackwardRows& parameters,
     using B = decltype(tile);
     launch<cross_attention_bwd_rows_kernel<B>>(grid, B::kThreads, shared_bytes, stream, p);
   });
+}
+
+void cross_attention_weigh(const CrossAttentionBackwardRows& p, void* stream) {
+  const int64_t blocks = p.batch * ((p.length + kWeighedRows - 1) / kWeighedRows);
+  const auto start = [&](auto type) {
+    launch<cross_attention_bwd_weigh_kernel<decltype(type)>>(dim3(static_cast<unsigned>(blocks)), kWeighThreads,
+                                                             kWeighBytes, stream, p);
+  };
+  p.number == Number::kFloat16 ? start(float16{}) : start(bfloat16{});
 }
 
 void sum_parts(const SumOfParts& p, void* stream) {

@@ -19,7 +19,7 @@ Rows matrix(const char* name, const Tensor& tensor, const Rows& x, bool or_float
   return rows;
 }
 
-LoraGemm gemm_of(const char* name, const Rows& x, int64_t batch, int64_t length, double scaling) {
+LoraGemm gemm_of(const char* name, const Rows& x, int64_t batch, int64_t length, double scaling, double p_scaling) {
   if (x.number == Number::kFloat32) {
     throw std::runtime_error(std::string("lora_linear: ") + name +
                              " must have dtype float16 or bfloat16 on backend 'cuda', got float32");
@@ -29,6 +29,7 @@ LoraGemm gemm_of(const char* name, const Rows& x, int64_t batch, int64_t length,
   g.batch = batch;
   g.length = length;
   g.scaling = static_cast<float>(scaling);
+  g.p_scaling = static_cast<float>(p_scaling);
   return g;
 }
 
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
   Tensor y = rows_like(x, weight.size(0), channels_first);
   Tensor p = empty({save ? batch * length : 0, rank}, number_of(x), x);
   if (batch * length == 0) return {y, p};
-  LoraGemm g = gemm_of("x", const_rows(x), batch, length, scaling);
+  LoraGemm g = gemm_of("x", const_rows(x), batch, length, scaling, 1.0);
   g.weight = matrix("weight", weight, g.x, false);
   g.a = matrix("lora_a", lora_a, g.x, true);
   g.b = matrix("lora_b", lora_b, g.x, true);
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& dy, const Optio
   const bool any_rows = batch * length > 0;
   const Tensor q = empty({any_rows && need_da ? batch * length : 0, rank}, dy_rows.number, dy);
   if (any_rows && (need_dx || need_da)) {
-    LoraGemm g = gemm_of("dy", dy_rows, batch, length, scaling);
+    LoraGemm g = gemm_of("dy", dy_rows, batch, length, 1.0, scaling);
     g.a = transposed(b);
     g.k = static_cast<int>(n);
     g.rank = static_cast<int>(rank);
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor& dy, const Optio
   }
   if (need_da) {
     LoraSum& sum = sums.sums[sums.count++];
-    sum = sum_of(const_rows(x), by_rows(const_rows(q), length), transposed(mutable_rows(da)), k, scaling);
+    sum = sum_of(const_rows(x), by_rows(const_rows(q), length), transposed(mutable_rows(da)), k, 1.0);
     sum.dropout = dropout(seed, dropout_p);
     sum.factor *= sum.dropout.inverse_keep;
   }

@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocks) lora_gemm_kernel(cons
     }
   }
   __syncthreads();
-  put_p<G>(memory, sums, drop_x ? g.dropout.inverse_keep : 1.0f, g.rank);
+  put_p<G>(memory, sums, g.p_scaling * (drop_x ? g.dropout.inverse_keep : 1.0f), g.rank);
   __syncthreads();
   if (n0 == 0 && g.p.data != nullptr) {
     store_tile<T, G::kM, G::kRank, G::kThreads>(g.p, memory, G::kPPitch, tile, 0, g.rank);

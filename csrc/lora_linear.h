@@ -5,15 +5,16 @@
 
 namespace pyfused {
 
-/// y (B, L, N) = x W^T + b + s P B^T with P = drop(x) A^T; with `drop_term` dropout masks P B^T instead of x, and with
-/// x = dy, W^T, B^T and A^T for W, A and B that is dx. x, W, P and y have one 16-bit type.
+/// y (B, L, N) = x W^T + b + s P B^T with P = t drop(x) A^T; with `drop_term` dropout masks P B^T instead of x, and with
+/// x = dy, W^T, B^T and A^T for W, A and B, s = 1 and t the scaling that is dx. x, W, P and y have one 16-bit type, to
+/// which P is rounded once.
 struct LoraGemm {
   Rows x, weight, a, b;  // (B, L, K), (N, K), (R, K), (N, R)
   Vector bias;
   Rows p, y;  // (B, L, R), (B, L, N); data null: not wanted
   int64_t batch, length;
   int k, n, rank;  // n 0: P alone
-  float scaling;
+  float scaling, p_scaling;  // s, t
   Dropout dropout;
   bool drop_term;
   // What the launcher sets: tiles of rows in an image and in all, tiles of columns.

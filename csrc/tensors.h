@@ -109,6 +109,13 @@ inline Number number_of(const Tensor& tensor) {
   }
 }
 
+/// Numbers of a type that the kernels take.
+inline OptionalTensor held(const OptionalTensor& numbers) {
+  using torch::headeronly::ScalarType;
+  if (!numbers || numbers->scalar_type() != ScalarType::Double) return numbers;
+  return torch::stable::to(*numbers, ScalarType::Float);
+}
+
 namespace detail {
 
 inline Rows rows(const Tensor& tensor, void* data) {

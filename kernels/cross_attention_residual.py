@@ -1,8 +1,11 @@
 """``cross_attention_residual``, the core of absorbed attention: y = x + w rho (drop(softmax_T(x E^T + c)) F + b_o).
 
 One launch forward. Two backward: rows (ds and dx), then sums over rows (dE, dc, and G = (rho a)^T dy with its sum
-rho dy). What remains, dF, db_o and dw from G, has no rows and is left to torch, as are the Gram matrix of F and b_o, by
-which norm matching knows |c|^2, and its gradient.
+rho dy). What remains, dF, db_o and dw from G, has no rows and is left to torch, as is norm matching's part of dF.
+
+With norm matching the tiles of F are met once more, for |o| of a row's own o = a F + b_o: of a F F^T a^T float16 holds
+neither the largest nor the smallest, and float32 half the digits where o is small against F. Backward's pass over the
+rows goes by o's gradient do = rho g - kappa o, of which da = do F^T.
 
 The J = H T columns of a tile are padded to powers of two in both: column j is head j // BLOCK_T, token j % BLOCK_T.
 """
@@ -74,63 +77,81 @@ def _probabilities(
 
 
 @triton.jit
-def _row_length(x_rows, stride_xc, ok_m, channels, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """|x| of each row."""
-    square = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(tl.cdiv(channels, BLOCK_C)):
-        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = load_tile(x_rows, offs_c, stride_xc, ok_m, offs_c < channels, OFFSET).to(tl.float32)
-        square += tl.sum(x * x, axis=1)
-    return tl.sqrt(square)
+def _output_tile(
+    a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """o = a F + b_o  [BLOCK_M, BLOCK_C] in float32."""
+    f = load_weight(f_ptr, columns, offs_c, 1, stride_fc, ok_j, ok_c, DTYPE, OFFSET)
+    o = tl.dot(a, f, input_precision=PRECISION)
+    if bias_ptr is not None:
+        o += tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+    return o
 
 
 @triton.jit
-def _bias_along(
-    dy_rows, stride_dyc, ok_m, bias_ptr, gate_ptr, stride_gate, channels,
-    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+def _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET: tl.constexpr):
+    """g = w dy  [BLOCK_M, BLOCK_C] in float32; with a gate that is w."""
+    g = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
+    if gate_ptr is None:
+        return g * weight
+    else:
+        return g * tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _norms(
+    a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, dy_rows, stride_dyc, ok_m,
+    gate_ptr, stride_gate, weight, channels,
+    BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dy . (w b_o) of each row, w 1 without a gate."""
+    """(|o|, |x|, g . o) of each row; the last is 0 but in BACKWARD."""
+    square = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    square_x = tl.zeros((BLOCK_M,), dtype=tl.float32)
     along = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        bias = tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)
-        if gate_ptr is not None:
-            bias *= tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
-        along += tl.sum(
-            load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32) * bias[None, :], axis=1
-        )
-    return along
+        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
+        square += tl.sum(o * o, axis=1)
+        if BACKWARD:
+            g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET)
+            along += tl.sum(g * o, axis=1)
+        x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
+        square_x += tl.sum(x * x, axis=1)
+    return tl.sqrt(square), tl.sqrt(square_x), along
 
 
 @triton.jit
-def _projected_norm(
-    a, gram_ptr, stride_gram, heads, tokens, BIAS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+def _matched_product(
+    a, norm, rho, kappa, f_ptr, columns, ok_j, stride_fc, bias_ptr, dy_rows, stride_dyc, ok_m,
+    gate_ptr, stride_gate, weight, root, channels,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """(a K + f, |c|) of each row: c = a F + b_o, and the Gram matrix holds K, with a bias f and |b_o|^2 behind it."""
-    columns, ok_j = _columns(heads, tokens, tokens, 1, tl.int32, BLOCK_H, BLOCK_T)
-    gram = tl.load(
-        gram_ptr + columns[:, None] * stride_gram + columns[None, :], mask=ok_j[:, None] & ok_j[None, :], other=0.0
-    )
-    product = tl.dot(a, gram.to(DTYPE), input_precision=PRECISION)  # [BLOCK_M, BLOCK_J]
-    wide = a.to(tl.float32)
-    if BIAS:
-        last = heads * tokens
-        f = tl.load(gram_ptr + last * stride_gram + columns, mask=ok_j, other=0.0)
-        product += f[None, :]
-        square = tl.sum(wide * (product + f[None, :]), axis=1) + tl.load(gram_ptr + last * stride_gram + last)
-    else:
-        square = tl.sum(wide * product, axis=1)
-    return product, tl.sqrt(tl.maximum(square, 0.0))
+    """da = (rho g - kappa o) F^T / root  [BLOCK_M, BLOCK_J] in float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
+    for start in range(tl.cdiv(channels, BLOCK_C)):
+        offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
+        ok_c = offs_c < channels
+        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
+        g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET)
+        do = (rho[:, None] * g - kappa[:, None] * o) / root
+        if tl.float16 == DTYPE:
+            # rho is |x| / eps where o is 0: times F or p = 0, where every key is masked, not NaN.
+            do = tl.where(norm[:, None] == 0.0, tl.minimum(tl.maximum(do, -65504.0), 65504.0), do)
+        f = load_weight(f_ptr, offs_c, columns, stride_fc, 1, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
+        acc = tl.dot(do.to(DTYPE), f, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["tiles_l", "threshold"])
 def _cross_attention_fwd_kernel(
-    x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, gram_ptr, y_ptr, p_ptr, seed_ptr,
+    x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, y_ptr, p_ptr, seed_ptr,
     length, channels, heads, tokens, tiles_l,
     stride_xb, stride_xl, stride_xc, stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
-    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate, stride_gramb, stride_gram,
+    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
     stride_yb, stride_yl, stride_yc,
     weight, eps, inverse_keep, threshold,
     NORM_MATCH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -153,21 +174,19 @@ def _cross_attention_fwd_kernel(
         keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
         p = tl.where(keep, p * inverse_keep, 0.0)
     a = p.to(dtype)  # [BLOCK_M, BLOCK_J]
-    if NORM_MATCH:
-        _, norm = _projected_norm(
-            a, gram_ptr + batch * stride_gramb, stride_gram, heads, tokens, bias_ptr is not None, dtype, PRECISION,
-            BLOCK_H, BLOCK_T,
-        )  # fmt: skip
-        rho = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C) * inverse_or_zero(norm + eps)
-    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    f_ptr += batch * stride_fb
     columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
+    if NORM_MATCH:
+        norm, norm_x, _ = _norms(
+            a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, x_rows, stride_xc, ok_m,
+            gate_ptr, stride_gate, weight, channels, False, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        rho = norm_x * inverse_or_zero(norm + eps)
+    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        f = load_weight(f_ptr + batch * stride_fb, columns, offs_c, 1, stride_fc, ok_j, ok_c, dtype, OFFSET)
-        out = tl.dot(a, f, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
-        if bias_ptr is not None:
-            out += tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+        out = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, dtype, PRECISION, OFFSET)
         if NORM_MATCH:
             out *= rho[:, None]
         if gate_ptr is None:
@@ -181,12 +200,12 @@ def _cross_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tiles_l", "threshold", "counters"])
 def _cross_attention_bwd_rows_kernel(
-    dy_ptr, x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, gram_ptr, p_ptr, dx_ptr, ds_ptr, seed_ptr, counter_ptr,
+    dy_ptr, x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, p_ptr, dx_ptr, ds_ptr, seed_ptr, counter_ptr,
     rho_ptr, kappa_ptr, a_ptr,
     length, channels, heads, tokens, tiles_l, counters,
     stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_dxb, stride_dxl, stride_dxc,
     stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
-    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate, stride_gramb, stride_gram,
+    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
     weight, root, eps, inverse_keep, threshold,
     NORM_MATCH: tl.constexpr, RECOMPUTE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -217,40 +236,41 @@ def _cross_attention_bwd_rows_kernel(
     if gate_ptr is not None:
         root = gate_root(gate_ptr, stride_gate, channels, BLOCK_ALL)
     columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
-    da = narrow_product(
-        dy_rows, stride_dyc, ok_m, f_ptr + batch * stride_fb, stride_fc, columns, ok_j, gate_ptr, stride_gate, root,
-        channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
-    )  # fmt: skip
+    f_ptr += batch * stride_fb
+    towards = tl.zeros((BLOCK_M,), dtype=tl.float32)
     # From here on gradients are divided by root.
-    if gate_ptr is None:
-        da *= weight / root
+    if NORM_MATCH:
+        a = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
+        if DROP:
+            keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
+            a = tl.where(keep, a * inverse_keep, 0.0)
+        tl.store(a_ptr + p_offs, a, mask=ok_p)
+        a = a.to(dtype)
+        norm, norm_x, along = _norms(
+            a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, dy_rows, stride_dyc, ok_m,
+            gate_ptr, stride_gate, weight, channels, True, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        inverse = inverse_or_zero(norm + eps)
+        rho = norm_x * inverse
+        kappa = along * rho * inverse * inverse_or_zero(norm)
+        towards = along * inverse * inverse_or_zero(norm_x) / root
+        tl.store(rho_ptr + rows, rho, mask=ok_m)
+        tl.store(kappa_ptr + rows, kappa, mask=ok_m)
+        da = _matched_product(
+            a, norm, rho, kappa, f_ptr, columns, ok_j, stride_fc, bias_ptr, dy_rows, stride_dyc, ok_m,
+            gate_ptr, stride_gate, weight, root, channels,
+            dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+        )  # fmt: skip
+    else:
+        da = narrow_product(
+            dy_rows, stride_dyc, ok_m, f_ptr, stride_fc, columns, ok_j, gate_ptr, stride_gate, root,
+            channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+        )  # fmt: skip
+        if gate_ptr is None:
+            da *= weight / root
     p = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
     if DROP:
         keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
-    towards = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    if NORM_MATCH:
-        a = p
-        if DROP:
-            a = tl.where(keep, p * inverse_keep, 0.0)
-        product, norm = _projected_norm(
-            a.to(dtype), gram_ptr + batch * stride_gramb, stride_gram, heads, tokens, bias_ptr is not None, dtype,
-            PRECISION, BLOCK_H, BLOCK_T,
-        )  # fmt: skip
-        along = tl.sum(a * da, axis=1)
-        if bias_ptr is not None:
-            along += _bias_along(
-                dy_rows, stride_dyc, ok_m, bias_ptr, gate_ptr, stride_gate, channels, OFFSET, BLOCK_M, BLOCK_C
-            ) * (weight / root)  # fmt: skip
-        length_x = _row_length(x_rows, stride_xc, ok_m, channels, OFFSET, BLOCK_M, BLOCK_C)
-        inverse = inverse_or_zero(norm + eps)
-        rho = length_x * inverse
-        kappa = along * rho * inverse * inverse_or_zero(norm)
-        da = da * rho[:, None] - kappa[:, None] * product
-        towards = along * inverse * inverse_or_zero(length_x)
-        tl.store(rho_ptr + rows, rho, mask=ok_m)
-        tl.store(a_ptr + p_offs, a, mask=ok_p)
-        tl.store(kappa_ptr + rows, kappa * root, mask=ok_m)
-    if DROP:
         da = tl.where(keep, da * inverse_keep, 0.0)
     grouped = tl.reshape(p, (BLOCK_M, BLOCK_H, BLOCK_T))
     dp = tl.reshape(da, (BLOCK_M, BLOCK_H, BLOCK_T))
@@ -286,7 +306,7 @@ def _cross_attention_bwd_weights_kernel(
 
     Each program leaves its part in its split's slot of parts; in the last slot, when all are done, they are summed. A
     slot holds dE^T / root and G^T (BLOCK_C, COLUMNS each), then the sums of ds / root (COLUMNS) and rho dy (BLOCK_C);
-    G's is root times as large where dy is wider than the products.
+    G's is root times as large where dy is wider than the products. With rho_ptr a and dy are weighted by it, at most 1.
     """
     pid_c, pid_j = tl.program_id(0), tl.program_id(1)
     context, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -367,7 +387,7 @@ def cross_attention_residual_fwd(
     p = e.new_empty((batch, length, heads * tokens) if save else 0)
     if batch * length == 0:
         return y, p
-    shared = _shared(e, c, f, bias, gate, norm_match)
+    shared = _shared(e, c, f, bias, gate)
     config = configuration(
         _cross_attention_fwd_kernel, rows_config,
         batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype, target(x.device),
@@ -406,11 +426,11 @@ def cross_attention_residual_bwd(
     need_keys: bool,
     need_values: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx in dy's dtype, dE, dc, dF and db_o in their tensors' dtypes, dw (C,) in float32; empty where not needed."""
+    """dx in dy's dtype, dc and db_o in their tensors' dtypes, dE, dF, dw (C,) in float32; empty where not needed."""
     (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
     wide, nothing = {"dtype": torch.float32, "device": dy.device}, e.new_empty
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
-    shared = _shared(e, c, f, bias, gate, norm_match)
+    shared = _shared(e, c, f, bias, gate)
     rows, columns, padded = batch * length, heads * tokens, shared["BLOCK_H"] * shared["BLOCK_T"]
     size = batch, length, channels, padded, e.dtype, target(dy.device)
     vectors = vectorised(dy, x, dx if need_dx else None)
@@ -457,7 +477,13 @@ def cross_attention_residual_bwd(
                 num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
             if not (need_keys or need_values):
-                return dx, nothing(0), nothing(0), nothing(0), nothing(0), torch.empty(0, **wide)
+                empty = torch.empty(0, **wide)
+                return dx, empty, nothing(0), torch.empty_like(empty), nothing(0), torch.empty_like(empty)
+            if norm_match:
+                # Of rho a float16 does not hold what it holds of a: |x| / eps where o is smaller.
+                largest = rho.amax()
+                largest = torch.where(largest == 0.0, 1.0, largest)
+                arguments["rho_ptr"] = rho / largest
             launch(
                 _cross_attention_bwd_weights_kernel, (tiles_c, padded // block_j, contexts * splits),
                 **arguments, **{name: shared[name] for name in _OF_ALL},
@@ -473,10 +499,10 @@ def cross_attention_residual_bwd(
         parts[:, :, -1], sums_cfg.block_c, shared["BLOCK_H"], shared["BLOCK_T"], (heads, tokens, channels)
     )
     # One empty tensor for all that is not needed would be outputs that alias.
-    de, dc, df, db = (nothing(0) for _ in range(4))
-    d_gate = torch.empty(0, **wide)
+    dc, db = nothing(0), nothing(0)
+    de, df, d_gate = (torch.empty(0, **wide) for _ in range(3))
     if need_keys:
-        de = (keys * root).to(e.dtype).contiguous()
+        de = (keys * root).contiguous()
         if c is not None:
             if len(c) != contexts:
                 # A mask of each image over a context that they share.
@@ -484,6 +510,8 @@ def cross_attention_residual_bwd(
             dc = (sum_ds * root).to(c.dtype).contiguous()
     if need_values:
         values = values if dy.dtype == e.dtype else values / root
+        if norm_match and rows > 0:
+            values, sum_dy = values * largest, sum_dy * largest
         df, db, d_gate = _value_gradients(values, sum_dy, f, bias, gate, weight, a, kappa)
     return dx, de, dc, df, db, d_gate
 
@@ -511,17 +539,18 @@ def _value_gradients(outer, sum_dy, f, bias, gate, weight: float, a, kappa):
     d_gate = (values * outer).sum((0, 1))
     d_values = outer * (weight if gate is None else gate.to(torch.float32))
     if a is not None:
-        # The Gram matrix's gradient has the rows in it.
+        # The norms' part, (kappa a)^T o with o = a F.
         a = a.view(contexts, -1, heads * tokens) if a.numel() else a[None].expand(contexts, -1, -1)
         a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
-        d_values -= (kappa.view(contexts, a.shape[1], 1) * a).mT @ a @ values
-    df = d_values[:, : heads * tokens].unflatten(1, (heads, tokens))
-    df = df.to(f.dtype).contiguous()
+        weighted = (kappa.view(contexts, a.shape[1], 1) * a).mT
+        # The shorter way cancels where o is small against F: what is left are more digits than 16 bits have.
+        d_values -= weighted @ (a @ values) if f.dtype == torch.float32 else weighted @ a @ values
+    df = d_values[:, : heads * tokens].unflatten(1, (heads, tokens)).contiguous()
     return df, f.new_empty(0) if bias is None else d_values[:, -1].sum(0).to(bias.dtype), d_gate
 
 
 def _beside(dtype: torch.dtype, padded: int, dropout_p: float, norm_match: bool) -> int:
-    """Tiles that live beside the logits in forward: the mask, or a Gram matrix's product."""
+    """Tiles that live beside the logits in forward: the mask, or a tile of o for its norm."""
     return int(padded >= 64 or dropout_p > 0.0 or norm_match) + (dtype == torch.float32)
 
 
@@ -541,24 +570,21 @@ def _values(f: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 _OF_ALL = ("gate_ptr", "heads", "tokens", "stride_gate", "PRECISION", "BLOCK_T")
 
 
-def _shared(e, c, f, bias, gate, norm_match) -> dict[str, object]:
+def _shared(e, c, f, bias, gate) -> dict[str, object]:
     """The arguments that forward and backward have in common; what serves all images has a stride of 0 between them."""
     heads, tokens = e.shape[1:3]
     block_t = triton.next_power_of_2(tokens)
-    values = _values(f, bias) if norm_match else None
-    gram = None if values is None else values @ values.mT
     arguments: dict[str, object] = {
         "e_ptr": e, "c_ptr": c, "f_ptr": f, "bias_ptr": None if bias is None else bias.contiguous(), "gate_ptr": gate,
-        "gram_ptr": gram, "heads": heads, "tokens": tokens,
+        "heads": heads, "tokens": tokens,
         **strides("e", ("b", "h", "t", "c"), e), **strides("c", ("b", "h", "t"), c),
         **strides("f", ("b", "h", "t", "c"), f),
         "stride_gate": 0 if gate is None or gate.numel() == 1 else gate.stride(0),
-        "stride_gramb": 0 if gram is None else gram.stride(0), "stride_gram": 0 if gram is None else gram.stride(1),
         "PRECISION": dot_precision(e.dtype),
         # A matrix instruction takes 16 columns at least.
         "BLOCK_H": max(triton.next_power_of_2(heads), 16 // block_t), "BLOCK_T": block_t,
     }  # fmt: skip
-    for name, tensor in (("eb", e), ("cb", c), ("fb", f), ("gramb", gram)):
+    for name, tensor in (("eb", e), ("cb", c), ("fb", f)):
         if tensor is not None and len(tensor) == 1:
             arguments[f"stride_{name}"] = 0
     return arguments

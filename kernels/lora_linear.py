@@ -1,10 +1,10 @@
 """``lora_linear`` in Triton.
 
     y = x W^T + b + s P B^T        P = drop(x) A^T
-    dx = dy W + s mask (P' A)      P' = dy B        dA = s P'^T drop(x)        dB = s dy^T P
+    dx = dy W + mask (Q A)         Q = s dy B       dA = Q^T drop(x)        dB = s dy^T P
 
 Without dropout dx is y's own kernel on (dy, W^T, B^T, A^T). Letters: M rows, N out, K in, R rank; x is (B, L, K) with
-any strides and row m is b * L + l; P and P' are (M, R), unscaled.
+any strides and row m is b * L + l; P and Q are (M, R), rounded to x's dtype once, Q with its scaling.
 """
 
 import torch
@@ -27,9 +27,7 @@ from pyfused.kernels.launch import (
 )
 from pyfused.kernels.lora_linear_plan import (
     EXPAND_BLOCK_R,
-    ONE_LAUNCH_MAX_RANK,
     block_rank,
-    choose_plan,
     gemm_config,
     shares_pass,
     shrink_config,
@@ -45,14 +43,15 @@ def _lora_gemm_kernel(
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
     stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_bias, stride_yb, stride_yl, stride_yn,
-    scaling, inverse_keep, threshold,
+    scaling, saved_scaling, inverse_keep, threshold,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
 
-    DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself (dx).
+    SAVE_P keeps ``saved_scaling`` P. DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself
+    (dx).
     """
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     batch = (pid_m // tiles_l).to(tl.int64)
@@ -98,7 +97,7 @@ def _lora_gemm_kernel(
         if SAVE_P:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
             if pid_n == 0:
                 p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-                tl.store(p_ptrs, p_acc.to(dtype), mask=ok_l[:, None] & ok_r[None, :])
+                tl.store(p_ptrs, (p_acc * saved_scaling).to(dtype), mask=ok_l[:, None] & ok_r[None, :])
         b = tl.load(b_ptrs + offs_r.to(OFFSET)[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(
             dtype
         )
@@ -134,11 +133,11 @@ def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
     stride_xb, stride_xl, stride_xk, stride_ar, stride_ak,
-    inverse_keep, threshold,
+    scaling, inverse_keep, threshold,
     DROP_X: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """P[split] (M, R) = drop(x) A^T over the split's ``steps`` blocks of K."""
+    """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K."""
     pid_m, split = tl.program_id(0), tl.program_id(1)
     batch = (pid_m // tiles_l).to(tl.int64)
     offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -162,6 +161,7 @@ def _lora_shrink_kernel(
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
+    acc *= scaling
     if DROP_X:
         acc *= inverse_keep
     p_ptrs = p_ptr + (split.to(tl.int64) * rows_total + batch * length) * rank
@@ -276,8 +276,14 @@ def _sum_partials_kernel(
     tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_p=False, drop_x=False, drop_p=False):
-    """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise."""
+def _gemm(
+    x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *,
+    own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False,
+):  # fmt: skip
+    """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
+
+    With ``save_p`` saved_scaling P goes to ``p``.
+    """
     (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     config = configuration(
         _lora_gemm_kernel, gemm_config, batch, length, n, k, rank, x.dtype, target(x.device),
@@ -290,7 +296,7 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
         length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
         stride_bias=0 if bias is None else bias.stride(0), **strides("y", "bln", y),
-        scaling=scaling, **dropout_arguments(seed, dropout_p),
+        scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -299,8 +305,10 @@ def _gemm(x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *, own_p, save_
     )  # fmt: skip
 
 
-def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
-    """P (M, R) = drop(x) a^T in x's dtype."""
+def _shrink(
+    x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float, scaling: float = 1.0
+) -> torch.Tensor:
+    """scaling drop(x) a^T, (M, R), in x's dtype."""
     (batch, length, k), rank = x.shape, a.shape[0]
     config = configuration(
         _lora_shrink_kernel, shrink_config, batch, length, k, rank, x.dtype, target(x.device)
@@ -315,7 +323,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
         x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
         steps=steps,
         **strides("x", "blk", x), **strides("a", "rk", a),
-        **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
+        scaling=scaling, **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -326,7 +334,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout
 
 
 def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
-    """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) also returns t factor (M, R)."""
+    """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) returns scaling t factor (M, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
     config = configuration(
         _lora_wgrad_kernel, wgrad_config, batch, length, columns, rank, t.dtype, target(t.device),
@@ -354,7 +362,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
     if factor is None:
         return None
     q = t.new_empty((batch * length, rank))
-    _sum_partials(q_parts, q, 1.0)
+    _sum_partials(q_parts, q, scaling)
     return q
 
 
@@ -382,8 +390,7 @@ def lora_linear_fwd(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, N) and P (M, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
-    (batch, length, k), (n, rank) = x.shape, lora_b.shape
-    plan = _resolve(plan, batch * length, n, k, rank, dropout_p, x)
+    (batch, length, _), (n, rank) = x.shape, lora_b.shape
     p = x.new_empty((batch * length if save else 0, rank))
     if batch * length == 0:
         return rows_like(x, n, channels_first), p
@@ -422,7 +429,6 @@ def lora_linear_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     (batch, length, n), (rank, k) = dy.shape, lora_a.shape
-    plan = _resolve(plan, batch * length, k, n, rank, dropout_p, dy)
     dx = dy.new_empty(0)
     da = lora_a.new_empty((rank, k)) if need_da else lora_a.new_empty(0)
     db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
@@ -436,33 +442,25 @@ def lora_linear_bwd(
         if own:
             q = dy.new_empty((batch * length if need_da else 0, rank))
         elif need_q and not share:
-            q = _shrink(dy, lora_b.t(), None, 0.0)
+            q = _shrink(dy, lora_b.t(), None, 0.0, scaling)
         if need_db:
             made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if share else None)
             q = q if made is None else made
         if need_dx and plan == "blas":
             dx = _blas_product(dy, weight.t(), None, channels_first)
             if dropout_p > 0.0:
-                _expand_(dx, q, lora_a.t(), seed, scaling, dropout_p)
+                _expand_(dx, q, lora_a.t(), seed, 1.0, dropout_p)
             else:
-                _blas_add_(dx, q, lora_a.t(), scaling)
+                _blas_add_(dx, q, lora_a.t(), 1.0)
         elif need_dx:
             dx = rows_like(dy, k, channels_first)
             _gemm(
-                dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling, dropout_p,
-                own_p=own, save_p=own and need_da, drop_p=dropout_p > 0.0,
+                dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling if own else 1.0, dropout_p,
+                own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0,
             )  # fmt: skip
         if need_da:
-            _wgrad(x, q, da.t(), seed, scaling, dropout_p)
+            _wgrad(x, q, da.t(), seed, 1.0, dropout_p)
     return dx, da, db
-
-
-def _resolve(plan: str, m: int, n: int, k: int, rank: int, dropout_p: float, x: torch.Tensor) -> str:
-    if plan == "auto":
-        return choose_plan(m, n, k, rank, dropout_p, x.dtype, target(x.device))[0]
-    if plan == "one_launch" and rank > ONE_LAUNCH_MAX_RANK:
-        raise ValueError(f"lora_linear: plan 'one_launch' takes a rank of at most {ONE_LAUNCH_MAX_RANK}, got {rank}")
-    return plan
 
 
 def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plans and launch configurations of ``lora_linear``: pure functions of shape, dtype and target.
+"""Launch configurations of ``lora_linear``: pure functions of shape, dtype and target.
 
 No row has been timed on a GPU yet. Tile shapes come from compiling ahead of time (`pyfused.kernels.audit`: no spills,
 shared memory within the limit) and from counting waves and bytes.
@@ -36,8 +36,6 @@ class PassConfig:
     num_stages: int
 
 
-# Beyond it P of every tile does not fit beside the tile's accumulator.
-ONE_LAUNCH_MAX_RANK = 64
 # Columns of P that the epilogue takes at a time when P comes from memory.
 EXPAND_BLOCK_R = 32
 
@@ -45,27 +43,6 @@ EXPAND_BLOCK_R = 32
 def block_rank(rank: int) -> int:
     """The rank padded to what a matrix instruction takes: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def choose_plan(
-    m: int, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, target: Target
-) -> tuple[str, str]:
-    """(plan, reason) for y (M, N) = x (M, K) W^T and its low-rank term."""
-    if target == INTERPRETER and rank <= ONE_LAUNCH_MAX_RANK:
-        return "one_launch", "interpreter: one launch is the cheapest to interpret"
-    if dtype == torch.float32:
-        return "blas", "float32: the library's GEMM has no peer in Triton"
-    padded = block_rank(rank)
-    if rank > ONE_LAUNCH_MAX_RANK:
-        return "shrink_expand", f"rank {rank} > {ONE_LAUNCH_MAX_RANK}: P does not fit beside a tile's accumulator"
-    if dropout_p > 0.0:
-        return "shrink_expand", "dropout: the mask is drawn once, not once per column of tiles"
-    # Every tile computes its own P, r / BLOCK_N extra work; a separate pass reads x once more. Equal near this line
-    # by arithmetic at 790 TFLOP/s and 4.3 TB/s with BLOCK_N = 256.
-    limit = 184 * 256 // padded
-    if n < limit:
-        return "one_launch", f"N = {n} < {limit}: recomputing P costs less than another pass over x"
-    return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
 
 
 _GEMM_TILES_WGMMA = (

@@ -245,11 +245,10 @@ def projection_residual_bwd(
     d_o, d_weight, d_bias = nothing(0), nothing(0), nothing(0)
     d_gate = nothing(channels if need_gate else 0, dtype=torch.float32)
     scale = factor if gate is None else gate.to(torch.float32)
-    # Without h dh is w dy: w goes to the other side of the products, which has no rows, where dy may do without it.
-    folded, sum_dh = None, None
-    if pre is None and dy.dtype == weight.dtype:
-        dh, folded = dy.reshape(-1, channels), factor if gate is None else gate.to(torch.float32)[:, None]
-        weight = (weight * folded).to(weight.dtype)
+    # Without h dh is w dy, and a number w is left to the products.
+    alpha, sum_dh = 1.0, None
+    if pre is None and gate is None and dy.dtype == weight.dtype:
+        dh, alpha = dy.reshape(-1, channels), factor
     elif pre is None:
         dh = (dy.to(torch.float32) * scale).to(weight.dtype).view(-1, channels)
     else:
@@ -273,17 +272,21 @@ def projection_residual_bwd(
             torch.sum(parts[:, 0], 0, out=d_gate)
         sum_dh = parts[:, 1].sum(0)
     if need_do:
-        d_o = (dh @ weight).view(batch, length, weight.shape[1])
+        d_o = _product(dh, weight, alpha).view(batch, length, weight.shape[1])
     if need_weight and o is not None:
-        d_weight = dh.mT @ o.reshape(-1, o.shape[2])
-        if folded is not None:
-            d_weight.mul_(folded)
+        d_weight = _product(dh.mT, o.reshape(-1, o.shape[2]), alpha)
     if need_weight and bias is not None:
-        if sum_dh is None:
-            sum_dh = dh.sum(0, dtype=torch.float32)
-            sum_dh = sum_dh if folded is None else sum_dh * scale
+        sum_dh = dh.sum(0, dtype=torch.float32).mul_(alpha) if sum_dh is None else sum_dh
         d_bias = sum_dh.to(bias.dtype)
     return d_o, d_weight, d_bias, dx, d_gate
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha left right, rounded once: 16 bits may hold it and not the product, nor alpha times a factor."""
+    if alpha == 1.0:
+        return left @ right
+    y = left.new_empty((left.shape[0], right.shape[1]))
+    return torch.addmm(y, left, right, beta=0.0, alpha=alpha, out=y)
 
 
 def _stride(vector: torch.Tensor | None) -> int:

@@ -114,6 +114,11 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: st
     return None
 
 
+def has_cuda_kernels(operator: str, device: torch.device) -> bool:
+    """Whether a library has CUDA C++ kernels of ``operator`` for tensors there, on a GPU or emulated."""
+    return operator in CUDA_OPERATORS.get(device.type, ())
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block can have; where there is no GPU, what an H100 or H200 has."""
     if device.type != "cuda":

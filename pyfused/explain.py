@@ -28,7 +28,8 @@ class OperatorCall:
         dtype: dtype the call computes in.
         device: device of its input.
         backend: the backend that served it.
-        plan: the plan it ran, "auto" resolved.
+        plan: the plan of forward, "auto" resolved.
+        backward_plan: the plan of backward.
         why: reason for the plan, then for each backend that comes before the chosen one why it was not taken.
         saved_bytes: what a training step keeps for backward, in bytes, beyond the call's own inputs.
     """
@@ -40,6 +41,7 @@ class OperatorCall:
     device: torch.device
     backend: str
     plan: str
+    backward_plan: str
     why: tuple[str, ...]
     saved_bytes: int
 
@@ -76,7 +78,7 @@ class Explanation:
                     " ".join(f"{letter}={size}" for letter, size in call.shapes),
                     str(call.dtype).removeprefix("torch."),
                     call.backend,
-                    call.plan,
+                    call.plan if call.plan == call.backward_plan else f"{call.plan} / {call.backward_plan}",
                     _bytes(len(calls) * call.saved_bytes),
                     f"[{notes.setdefault(call.why, len(notes) + 1)}]",
                 )
@@ -180,29 +182,21 @@ def _random_state_kept(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[
 
 
 def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCall:
-    x, weight, chosen, plan = facts["x"], facts["weight"], facts["backend"], facts["plan"]
-    rank, k = facts["lora_a"].shape
-    n = weight.shape[0]
-    m = x.numel() // k if k else 0
-    if plan != "auto":
-        reason = "plan asked for by name"
-    elif chosen == "triton":
-        from pyfused.kernels.launch import target
-        from pyfused.kernels.lora_linear_plan import choose_plan
-
-        plan, reason = choose_plan(m, n, k, rank, facts["dropout_p"], x.dtype, target(x.device))
-    else:
-        plan, reason = facts["plans"][0], f"the only plan of backend {chosen!r}"
+    x, chosen, sizes = facts["x"], facts["backend"], facts["sizes"]
+    (plan, reason), (backward, backward_reason) = facts["plans"]
+    reasons = [reason] if reason == backward_reason else [f"forward: {reason}", f"backward: {backward_reason}"]
     return OperatorCall(
         module=module,
         operator=operator,
-        shapes=(("M", m), ("K", k), ("N", n), ("R", rank)),
+        shapes=tuple((letter, int(sizes[letter])) for letter in "MKNR"),
         dtype=x.dtype,
         device=x.device,
         backend=chosen,
         plan=plan,
-        why=(reason, *_not_taken(chosen, x.device, x.dtype, operator, facts["sizes"], facts["limits"])),
-        saved_bytes=m * rank * x.element_size(),
+        backward_plan=backward,
+        why=(*reasons, *_not_taken(chosen, x.device, x.dtype, operator, sizes, facts["limits"])),
+        # P, and what autocast made of x.
+        saved_bytes=sizes["M"] * (sizes["R"] + sizes["K"] * facts["cast"]) * x.element_size(),
     )
 
 
@@ -217,6 +211,7 @@ def _describe_adapter_residual(module: str, operator: str, facts: dict) -> Opera
         device=z.device,
         backend=chosen,
         plan=plan,
+        backward_plan=plan,
         why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, operator, facts["sizes"], facts["limits"])),
         # What autocast made of z is no input of the call, and kept too.
         saved_bytes=m * (hidden * (plan == "save") + channels * facts["cast"]) * z.element_size(),
@@ -245,6 +240,7 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
         device=x.device,
         backend=chosen,
         plan=plan,
+        backward_plan=plan,
         why=(facts["reason"], *_not_taken(chosen, x.device, dtype, facts["kernels"], facts["sizes"], facts["limits"])),
         saved_bytes=saved,
     )
@@ -253,7 +249,7 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
 def _describe_projection_residual(module: str, operator: str, facts: dict) -> OperatorCall:
     o, weight, chosen = facts["o"], facts["weight"], facts["backend"]
     channels, width = weight.shape
-    m = o.numel() // width
+    m, plan = o.numel() // width, "save" if facts["keeps"] else "-"
     return OperatorCall(
         module=module,
         operator=operator,
@@ -261,7 +257,8 @@ def _describe_projection_residual(module: str, operator: str, facts: dict) -> Op
         dtype=o.dtype,
         device=o.device,
         backend=chosen,
-        plan="save" if facts["keeps"] else "-",
+        plan=plan,
+        backward_plan=plan,
         why=(
             "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
             *_not_taken(chosen, o.device, o.dtype, operator, facts["sizes"]),

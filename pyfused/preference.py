@@ -25,7 +25,7 @@ def preference(operator: str, device: torch.device, dtype: torch.dtype, sizes: M
         device, dtype: of the tensors.
         sizes: M, and all else that the order depends on: N, K, R, dropout_p of "lora_linear"; C, h, dropout_p,
             cuda_rows of "adapter_residual"; C, J, dropout_p, norm_match, cuda_rows of "cross_attention_residual"; K, C,
-            norm_match of "projection_residual". ``cuda_rows`` is `bottleneck.cuda_rows`.
+            norm_match of "projection_residual". ``cuda_rows`` is `cuda_limits.cuda_rows`.
     """
     if device.type != "cuda":
         return _CUDA, lambda: "only by name: without a GPU kernels are interpreted or emulated"

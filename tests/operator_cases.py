@@ -17,13 +17,13 @@ from pyfused import backend as backends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _skips(backend: str) -> list[pytest.MarkDecorator]:
+def skips(backend: str) -> list[pytest.MarkDecorator]:
     # conftest.py loads the kernels of "cuda" when a test wants them.
     reason = None if backend == "cuda" else pyfused.available_backends()[backend]
     return [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
 
 
-BACKENDS = [pytest.param(backend, marks=_skips(backend), id=backend) for backend in backends.BACKENDS]
+BACKENDS = [pytest.param(backend, marks=skips(backend), id=backend) for backend in backends.BACKENDS]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Tests of the CUDA C++ kernels alone.
 cuda_backend = pytest.mark.parametrize("backend", ["cuda"])
@@ -37,7 +37,7 @@ def plain_dtype(backend: str, dtype: torch.dtype = torch.float32) -> torch.dtype
 def planned(plans: Mapping[str, Sequence[str]]) -> pytest.MarkDecorator:
     """Every plan of every backend in turn, from backend -> its plans."""
     cases = [
-        pytest.param(backend, plan, marks=_skips(backend), id=f"{backend}-{plan}")
+        pytest.param(backend, plan, marks=skips(backend), id=f"{backend}-{plan}")
         for backend, names in plans.items()
         for plan in names
     ]
@@ -49,17 +49,20 @@ def seed(value: int = 0x1234_5678_9ABC) -> Tensor:
 
 
 class RawCalls(TorchDispatchMode):
-    """Records the calls of raw operators: (direction, arguments by name)."""
+    """Records the calls of raw operators: (direction, arguments by name), and in ``raw`` (operator, the same)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, dict]] = []
+        self.raw: list[tuple[torch._ops.OpOverload, dict]] = []
+
+    @property
+    def calls(self) -> list[tuple[str, dict]]:
+        return [(op._schema.name.rpartition("_")[2], arguments) for op, arguments in self.raw]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace.startswith("pyfused_"):
+        if func.namespace.startswith("pyfused_"):
             names = [argument.name for argument in func._schema.arguments]
-            self.calls.append((name.rpartition("_")[2], dict(zip(names, args, strict=True))))
+            self.raw.append((func, dict(zip(names, args, strict=True))))
         return func(*args, **(kwargs or {}))
 
 

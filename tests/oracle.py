@@ -2,10 +2,11 @@
 
 An error is judged against the one that plain torch makes in the same dtype, so that no test chooses a tolerance:
 
-    error(candidate) <= 2 error(plain torch) + floor(dtype) scale
+    error(candidate) <= 2 error(plain torch) + floor(dtype) scale + spacing(dtype)
 
 in the Frobenius norm and in the maximum, for the output and for every gradient. The oracle is the reference run in
-float64 on the same rounded inputs; scale is the same norm of its result, or of what the caller gives in its place.
+float64 on the same rounded inputs; scale is the same norm of its result, or of what the caller gives in its place;
+spacing is that of the result's dtype next to 0, for each of its elements.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ Function = Callable[..., Tensor]
 _SUM = 16
 # In float64 plain torch is the oracle itself, its error nil and the whole allowance the floor (87 were seen).
 _SUM_FLOAT64 = 256
+
+
+def spacing(dtype: torch.dtype) -> float:
+    """What lies between two neighbouring numbers next to 0."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -83,8 +89,12 @@ def assert_within(
         assert actual[name].dtype == plain[name].dtype, name
         errors, allowed = norms(actual[name].double() - expected), norms(plain[name].double() - expected)
         sizes = norms(expected if scales is None else scales[name])
-        for kind, error, unit, size in zip(("Frobenius", "maximum"), errors, allowed, sizes, strict=True):
-            bound = 2 * unit + floor(dtype) * size
+        least = spacing(actual[name].dtype)
+        spacings = least * expected.numel() ** 0.5, least
+        for kind, error, unit, size, step in zip(
+            ("Frobenius", "maximum"), errors, allowed, sizes, spacings, strict=True
+        ):
+            bound = 2 * unit + floor(dtype) * size + step
             # NaN compares false: written so that it counts as broken.
             if not error <= bound:
                 broken.append(f"{name} ({kind}): error {error:.3g}, plain torch {unit:.3g}, bound {bound:.3g}")

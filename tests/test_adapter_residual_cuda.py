@@ -11,7 +11,7 @@ from oracle import randn
 import pyfused
 from pyfused import backend as backends
 from pyfused.ops.adapter_residual import ACTIVATIONS, MAX_CUDA_HIDDEN, PLANS
-from pyfused.ops.bottleneck import cuda_shared_memory
+from pyfused.ops.cuda_limits import cuda_shared_memory
 from pyfused.portable.philox import dropout_
 
 pytestmark = cuda_backend

@@ -426,7 +426,7 @@ _HALF = {"dtype": torch.bfloat16}
         (SMALL, "cuda", "one_launch", "its kernels take float16 and bfloat16, not torch.float32"),
         (dataclasses.replace(SMALL, **_HALF), "cuda", "one_launch", None),
         (dataclasses.replace(SMALL, **_HALF, adapter_dtype=torch.float32, dropout_p=0.1), "cuda", "auto", None),
-        (dataclasses.replace(SMALL, **_HALF, rank=65), "cuda", "auto", "R <= 64 there, got R = 65"),
+        (dataclasses.replace(SMALL, **_HALF, rank=65), "cuda", "auto", "with R <= 64, got R = 65"),
         (dataclasses.replace(SMALL_MAPS, **_HALF), "cuda", "recompute", None),
         (dataclasses.replace(SMALL_ADAPTER, **_HALF, hidden=257), "cuda", "save", "h <= 256 there"),
         (dataclasses.replace(SMALL_ADAPTER, **_HALF, hidden=257), "triton", "save", None),

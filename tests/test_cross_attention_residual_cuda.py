@@ -10,8 +10,8 @@ from oracle import randn
 
 import pyfused
 from pyfused import backend as backends
-from pyfused.ops.bottleneck import cuda_shared_memory
 from pyfused.ops.cross_attention_residual import MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED
+from pyfused.ops.cuda_limits import cuda_shared_memory
 
 pytestmark = cuda_backend
 

@@ -9,10 +9,11 @@ from torch import nn
 import pyfused
 from pyfused import backend as backends
 from pyfused import observe
-from pyfused.explain import _DESCRIBE, _bytes, explain
+from pyfused.explain import _DESCRIBE, Explanation, _bytes, explain
 from pyfused.ops.cross_attention_residual import PLANS as CROSS_ATTENTION_PLANS
 from pyfused.ops.cross_attention_residual import choose_plan as choose_cross_attention_plan
 from pyfused.ops.cross_attention_residual import most_columns
+from pyfused.ops.lora_linear import resolve_plans
 
 
 class Layer(nn.Module):
@@ -299,7 +300,8 @@ def test_autocast_dtype_is_reported():
     with torch.autocast("cpu", torch.bfloat16):
         (call,) = explain(Layer(16, 32, 4), torch.randn(5, 16)).calls
     assert call.dtype == torch.bfloat16
-    assert call.saved_bytes == 5 * 4 * 2
+    # P, and x as autocast made it.
+    assert call.saved_bytes == 5 * (4 + 16) * 2
 
 
 def test_why_names_each_refused_backend(monkeypatch):
@@ -323,17 +325,15 @@ def test_plan_asked_for_by_name():
     assert call.why[0] == "plan asked for by name"
 
 
-def test_triton_plan_is_the_launchers_own(monkeypatch):
-    from pyfused.kernels.launch import target
-    from pyfused.kernels.lora_linear_plan import choose_plan
-
-    monkeypatch.setattr(backends, "CUDA_REFUSAL", "no kernels here")
-    x = torch.randn(5, 16, dtype=torch.bfloat16)
-    facts = {"x": x, "weight": torch.empty(32, 16), "lora_a": torch.empty(4, 16), "dropout_p": 0.0, "plan": "auto"}
-    facts |= {"plans": ("one_launch",), "limits": {}, "sizes": {}}
-    call = _DESCRIBE["lora_linear"]("", "lora_linear", facts | {"backend": "triton"})
-    assert (call.plan, call.why[0]) == choose_plan(5, 32, 16, 4, 0.0, torch.bfloat16, target(x.device))
-    assert call.why[1:] == ("not cuda: no kernels here",)
+def test_the_plans_of_both_directions_are_named():
+    """The low-rank term of a GPU's y (M, 14336) costs less in a pass of its own, that of dx (M, 768) in the GEMM."""
+    plans = resolve_plans("auto", "triton", 14336, 768, 16, 0.0, torch.bfloat16, "cuda")
+    sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
+    facts = {"x": torch.empty(5, 768, dtype=torch.bfloat16), "backend": "triton", "plans": plans, "limits": {}}
+    call = _DESCRIBE["lora_linear"]("up", "lora_linear", facts | {"sizes": sizes, "cast": False})
+    assert (call.plan, call.backward_plan) == ("shrink_expand", "one_launch")
+    assert call.why[:2] == (f"forward: {plans[0][1]}", f"backward: {plans[1][1]}")
+    assert "shrink_expand / one_launch" in str(Explanation([call]))
 
 
 def test_empty_input_and_no_operator():

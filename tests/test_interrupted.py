@@ -244,7 +244,7 @@ def test_a_killed_build_leaves_nothing_that_passes_for_built(checkout, kind, sur
             # A shell ends with its compiler.
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    # It begins when those that live on have ended. A ninja that lives on may end its work, or end by printing to nobody.
+    # It begins when those that live on have ended. A ninja among them may end its work, or end by printing to nobody.
     may_be_done = kind == "new sources" and survivors == "ninja and compilers"
     assert _build(checkout) in ((0,) if kind == "linking" else (0, 3) if may_be_done else (3,))
     assert not any(map(_runs, family))

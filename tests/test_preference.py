@@ -16,7 +16,7 @@ from pyfused import measured, preference
 from pyfused.backend import choose
 from pyfused.costs import costs
 from pyfused.measured import Row, Table
-from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
+from pyfused.ops.cuda_limits import cuda_rows, cuda_shared_memory
 
 GPU = torch.device("cuda", 0)
 LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0}

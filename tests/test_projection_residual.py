@@ -17,13 +17,10 @@ from operator_cases import (
     autocast,
     cast,
     every_backend,
-    fresh_compiler,
     leaves_of,
     run,
 )
 from oracle import cotangent, randn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 
 import pyfused
 from pyfused import reference
@@ -160,15 +157,6 @@ def test_strided_parameters(backend, case, norm_match):
     check_projection(tensors, backend, norm_match=norm_match)
 
 
-@pytest.mark.parametrize("activation", ["identity", "silu"])
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize("dy", [name for name in COTANGENTS if name != "channels_last"])
-@every_backend
-def test_strided_cotangents(backend, dy, norm_match, activation):
-    tensors = draw_projection((2, 35, 24), 20)
-    check_projection(tensors, backend, dy=COTANGENTS[dy], norm_match=norm_match, activation=activation, skip=-0.5)
-
-
 @pytest.mark.parametrize("rows", ["o", "residual"])
 @every_backend
 def test_offsets_beyond_32_bits(backend, rows, tmp_path):
@@ -180,15 +168,6 @@ def test_offsets_beyond_32_bits(backend, rows, tmp_path):
     tensors = draw_projection((35, 24), 20, torch.float16)
     tensors[rows] = storage.as_strided(tensors[rows].shape, (far, 1)).copy_(tensors[rows])
     check_projection(tensors, backend, norm_match=True)
-
-
-@pytest.mark.parametrize("norm_match", [False, True])
-@every_backend
-def test_same_bits_every_run(backend, norm_match):
-    tensors = draw_projection((200, 41), 36, torch.bfloat16, residual=torch.float32, weights=torch.float32)
-    function = functools.partial(pyfused.projection_residual, activation="gelu", norm_match=norm_match, backend=backend)
-    for first, again in zip(run(function, tensors), run(function, tensors), strict=True):
-        assert torch.equal(first, again)
 
 
 def test_rows_in_several_blocks(monkeypatch):
@@ -224,8 +203,8 @@ def test_float16_under_a_float32_stream_survives_a_scaled_loss(backend, norm_mat
     check_projection(tensors, backend, dy=lambda y: 1e5 * cotangent(y), norm_match=norm_match, **options)
 
 
-# Each alone, each with each, all but one, all.
-SUBSETS = [subset for size in (1, 4, 5) for subset in itertools.combinations(PROJECTION_NAMES, size)]
+# Each alone, all.
+SUBSETS = [subset for size in (1, 5) for subset in itertools.combinations(PROJECTION_NAMES, size)]
 
 
 @pytest.mark.parametrize(("activation", "norm_match"), [("identity", False), ("gelu", False), ("identity", True)])
@@ -284,136 +263,6 @@ def test_gradcheck(norm_match, activation):
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(function, tuple(leaves_of(given).values()))
-
-
-@pytest.mark.parametrize("norm_match", [False, True])
-@every_backend
-def test_double_backward_raises(backend, norm_match):
-    leaves = leaves_of(draw_projection((5, 6), 7))
-    y = pyfused.projection_residual(**leaves, norm_match=norm_match, backend=backend)
-    (d_o,) = torch.autograd.grad(y.square().sum(), leaves["o"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        d_o.sum().backward()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@every_backend
-def test_nothing_is_saved_without_grad(backend, mode):
-    tensors, saved = draw_projection((5, 6), 7), []
-    leaves = leaves_of(tensors, () if mode is torch.enable_grad else PROJECTION_NAMES)
-    with mode(), RawCalls() as raw, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
-        y = pyfused.projection_residual(**leaves, norm_match=True, backend=backend)
-    assert not y.requires_grad
-    assert not saved
-    ((_, forward),) = raw.calls
-    assert forward["save"] is False
-
-
-@every_backend
-def test_the_output_may_be_changed_in_place(backend):
-    tensors = draw_projection((5, 6), 7)
-
-    def in_place(**tensors):
-        return pyfused.projection_residual(**tensors, backend=backend).mul_(2.0).relu_()
-
-    def out_of_place(**tensors):
-        return pyfused.projection_residual(**tensors, backend=backend).mul(2.0).relu()
-
-    for actual, expected in zip(run(in_place, tensors), run(out_of_place, tensors), strict=True):
-        assert torch.equal(actual, expected)
-
-
-RAW = {
-    "plain": {"bias": False, "gate": None},
-    "all": {"activation": "gelu", "norm_match": True},
-    "float32 residual": {"dtype": torch.bfloat16, "residual": torch.float32, "gate": "scalar"},
-    "matched": {"norm_match": True, "gate": None, "dtype": torch.float16},
-}
-
-
-def _raw(backend, direction):
-    return getattr(getattr(torch.ops, f"pyfused_{backend}"), f"projection_residual_{direction}").default
-
-
-def _raw_arguments(backend, *, activation="identity", norm_match=False, **drawn):
-    """Arguments of both raw operators, as the public function makes them."""
-    with RawCalls() as raw:
-        run(
-            pyfused.projection_residual, draw_projection((2, 4, 6), 5, **drawn), skip=0.5, activation=activation,
-            norm_match=norm_match, backend=backend,
-        )  # fmt: skip
-    (_, forward), (_, backward) = raw.calls
-    return [
-        [value.detach() if isinstance(value, torch.Tensor) else value for value in call.values()]
-        for call in (forward, backward)
-    ]
-
-
-@pytest.mark.parametrize("case", RAW)
-@every_backend
-def test_opcheck(backend, case):
-    forward, backward = _raw_arguments(backend, **RAW[case])
-    opcheck(_raw(backend, "fwd"), tuple(forward))
-    opcheck(_raw(backend, "bwd"), tuple(backward))
-
-
-@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[:-1], ids=str)
-@every_backend
-def test_opcheck_backward_of_some(backend, needs):
-    _, backward = _raw_arguments(backend, **RAW["all"])
-    op = _raw(backend, "bwd")
-    opcheck(op, (*backward[:-4], *needs))
-    together, some = op(*backward), op(*backward[:-4], *needs)
-    for mine, all_of_them, need in zip(some, together, (needs[0], needs[1], *needs[1:]), strict=True):
-        assert torch.equal(mine, all_of_them) if need else mine.numel() == 0
-
-
-@every_backend
-def test_raw_operators_refuse_to_drop_a_gradient_and_share_no_memory(backend):
-    for direction, arguments in zip(("fwd", "bwd"), _raw_arguments(backend, **RAW["all"]), strict=True):
-        op = _raw(backend, direction)
-        given = {value.untyped_storage().data_ptr() for value in arguments if isinstance(value, torch.Tensor)}
-        storages = [value.untyped_storage().data_ptr() for value in op(*arguments) if value.numel()]
-        assert len(set(storages) - given) == len(storages)
-        for i, (value, argument) in enumerate(zip(arguments, op._schema.arguments, strict=True)):
-            if not isinstance(value, torch.Tensor):
-                continue
-            requiring = (*arguments[:i], value.detach().requires_grad_(), *arguments[i + 1 :])
-            with pytest.raises(RuntimeError, match=f"{argument.name} requires grad"):
-                op(*requiring)
-
-
-def test_meta_tensors_give_shapes():
-    tensors = draw_projection((2, 3, 6), 7, torch.bfloat16, residual=torch.float32, device="meta")
-    y = pyfused.projection_residual(**tensors, norm_match=True)
-    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 7), torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("compiler", "norm_match"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
-)  # fmt: skip
-@every_backend
-def test_compiled_equals_eager(backend, compiler, norm_match):
-    tensors = draw_projection((2, 5, 6), 7, residual=torch.bfloat16)
-    function = functools.partial(
-        pyfused.projection_residual, skip=0.5, activation="gelu", norm_match=norm_match, backend=backend
-    )
-    compiled = torch.compile(function, fullgraph=True, backend=fresh_compiler(compiler))
-    for actual, expected in zip(run(compiled, tensors), run(function, tensors), strict=True):
-        torch.testing.assert_close(actual, expected)
-        assert actual.stride() == expected.stride()
-
-
-@every_backend
-def test_dynamic_rows_do_not_recompile(backend):
-    counter = CompileCounterWithBackend(fresh_compiler("aot_eager"))
-    function = functools.partial(pyfused.projection_residual, norm_match=True, backend=backend)
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for shape in ((2, 4, 6), (3, 5, 6), (4, 9, 6)):
-        tensors = draw_projection(shape, 7)
-        for actual, expected in zip(run(compiled, tensors), run(function, tensors), strict=True):
-            torch.testing.assert_close(actual, expected)
-    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("norm_match", [False, True])

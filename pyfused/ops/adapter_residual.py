@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfused import backend as backends
 from pyfused import observe
 from pyfused.ops import checks, layout, registry
-from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
+from pyfused.ops.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 
 _NAME = "adapter_residual"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -43,12 +42,14 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
 
 def _limits(z: Tensor, hidden: int, channels: int) -> tuple[dict[str, str], int]:
     """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
-    limits, rows = {}, 0
-    widest = MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)
-    for backend, most in (("triton", widest), ("cuda", MAX_CUDA_HIDDEN)):
+    limits: dict[str, str] = {}
+    rows, cuda = 0, backends.has_cuda_kernels(_NAME, z.device)
+    if cuda:
+        limits |= cuda_row_limit(_NAME, z.numel() // channels)
+    for backend, most in (("triton", MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)), ("cuda", MAX_CUDA_HIDDEN)):
         if hidden > most:
             limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {z.dtype}, got h = {hidden}"
-    if "cuda" not in limits:
+    if cuda and "cuda" not in limits:
         rows = cuda_rows(hidden, channels, z.device, rows=(64, 32), float_middle=False)
         if not rows:
             limits["cuda"] = (
@@ -134,7 +135,7 @@ class _AdapterResidual(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @registry.differentiable_once
     def backward(ctx, dy):
         # Read once: activation checkpointing hands them out once.
         saved, z_is_residual = ctx.saved_tensors, ctx.settings[-1]
@@ -157,6 +158,15 @@ class _AdapterResidual(torch.autograd.Function):
             d_scale if need_scale else None,
             None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _derived(backend, *arguments):
+    z, down_weight = arguments[:2]
+    y = _AdapterResidual.apply(*arguments[:-1], choose_plan(*down_weight.shape)[0], backend)
+    return y, z.new_empty(0)
+
+
+registry.derive(_fwd, _derived)
 
 
 def adapter_residual(
@@ -233,6 +243,7 @@ def adapter_residual(
     checks.probability(name, "dropout_p", dropout_p)
     checks.one_of(name, "activation", activation, ACTIVATIONS)
     checks.one_of(name, "plan", plan, ("auto", *PLANS))
+    checks.flag(name, "training", training)
     dtype = checks.autocast_dtype(z)
     cast = dtype is not None and dtype != z.dtype
     if cast:
@@ -261,12 +272,14 @@ def adapter_residual(
     # y is laid out as the residual stream, dz as z.
     rows, channels_first = layout.as_rows(channel_dim, *((z,) if residual is None else (z, residual)))
     scale = None if layer_scale is None else layer_scale.reshape(-1)
-    differentiable = rows[0], *weights.values(), None if residual is None else rows[1], scale
-    constants = sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1], channels_first[0]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        y = _AdapterResidual.apply(*differentiable, *constants, resolved, chosen)
-    else:
-        y, _ = _fwd[chosen](*differentiable, *constants, False)
+    y = registry.run(
+        name,
+        _AdapterResidual,
+        _fwd[chosen],
+        (rows[0], *weights.values(), None if residual is None else rows[1], scale),
+        (sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1], channels_first[0]),
+        (resolved, chosen),
+    )
     return layout.from_rows(y, z, channel_dim, channels_first[-1])
 
 

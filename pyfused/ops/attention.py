@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,20 +37,16 @@ class Projections:
     out_bias: Tensor | None
     num_heads: int
 
-    def to(self, dtype: torch.dtype) -> Projections:
-        changes: dict[str, Any] = {}
-        for name in PROJECTIONS:
-            tensor = getattr(self, name)
-            changes[name] = None if tensor is None else tensor.to(dtype)
-        return replace(self, **changes)
-
     @property
     def head_dim(self) -> int:
         return self.q_weight.shape[0] // self.num_heads
 
-    def heads(self, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, T, ...) -> (B, T, H, d)."""
-        return F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
+    def heads(self, tokens: Tensor, part: str) -> Tensor:
+        """(B, T, ...) -> (B, T, H, d) by the projection ``part``, "q", "k" or "v", in the tokens' dtype."""
+        weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
+        bias = None if bias is None else bias.to(tokens.dtype)
+        projected = F.linear(tokens, weight.to(tokens.dtype), bias)
+        return projected.unflatten(-1, (self.num_heads, self.head_dim))
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,17 @@ class PreparedContext:
 
     Attributes:
         plan: the plan.
-        keys: E (B or 1, H, T, C), or K (B or 1, T, H, d) in plan "standard".
-        values: F, or V; shapes as the keys'.
-        logits: c (B or 1, H, T), -inf where a key is masked, or None; plan "standard" has none.
+        dtype: of the products with x's rows.
+        keys: E (B or 1, H, T, C), or K (B or 1, T, H, d) in plan "standard". E is float32 or wider: its gradient, a sum
+            over rows, is more than 16 bits hold. Rows meet it in ``dtype``.
+        values: F, or V; shapes and dtypes as the keys'.
+        logits: c (B or 1, H, T), float32 or wider, -inf where a key is masked, or None; plan "standard" has none.
         mask: of the keys, (B or 1, T), in plan "standard"; elsewhere c has it.
         reason: why this plan.
     """
 
     plan: str
+    dtype: torch.dtype
     keys: Tensor
     values: Tensor
     logits: Tensor | None
@@ -82,39 +81,46 @@ class PreparedContext:
 def prepare_context(
     context: Tensor, projections: Projections, mask: Tensor | None, normalize: bool, plan: str, reason: str
 ) -> PreparedContext:
-    """What depends on the context alone; projections in its dtype."""
+    """What depends on the context alone, whose dtype is that of the products."""
+    dtype = context.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     if normalize:
         # float16 has no 1e-12.
-        wide = torch.promote_types(context.dtype, torch.float32)
-        context = F.normalize(context.to(wide), dim=-1, eps=1e-12).to(context.dtype)
-    k = projections.heads(context, projections.k_weight, projections.k_bias)
-    v = projections.heads(context, projections.v_weight, projections.v_bias)
+        context = F.normalize(context.to(wide), dim=-1, eps=1e-12).to(dtype)
+    k = projections.heads(context, "k")
+    v = projections.heads(context, "v")
     batch, tokens, heads, width = k.shape
     if plan == "standard":
-        return PreparedContext(plan, k, v, None, mask, reason)
-    k = k * width**-0.5
+        return PreparedContext(plan, dtype, k, v, None, mask, reason)
+    scale = width**-0.5
 
     def absorbed(per_head: Tensor, weight: Tensor) -> Tensor:
         """(B, T, H, d) times (H, d, C) -> (B, H, T, C)."""
-        rows = per_head.permute(2, 0, 1, 3).flatten(1, 2) @ weight
+        rows = per_head.permute(2, 0, 1, 3).flatten(1, 2) @ weight.to(wide)
         return rows.unflatten(1, (batch, tokens)).transpose(0, 1)
 
-    e = absorbed(k, projections.q_weight.unflatten(0, (heads, width)))
-    f = absorbed(v, projections.out_weight.unflatten(1, (heads, width)).permute(1, 2, 0))
+    with _without_autocast(context):
+        k = k.to(wide) * scale
+        e = absorbed(k, projections.q_weight.unflatten(0, (heads, width)))
+        f = absorbed(v.to(wide), projections.out_weight.unflatten(1, (heads, width)).permute(1, 2, 0))
     c = None
     if projections.q_bias is not None:
-        wide = torch.promote_types(k.dtype, torch.float32)
-        c = (k.to(wide) * projections.q_bias.to(wide).unflatten(0, (heads, width))).sum(-1).transpose(1, 2)
+        c = (k * projections.q_bias.to(wide).unflatten(0, (heads, width))).sum(-1).transpose(1, 2)
     if mask is not None:
-        logits = e.new_zeros((batch, heads, tokens), dtype=torch.float32) if c is None else c
+        logits = e.new_zeros((batch, heads, tokens)) if c is None else c
         c = torch.where(mask[:, None], -torch.inf, logits)
-    return PreparedContext(plan, e, f, c, None, reason)
+    return PreparedContext(plan, dtype, e, f, c, None, reason)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    kind = x.device.type
+    return contextlib.nullcontext() if checks.autocast_dtype(x) is None else torch.autocast(kind, enabled=False)
 
 
 def attend_standard(x: Tensor, prepared: PreparedContext, projections: Projections, dropout_p: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, (B, L, H d)."""
-    q = projections.heads(x, projections.q_weight, projections.q_bias).transpose(1, 2)
-    k, v = (tensor.transpose(1, 2).expand(len(x), -1, -1, -1) for tensor in (prepared.keys, prepared.values))
+    q = projections.heads(x, "q").transpose(1, 2)
+    k, v = (tensor.transpose(1, 2).expand(x.shape[0], -1, -1, -1) for tensor in (prepared.keys, prepared.values))
     if prepared.mask is None:
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     else:

@@ -6,18 +6,23 @@ device and break graph capture; only Python numbers are checked for range.
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import torch
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NARROW = FLOATING[1:]
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def tensor(operator: str, name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = f"one of layout {value.layout}"
+        if value.is_nested:
+            kind = "a nested one; on an nn.TransformerEncoder set use_nested_tensor = False, as inject_lora does"
+        raise TypeError(f"{operator}: {name} must be a dense tensor, of layout torch.strided, got {kind}")
 
 
 def shape(operator: str, name: str, value: torch.Tensor, expected: tuple[int, ...], letters: str) -> None:
@@ -49,6 +54,8 @@ def argument(
     """`tensor`, `shape`, `dtype` and `same_device`: where nothing is wrong, in one step."""
     if (
         isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
         and value.shape == expected
         and value.dtype in allowed
         and value.device == device
@@ -64,8 +71,9 @@ def finite(operator: str, name: str, value: float) -> None:
     # First what it nearly always is: to ask an abstract class takes as long as all other checks.
     if type(value) is not float and not isinstance(value, numbers.Real):
         raise TypeError(f"{operator}: {name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{operator}: {name} must be finite, got {value}")
+    # Compared, not asked by a function: torch.compile may have made a symbol of it.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{operator}: {name} must be finite, also in float32, got {value}")
 
 
 def probability(operator: str, name: str, value: float) -> None:
@@ -75,8 +83,14 @@ def probability(operator: str, name: str, value: float) -> None:
 
 
 def one_of(operator: str, name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
+    # Of its type too: True and 1.0 are equal to 1.
+    if value not in allowed or type(value) not in map(type, allowed):
         raise ValueError(f"{operator}: {name} must be one of {allowed}, got {value!r}")
+
+
+def flag(operator: str, name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{operator}: {name} must be a bool, got {value!r}")
 
 
 def seed(operator: str, value: torch.Tensor | int | None, device: torch.device) -> torch.Tensor:

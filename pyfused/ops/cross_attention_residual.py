@@ -1,6 +1,6 @@
 """``cross_attention_residual``: contract, autograd, plans and public function.
 
-    y = x + w match(CrossAttention(x, context))        match(c) = c |x| / (|c| + eps), or c
+    y = x + w match(CrossAttention(x, context))        match(o) = o |x| / (|o| + eps), or o
 
 Plan ``standard`` projects, attends with torch's `scaled_dot_product_attention`, and leaves the output projection and
 what follows to `pyfused.projection_residual`. Plan ``absorbed`` moves the query projection onto the keys and the output
@@ -12,15 +12,14 @@ so that rows meet H T columns instead of twice the inner width. Its core is a ra
 
     p = softmax over T of (x E^T + c)       a = drop(p)       y = x + w rho (a F + b_o)
 
-rho = |x| / (|c| + eps), where |c|^2 = a K a^T + 2 a f + |b_o|^2 with K = F F^T and f = F b_o; without norm matching
-rho = 1 and kappa below is 0. Backward from dy, with g = w dy:
+with o = a F + b_o and rho = |x| / (|o| + eps); without norm matching rho = 1 and kappa below is 0. Backward from dy,
+with g = w dy:
 
-    da = rho g F^T - kappa (a K + f)        kappa = (a . g F^T + g . b_o) |x| / (|c| (|c| + eps)^2)
-    ds = p (dp - sum over T of p dp)        dx = dy + ds E + (a . g F^T + g . b_o) / (|c| + eps) x / |x|
-    dE = ds^T x     dc = sum ds             G = (rho a)^T dy        dF = w G - (kappa a)^T (a F + b_o)
-    db_o = w sum rho dy - (sum kappa a) F - (sum kappa) b_o         dw = rowsum(F G) + b_o sum rho dy, per channel
+    do = rho g - kappa o            kappa = (g . o) |x| / (|o| (|o| + eps)^2)            da = do F^T
+    ds = p (dp - sum over T of p dp)                dx = dy + ds E + (g . o) / (|o| + eps) x / |x|
+    dE = ds^T x     dc = sum ds     dF = a^T do     db_o = sum do     dw = sum rho dy o, per channel
 
-and 1 / |c| is 0 at c = 0, 1 / |x| at x = 0. Backward keeps x, and p or nothing.
+and 1 / |o| is 0 at o = 0, 1 / |x| at x = 0. Backward keeps x, and p or nothing.
 
 The raw operators see x (B, L, C) with any strides, row m = b L + l; E and F (B or 1, H, T, C), c (B or 1, H, T) with
 -inf where a key is masked: a head with no key left attends to nothing, a = 0. x may be wider than E and F, whose dtype
@@ -29,9 +28,10 @@ the products have. Dropout's mask has row m and column h T' + t, T' the power of
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfused import backend as backends
 from pyfused import observe
@@ -45,17 +45,18 @@ from pyfused.ops.attention import (
     check_projections,
     prepare_context,
 )
-from pyfused.ops.bottleneck import cuda_rows, cuda_shared_memory
+from pyfused.ops.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 from pyfused.ops.projection_residual import check_eps, check_gate, keeps_projection, project_residual
 
 _NAME = "cross_attention_residual"
 PLANS = ("absorbed", "absorbed_recompute", "standard")
 # The most columns, H and T each padded to a power of two, that stay on chip, by bytes of an element; half as many with
-# norm matching, whose Gram matrix is beside them. The portable backend takes any.
+# norm matching, which has a tile of o beside them. The portable backend takes any.
 MAX_KERNEL_COLUMNS = {2: 256, 4: 128}
 # Backend "cuda": H T without padding, and with norm matching.
 MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED = 256, 128
-
+# A grid's second dimension, over which its sums over the rows of each context are spread.
+MAX_CUDA_CONTEXTS = 2**16 - 1
 
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
 # (NOTES.md), a guess elsewhere.
@@ -64,7 +65,14 @@ ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
 
 def padded_columns(heads: int, tokens: int) -> int:
     """H and T each padded to a power of two, multiplied."""
-    return (1 << (heads - 1).bit_length()) * (1 << (tokens - 1).bit_length())
+    padded = 1
+    for size in (heads, tokens):
+        power = 1
+        # Not by bits: a traced size has none.
+        while power < size:
+            power *= 2
+        padded *= power
+    return padded
 
 
 def most_columns(dtype: torch.dtype, norm_match: bool) -> int | None:
@@ -101,8 +109,14 @@ def choose_plan(
     sizes = f"with H T = {columns} columns for H d = {inner} and C = {channels}"
     if absorbed + extra > standard:
         return "standard", f"absorbing costs more {sizes}"
-    plan, kept = ("absorbed", "kept") if 2 * columns <= channels else ("absorbed_recompute", "made again")
+    plan = _absorbed_plan(columns, channels)
+    kept = "kept" if plan == "absorbed" else "made again"
     return plan, f"absorbing costs less {sizes}; p is {kept}"
+
+
+def _absorbed_plan(columns: int, channels: int) -> str:
+    """Keeping p for backward costs at most half of what x does, or else it is made again."""
+    return "absorbed" if 2 * columns <= channels else "absorbed_recompute"
 
 
 def _fake_fwd(x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, save):
@@ -117,9 +131,9 @@ def _fake_bwd(
     wide = torch.promote_types(e.dtype, torch.float32)
     return (
         dy.new_empty(dy.shape if need_dx else 0),
-        nothing(e.shape if need_keys else 0),
+        nothing(e.shape if need_keys else 0, dtype=wide),
         nothing(0) if c is None or not need_keys else c.new_empty(c.shape),
-        nothing(f.shape if need_values else 0),
+        nothing(f.shape if need_values else 0, dtype=wide),
         nothing(f.shape[3] if need_values and bias is not None else 0),
         nothing(f.shape[3] if need_values else 0, dtype=wide),
     )
@@ -135,6 +149,7 @@ _fwd = registry.define(
     _fake_fwd,
 )
 # A gradient that is not needed comes back empty; need_keys asks for dE and dc, need_values for dF, db_o and dw, (C,).
+# dE, dF and dw, sums over rows, are float32 or wider.
 _bwd = registry.define(
     _NAME,
     "bwd",
@@ -145,13 +160,21 @@ _bwd = registry.define(
 )
 
 
+def _rounded_fwd(dtype, backend, x, e, c, f, *arguments):
+    """The raw operator on E and F in the dtype of the products."""
+    return _fwd[backend](x, e.to(dtype), c, f.to(dtype), *arguments)
+
+
 class _CrossAttentionResidual(torch.autograd.Function):
+    """E and F may be wider than ``dtype``, that of the products: their gradients are."""
+
     @staticmethod
-    def forward(ctx, x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, plan, backend):
+    def forward(ctx, x, e, c, f, bias, gate, seed, weight, norm_match, eps, dropout_p, plan, dtype, backend):
         _, need_e, need_c, need_f, need_bias, need_gate = ctx.needs_input_grad[:6]
         ctx.need_keys, ctx.need_values = need_e or need_c, need_f or need_bias or need_gate
         save = plan == "absorbed"
         settings = weight, norm_match, eps, dropout_p
+        e, f = e.to(dtype), f.to(dtype)
         y, p = _fwd[backend](x, e, c, f, bias, gate, seed, *settings, save)
         keep_x = not save or need_e or norm_match
         ctx.save_for_backward(x if keep_x else None, e, c, f, bias, gate, p if save else None, seed)
@@ -160,7 +183,7 @@ class _CrossAttentionResidual(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @registry.differentiable_once
     def backward(ctx, dy):
         need_x, need_e, need_c, need_f, need_bias, need_gate = ctx.needs_input_grad[:6]
         # Read once: activation checkpointing hands them out once.
@@ -178,8 +201,17 @@ class _CrossAttentionResidual(torch.autograd.Function):
             df if need_f else None,
             d_bias if need_bias else None,
             d_gate if need_gate else None,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _derived(backend, *arguments):
+    x, e = arguments[:2]
+    plan = _absorbed_plan(e.shape[1] * e.shape[2], x.shape[2])
+    return _CrossAttentionResidual.apply(*arguments[:-1], plan, e.dtype, backend), e.new_empty(0)
+
+
+registry.derive(_fwd, _derived)
 
 
 def attend(
@@ -193,10 +225,11 @@ def attend(
     seed: Tensor | int | None,
     backend: str,
 ) -> Tensor:
-    """`cross_attention_residual` of checked tensors; projections in the dtype of the prepared context."""
-    limits, tile_rows = _limits(prepared, projections, norm_match)
-    dtype, channels = prepared.keys.dtype, x.shape[-1]
-    sizes: dict[str, float] = {"M": x.numel() // channels, "C": channels, "norm_match": norm_match}
+    """`cross_attention_residual` of checked tensors."""
+    dtype, channels = prepared.dtype, x.shape[-1]
+    rows = x.numel() // channels
+    limits, tile_rows = _limits(prepared, projections, norm_match, rows)
+    sizes: dict[str, float] = {"M": rows, "C": channels, "norm_match": norm_match}
     # Plan "standard" is torch's attention and projection_residual's kernels.
     if prepared.plan == "standard":
         operator, sizes = "projection_residual", sizes | {"K": projections.num_heads * projections.head_dim}
@@ -205,6 +238,7 @@ def attend(
         operator, sizes = _NAME, sizes | {"J": columns, "dropout_p": dropout_p, "cuda_rows": tile_rows}
     chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits)
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    out_bias = None if projections.out_bias is None else projections.out_bias.to(dtype)
     if observe.observers:
         observe.notify(
             _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, sizes=sizes,
@@ -213,55 +247,68 @@ def attend(
             keeps_projection=keeps_projection("identity", norm_match, gate is not None and gate.requires_grad),
         )  # fmt: skip
     if prepared.plan == "standard":
+        # torch's attention would be the first to meet a tangent, and refuse it in its own name.
+        registry.refuse_tangents(_NAME, {"x": x, "context": prepared.keys})
         attended = attend_standard(x.to(dtype), prepared, projections, dropout_p)
         return project_residual(
-            attended, projections.out_weight, projections.out_bias, x, weight, 1.0, "identity", norm_match, eps, chosen
-        )
+            _NAME, attended, projections.out_weight.to(dtype), out_bias, x, weight, 1.0, "identity", norm_match, eps,
+            chosen,
+        )  # fmt: skip
     e, c, f = prepared.keys, prepared.logits, prepared.values
     seed = checks.seed(_NAME, seed, x.device) if dropout_p > 0.0 else None
-    rows = x
+    stream = x
     if len(e) == 1 and (c is None or len(c) == 1):
-        (rows,), _ = layout.as_rows(-1, x)
-    differentiable = rows, e, c, f, projections.out_bias, gate
-    constants = seed, factor, norm_match, eps, dropout_p
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        y = _CrossAttentionResidual.apply(*differentiable, *constants, prepared.plan, chosen)
-    else:
-        y, _ = _fwd[chosen](*differentiable, *constants, False)
+        (stream,), _ = layout.as_rows(-1, x)
+    y = registry.run(
+        _NAME,
+        _CrossAttentionResidual,
+        functools.partial(_rounded_fwd, dtype, chosen),
+        (stream, e, c, f, out_bias, gate),
+        (seed, factor, norm_match, eps, dropout_p),
+        (prepared.plan, dtype, chosen),
+    )
     return y.view(x.shape)
 
 
-def _limits(prepared: PreparedContext, projections: Projections, norm_match: bool) -> tuple[dict[str, str], int]:
+def _limits(
+    prepared: PreparedContext, projections: Projections, norm_match: bool, rows: int
+) -> tuple[dict[str, str], int]:
     """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
     limits: dict[str, str] = {}
     if prepared.plan == "standard":
         return limits, 0
-    dtype, padded = prepared.keys.dtype, padded_columns(projections.num_heads, prepared.tokens)
-    widest = most_columns(dtype, norm_match)
+    dtype, case = prepared.dtype, " with norm_match" if norm_match else ""
+    padded, widest = padded_columns(projections.num_heads, prepared.tokens), most_columns(dtype, norm_match)
     if widest is not None and padded > widest:
-        case = f"{dtype} with norm_match" if norm_match else f"{dtype}"
         limits["triton"] = (
-            f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in {case}, H and T each "
+            f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there in {dtype}{case}, H and T each "
             f"padded to a power of two; got {padded}"
         )
-    columns = projections.num_heads * prepared.tokens
+    device = prepared.keys.device
+    if not backends.has_cuda_kernels(_NAME, device):
+        return limits, 0
+    columns, contexts, channels = projections.num_heads * prepared.tokens, len(prepared.keys), prepared.keys.shape[3]
     widest = MAX_CUDA_COLUMNS_MATCHED if norm_match else MAX_CUDA_COLUMNS
+    limits |= cuda_row_limit(_NAME, rows)
+    if contexts > MAX_CUDA_CONTEXTS:
+        limits["cuda"] = (
+            f"{_NAME}: plan {prepared.plan!r} takes at most {MAX_CUDA_CONTEXTS} contexts there, got {contexts}"
+        )
     if columns > widest:
-        case = " with norm_match" if norm_match else ""
         limits["cuda"] = (
             f"{_NAME}: plan {prepared.plan!r} takes at most {widest} columns H T there{case}, got {columns}"
         )
+    if "cuda" in limits:
         return limits, 0
-    channels, device = prepared.keys.shape[3], prepared.keys.device
     candidates = (64, 32, 16) if columns <= 128 else (32, 16)
-    rows = cuda_rows(columns, channels, device, rows=candidates, float_middle=True)
-    if not rows:
+    tile_rows = cuda_rows(columns, channels, device, rows=candidates, float_middle=True)
+    if not tile_rows:
         limits["cuda"] = (
             f"{_NAME}: 16 rows of x with C = {channels} and tiles of E and F with H T = {columns} take "
             f"{cuda_shared_memory(columns, channels, rows=16, float_middle=True)} bytes of shared memory there, a "
             f"block has {backends.shared_memory(device)}"
         )
-    return limits, rows
+    return limits, tile_rows
 
 
 def cross_attention_residual(
@@ -295,7 +342,8 @@ def cross_attention_residual(
         x: (B, L, C); float32, float16, bfloat16, and float64 on the portable backend. Any strides.
         context: (B, T, Cc), or (1, T, Cc) for all of x; x's dtype, T at least 1. Its gradient is summed over the batch
             that shared it.
-        q_weight: (H d, C); x's dtype or float32, which is cast to x's.
+        q_weight: (H d, C); x's dtype or float32. In plan "standard" it is cast to x's dtype, as k_weight and v_weight
+            are; the absorbed plans, which multiply q_weight and out_weight with the context alone, do that in float32.
         q_bias: (H d,) or None; dtypes of this and what follows as ``q_weight``.
         k_weight, v_weight: (H d, Cc).
         k_bias, v_bias: (H d,) or None.
@@ -344,13 +392,16 @@ def cross_attention_residual(
     check_eps(_NAME, eps)
     checks.probability(_NAME, "dropout_p", dropout_p)
     checks.one_of(_NAME, "plan", plan, ("auto", *PLANS))
+    for argument, value in (
+        ("norm_match", norm_match), ("normalize_context", normalize_context), ("training", training)
+    ):  # fmt: skip
+        checks.flag(_NAME, argument, value)
     dtype = checks.autocast_dtype(x) or x.dtype
     dropout_p = float(dropout_p) if training else 0.0
     rows = x.shape[0] * x.shape[1] // max(1, context.shape[0])
     plan, reason = resolve_plan(
         projections, rows, context.shape[1], norm_match, dtype, x.device, plan, dropout_p > 0.0 and seed is not None
     )
-    projections = projections.to(dtype)
     prepared = prepare_context(context.to(dtype), projections, key_padding_mask, normalize_context, plan, reason)
     return attend(x, prepared, projections, weight, norm_match, float(eps), dropout_p, seed, backend)
 

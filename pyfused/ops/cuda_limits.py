@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels of the bottleneck family, rows with a narrow middle, need of a GPU."""
+"""What the CUDA C++ kernels take: how many rows, and what a block of the bottleneck family needs of a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import functools
 import torch
 
 from pyfused import backend as backends
+
+# Rows are counted in 32 bits.
+MAX_ROWS = 2**31 - 1
+
+
+def cuda_row_limit(operator: str, rows: int) -> dict[str, str]:
+    """{"cuda": why it does not take so many rows}, empty where it does."""
+    if rows <= MAX_ROWS:
+        return {}
+    return {"cuda": f"{operator}: it takes at most {MAX_ROWS} rows there, got {rows}"}
 
 
 def cuda_shared_memory(narrow: int, channels: int, *, rows: int, float_middle: bool = False) -> int:

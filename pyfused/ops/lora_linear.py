@@ -12,16 +12,49 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfused import backend as backends
 from pyfused import observe
 from pyfused.ops import checks, layout, registry
+from pyfused.ops.cuda_limits import cuda_row_limit
 
 MAX_RANK = 256
-PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas"), "cuda": ("one_launch",)}
 # Beyond it P of every tile does not fit beside the tile's accumulator.
-MAX_RANK_CUDA = 64
+MAX_RANK_ONE_LAUNCH = 64
+PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas"), "cuda": ("one_launch",)}
+
+
+def choose_plan(n: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str) -> tuple[str, str]:
+    """(plan, reason) of Triton's kernels for y (M, N) = x (M, K) W^T and its low-rank term.
+
+    Backward's dx (M, K) = dy (M, N) W is the same with K in the place of N.
+    """
+    if device_type == "cpu" and rank <= MAX_RANK_ONE_LAUNCH:
+        return "one_launch", "interpreter: one launch is the cheapest to interpret"
+    if dtype == torch.float32:
+        return "blas", "float32: the library's GEMM has no peer in Triton"
+    if rank > MAX_RANK_ONE_LAUNCH:
+        return "shrink_expand", f"rank {rank} > {MAX_RANK_ONE_LAUNCH}: P does not fit beside a tile's accumulator"
+    if dropout_p > 0.0:
+        return "shrink_expand", "dropout: the mask is drawn once, not once per column of tiles"
+    # Every tile computes its own P, r / BLOCK_N extra work; a separate pass reads x once more. Equal near this line
+    # by arithmetic at 790 TFLOP/s and 4.3 TB/s with BLOCK_N = 256 and the rank padded to a power of two from 16 on.
+    limit = 184 * 256 // max(16, 1 << (rank - 1).bit_length())
+    if n < limit:
+        return "one_launch", f"N = {n} < {limit}: recomputing P costs less than another pass over x"
+    return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
+
+
+def resolve_plans(
+    plan: str, backend: str, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(plan, reason) of forward, then of backward."""
+    if plan != "auto":
+        return ((plan, "plan asked for by name"),) * 2
+    if backend != "triton":
+        return ((PLANS[backend][0], f"the only plan of backend {backend!r}"),) * 2
+    forward = choose_plan(n, rank, dropout_p, dtype, device_type)
+    return forward, choose_plan(k, rank, dropout_p, dtype, device_type)
 
 
 def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
@@ -58,7 +91,9 @@ _bwd = registry.define(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backend):
+    def forward(
+        ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, plan_bwd, backend
+    ):  # fmt: skip
         need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
         y, p = _fwd[backend](
             x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b
@@ -71,21 +106,21 @@ class _LoRALinear(torch.autograd.Function):
             p if need_b else None,
             seed,
         )
-        ctx.settings = scaling, dropout_p, channels_first, plan, backend
+        ctx.settings = scaling, dropout_p, channels_first, plan_bwd
+        ctx.backend = backend
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
-    @once_differentiable
+    @registry.differentiable_once
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
-        scaling, dropout_p, channels_first, plan, backend = ctx.settings
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         dx = da = db = dw = dbias = None
         if need_x or need_a or need_b:
-            dx, da, db = _bwd[backend](
-                dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_x, need_a, need_b
+            dx, da, db = _bwd[ctx.backend](
+                dy, x, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b
             )
         if need_weight:
             with torch.autocast(dy.device.type, enabled=False):
@@ -94,8 +129,21 @@ class _LoRALinear(torch.autograd.Function):
             dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
         return (
             dx if need_x else None, dw, da if need_a else None, db if need_b else None, dbias,
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
+    (n, k), rank = weight.shape, lora_a.shape[0]
+    # Of a program that was traced for one direction, the other is planned where it runs.
+    _, (backward, _) = resolve_plans("auto", backend, n, k, rank, dropout_p, x.dtype, x.device.type)
+    y = _LoRALinear.apply(
+        x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend
+    )  # fmt: skip
+    return y, x.new_empty((0, rank))
+
+
+registry.derive(_fwd, _derived)
 
 
 def lora_linear(
@@ -118,9 +166,7 @@ def lora_linear(
     Args:
         x: (..., K); with ``channel_dim=1`` (B, K, ...), as a 1x1 convolution sees it. float32, float16, bfloat16, and
             float64 on the portable backend. Any strides.
-        weight: (N, K), x's dtype. Under autocast any floating dtype: it is cast inside the operator, and on a CPU the
-            cast copy of a frozen one is kept; change such a weight in place under ``torch.no_grad()``, not through
-            ``.data``, which would go unnoticed.
+        weight: (N, K), x's dtype. Under autocast any floating dtype: each call casts it.
         lora_a: (R, K), 1 <= R <= 256; x's dtype or float32. A float32 parameter is cast to x's dtype for the products;
             its gradient is accumulated and returned in float32. (PEFT computes that branch in float32 instead; dA and
             dB then differ by about 2e-3 relative in bfloat16.)
@@ -150,54 +196,61 @@ def lora_linear(
     """
     name = "lora_linear"
     _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
+    checks.flag(name, "training", training)
     dtype = checks.autocast_dtype(x)
+    cast = dtype is not None and dtype != x.dtype
     if dtype is None:
         dtype = x.dtype
         checks.dtype(name, "weight", weight, (dtype,))
         if bias is not None:
             checks.dtype(name, "bias", bias, (dtype,))
-    else:
+    elif cast:
         x = x.to(dtype)
-    limits = _limits(name, dtype, weight, lora_a, lora_b, bias, plan)
     dropout_p = float(dropout_p) if training else 0.0
     (n, k), rank = weight.shape, lora_a.shape[0]
     sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
+    limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
     chosen = backends.choose(backend, x.device, dtype, name, sizes, limits)
-    checks.one_of(name, f"plan on backend {chosen!r}", plan, ("auto", *PLANS[chosen]))
+    if plan not in ("auto", *PLANS[chosen]):
+        beyond = "".join(f"; {other}: {reason}" for other, reason in limits.items() if plan in PLANS[other])
+        raise ValueError(
+            f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
+        )
+    forward, backward = resolve_plans(plan, chosen, n, k, rank, dropout_p, dtype, x.device.type)
     if observe.observers:
-        observe.notify(
-            name, backend=chosen, plan=plan, plans=PLANS[chosen], limits=limits, sizes=sizes, x=x, weight=weight,
-            lora_a=lora_a, dropout_p=dropout_p,
-        )  # fmt: skip
+        observe.notify(name, backend=chosen, plans=(forward, backward), limits=limits, sizes=sizes, x=x, cast=cast)
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
-    grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+    y = registry.run(
+        name,
+        _LoRALinear,
+        _fwd[chosen],
+        (rows, weight, lora_a, lora_b, bias),
+        (seed, float(scaling), dropout_p, channels_first, forward[0]),
+        (backward[0], chosen),
     )
-    arguments = rows, weight, lora_a, lora_b, bias, seed, float(scaling), dropout_p, channels_first, plan
-    if grad:
-        y = _LoRALinear.apply(*arguments, chosen)
-    else:
-        y, _ = _fwd[chosen](*arguments, False)
     return layout.from_rows(y, x, channel_dim, channels_first)
 
 
-def _limits(name, dtype, weight, lora_a, lora_b, bias, plan) -> dict[str, str]:
+def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[str, str]:
+    """Backend -> why its kernels do not take this call."""
+    limits: dict[str, str] = {}
     rank = lora_a.shape[0]
-    if plan not in ("auto", *PLANS["cuda"]):
-        return {"cuda": f"{name}: plan must be one of {('auto', *PLANS['cuda'])} there, got {plan!r}"}
-    if rank > MAX_RANK_CUDA:
-        return {"cuda": f"{name}: lora_a (R, K) must have R <= {MAX_RANK_CUDA} there, got R = {rank}"}
-    for parameter, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
-        allowed = (dtype,) if parameter == "weight" else (dtype, torch.float32)
-        if value is not None and value.dtype not in allowed:
-            expected = " or ".join(map(str, allowed))
-            return {"cuda": f"{name}: {parameter} must have dtype {expected} there, got {value.dtype}"}
-    return {}
+    if backends.has_cuda_kernels(name, x.device):
+        limits |= cuda_row_limit(name, rows)
+        for parameter, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+            allowed = (dtype,) if parameter == "weight" else (dtype, torch.float32)
+            if value is not None and value.dtype not in allowed:
+                expected = " or ".join(map(str, allowed))
+                limits["cuda"] = f"{name}: {parameter} must have dtype {expected} there, got {value.dtype}"
+    for backend in ("triton", "cuda"):
+        if plan not in ("auto", *PLANS[backend]):
+            limits[backend] = f"{name}: plan must be one of {('auto', *PLANS[backend])} there, got {plan!r}"
+        elif rank > MAX_RANK_ONE_LAUNCH and (plan == "one_launch" or backend == "cuda"):
+            limits[backend] = (
+                f"{name}: plan 'one_launch' takes lora_a (R, K) with R <= {MAX_RANK_ONE_LAUNCH}, got R = {rank}"
+            )
+    return limits
 
 
 def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:

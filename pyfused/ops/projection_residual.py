@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyfused import backend as backends
 from pyfused import observe
@@ -84,7 +83,7 @@ class _ProjectionResidual(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @registry.differentiable_once
     def backward(ctx, dy):
         need_o, need_weight, need_bias, need_residual, need_gate = ctx.needs_input_grad[:5]
         o, weight, bias, residual, gate, pre = ctx.saved_tensors
@@ -108,6 +107,13 @@ class _ProjectionResidual(torch.autograd.Function):
             d_gate if need_gate else None,
             None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _derived(backend, *arguments):
+    return _ProjectionResidual.apply(*arguments[:-1], backend), arguments[0].new_empty(0)
+
+
+registry.derive(_fwd, _derived)
 
 
 def keeps_projection(activation: str, norm_match: bool, need_gate: bool) -> bool:
@@ -164,6 +170,7 @@ def projection_residual(
     checks.finite(_NAME, "skip", skip)
     checks.one_of(_NAME, "activation", activation, ACTIVATIONS)
     check_eps(_NAME, eps)
+    checks.flag(_NAME, "norm_match", norm_match)
     dtype = checks.autocast_dtype(o) or o.dtype
     o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     channels, k = weight.shape
@@ -173,11 +180,12 @@ def projection_residual(
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
         observe.notify(_NAME, backend=chosen, sizes=sizes, o=o, weight=weight, keeps=keeps)
     return project_residual(
-        o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
+        _NAME, o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
     )  # fmt: skip
 
 
 def project_residual(
+    name: str,
     o: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -189,15 +197,17 @@ def project_residual(
     eps: float,
     backend: str,
 ) -> Tensor:
-    """`projection_residual` of checked tensors, weight and bias in o's dtype, on one backend."""
+    """`projection_residual` of checked tensors, weight and bias in o's dtype, on one backend; errors name ``name``."""
     factor, per_channel = (1.0, gate.reshape(-1)) if isinstance(gate, Tensor) else (float(gate), None)
     (rows, stream), _ = layout.as_rows(-1, o, residual)
-    differentiable = rows, weight, bias, stream, per_channel
-    settings = factor, skip, activation, norm_match, eps
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        y = _ProjectionResidual.apply(*differentiable, *settings, backend)
-    else:
-        y, _ = _fwd[backend](*differentiable, *settings, False)
+    y = registry.run(
+        name,
+        _ProjectionResidual,
+        _fwd[backend],
+        (rows, weight, bias, stream, per_channel),
+        (factor, skip, activation, norm_match, eps),
+        (backend,),
+    )
     return y.view(residual.shape)
 
 
@@ -206,6 +216,7 @@ def check_gate(name: str, argument: str, gate: float | Tensor, channels: int, de
     if not isinstance(gate, Tensor):
         checks.finite(name, argument, gate)
         return
+    checks.tensor(name, argument, gate)
     checks.dtype(name, argument, gate, checks.FLOATING)
     checks.same_device(name, argument, gate, device)
     if gate.shape != (channels,) and (gate.dim() > 1 or gate.numel() != 1):

@@ -1,12 +1,16 @@
-"""One schema per direction of an operator, one ``torch.library`` namespace per backend that implements it."""
+"""One schema per direction of an operator, one ``torch.library`` namespace per backend that implements it.
+
+Every operator keeps its promises to torch here: gradients, forward mode, autocast, tracing.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyfused.backend import BACKENDS
@@ -14,20 +18,26 @@ from pyfused.backend import BACKENDS
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 # The compiled library of "cuda" registers its own.
 _HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
-# What must not act inside an implementation: view tracking (backends build y from views of it, and what follows could
-# not change it in place) and autocast (products of float32 gradients stay float32).
-_EXCLUDED = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+_AUTOCAST = [name for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")]
+_AUTOCAST_KEYS = functools.reduce(
+    lambda keys, name: keys | torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[name]),
+    _AUTOCAST,
+    torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
 )
+# View tracking must not act inside an implementation: backends build y from views of it, and what follows could not
+# change it in place.
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 # What is left of the dispatch keys below autograd when nothing stands between it and a backend's implementation: no
 # fake tensors, no mode, no trace.
 _PLAIN = [torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)]
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in BACKENDS}
+# Raw forward operator -> what makes its outputs with a derivative.
+_derived: dict[torch._ops.OpOverload, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+Raw = dict[str, torch._ops.OpOverload]
 
 
-def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[str, torch._ops.OpOverload]:
+def define(operator: str, direction: str, schema: str, fake: Callable) -> Raw:
     """Register ``<operator>_<direction><schema>`` in every backend's namespace; returns backend -> raw operator.
 
     Implementations are imported at the first call, so that importing pyfused needs torch alone.
@@ -42,10 +52,98 @@ def define(operator: str, direction: str, schema: str, fake: Callable) -> dict[s
             library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default
-        kernel = functools.partial(_refuse_gradient, overload, implementation)
-        library.impl(name, kernel, "Autograd", with_keyset=True)
+        # Under inference_mode nothing comes by "Autograd": what holds in every grad mode has a key of its own.
+        for key in _AUTOCAST:
+            library.impl(name, functools.partial(_without_autocast, overload), key)
+        library.impl(name, functools.partial(_with_autograd, overload, implementation), "Autograd", with_keyset=True)
         overloads[backend] = overload
     return overloads
+
+
+def derive(forward: Raw, apply: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Give the raw forward operators a derivative: ``apply(backend, *arguments)`` returns their outputs with it.
+
+    So that an exported or traced program, which holds raw operators alone, has its gradients.
+    """
+    for backend, overload in forward.items():
+        _derived[overload] = functools.partial(apply, backend)
+
+
+def run(
+    name: str,
+    function: type[torch.autograd.Function],
+    raw: Callable[..., tuple[Tensor, Tensor]],
+    tensors: Sequence[Tensor | None],
+    constants: Sequence[object],
+    choices: Sequence[object],
+) -> Tensor:
+    """y, with a derivative where grad mode is on and one of ``tensors`` requires grad.
+
+    ``function`` takes tensors, constants and choices, ``raw`` tensors, constants and whether to save for backward.
+
+    Raises:
+        RuntimeError: inside an export to ONNX, or where a transform of torch.func wants a gradient.
+    """
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{name}: ONNX has no such operator; of a model with LoRA export what remove_lora(model) leaves"
+            )
+        # The program holds the raw operator, which has its own derivative: see `derive`.
+        wanted = False
+    if not wanted:
+        return raw(*tensors, *constants, False)[0]
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: torch.func's grad, vjp, jvp, jacrev and jacfwd have no derivative of it, nor has vmap where "
+            "something requires grad; use torch.autograd, or vmap under torch.no_grad()"
+        )
+    return function.apply(*tensors, *constants, *choices)
+
+
+def refuse_tangents(name: str, arguments: Mapping[str, object]) -> None:
+    """Raise where forward-mode differentiation is on and one of the arguments, by name, has a tangent."""
+    if forward_ad._current_level < 0:
+        return
+    for argument, value in arguments.items():
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f"{name}: {argument} has a tangent, but there is no forward-mode derivative")
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Decorates ``backward(ctx, dy)`` of a Function: its gradients, differentiated again, raise.
+
+    Also where dy requires no grad, as that of a loss linear in y: torch's `once_differentiable` returns gradients
+    without a derivative then, and drops a penalty on them without a word.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx, dy):
+        # Grad mode is on in a backward with create_graph=True. Compiled code has no second derivative anyway.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, dy)
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        given = [gradient for gradient in gradients if gradient is not None]
+        operator = type(ctx).__name__.removeprefix("_").removesuffix("Backward")
+        held = iter(_NoSecondDerivative.apply(operator, torch.empty(0, requires_grad=True), *given))
+        return tuple(None if gradient is None else next(held) for gradient in gradients)
+
+    return once
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients on; ``leaf`` makes them require grad."""
+
+    @staticmethod
+    def forward(ctx, operator: str, leaf: Tensor, *gradients: Tensor):
+        ctx.operator = operator
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"trying to differentiate twice: {ctx.operator} of pyfused has no second derivative")
 
 
 def _lazy(module: str, name: str) -> Callable:
@@ -61,23 +159,27 @@ def _lazy(module: str, name: str) -> Callable:
     return implementation
 
 
-def _refuse_gradient(overload, implementation, keyset, *args, **kwargs):
+def _without_autocast(overload, *args, **kwargs):
+    # Products inside an implementation stay in the dtypes that the contract gives them.
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return overload(*args, **kwargs)
+
+
+def _with_autograd(overload, implementation, keyset, *args, **kwargs):
     # Without this kernel torch would run the raw operator and drop the gradient without a word.
     if forward_ad._current_level >= 0:
-        for argument, value in zip(overload._schema.arguments, args, strict=False):
-            if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-                raise RuntimeError(
-                    f"{overload}: {argument.name} has a tangent, but there is no forward-mode derivative"
-                )
+        names = (argument.name for argument in overload._schema.arguments)
+        refuse_tangents(str(overload), dict(zip(names, args, strict=False)))
     if torch.is_grad_enabled():
         for argument, value in zip(overload._schema.arguments, args, strict=False):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+            if isinstance(value, Tensor) and value.requires_grad:
+                if overload in _derived:
+                    return _derived[overload](*args, **kwargs)
                 raise RuntimeError(
-                    f"{overload}: {argument.name} requires grad, but a raw operator has no derivative; "
-                    "call the public function of pyfused, or run under torch.no_grad()"
+                    f"{overload}: {argument.name} requires grad, but a raw backward operator has no derivative"
                 )
     remaining = keyset & torch._C._after_autograd_keyset
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_EXCLUDED):
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
         if implementation is not None and remaining.raw_repr() in _PLAIN:
             # Where the dispatcher would come to by way of C++, which costs as much as a small product.
             return implementation(*args, **kwargs)

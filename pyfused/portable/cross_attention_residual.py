@@ -1,7 +1,8 @@
 """The core of absorbed cross-attention in plain torch: four narrow products with the rows forward and backward.
 
 Everything is computed in float32 or wider. The output bias is one more column of the probabilities, always 1, and one
-more row of F; a norm that is matched scales the probabilities, and |c|^2 = a F F^T a^T never meets the rows.
+more row of F. A norm that is matched is that of c = a F itself: a F F^T a^T loses twice the digits where c is small
+against F's rows.
 """
 
 from __future__ import annotations
@@ -39,19 +40,22 @@ def cross_attention_residual_fwd(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = e.new_empty(_saved_shape(x, e) if save else 0)
     keys, values = _stacked(e, wide), _with_bias(f, bias, wide)
-    gated = values * (weight if gate is None else gate.to(wide))
-    gram = values @ values.mT if norm_match else None
+    scale = weight if gate is None else gate.to(wide)
+    gated = None if norm_match else values * scale
     for images, rows, first in _blocks(x, e):
         part = x[images, rows].to(wide)
         p = _probabilities(part, _of(keys, images), _of(c, images), heads, tokens)
         if save:
             saved[images, rows].copy_(p)
         a = _dropped(p, seed, dropout_p, first, heads, tokens, bias is not None)
-        if gram is not None:
-            a = a * _match(a @ _of(gram, images), a, part, eps)[0]
         out = y[images, rows]
         total = out if out.dtype == wide else torch.empty_like(part)
-        baddbmm(part, a, _of(gated, images), total)
+        if gated is None:
+            branch = bmm(a, _of(values, images))
+            branch.mul_(_match(branch, part, eps)[0])
+            torch.add(part, branch.mul_(scale), out=total)
+        else:
+            baddbmm(part, a, _of(gated, images), total)
         if total is not out:
             out.copy_(total)
     return y, saved
@@ -75,18 +79,18 @@ def cross_attention_residual_bwd(
     need_keys: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx in dy's dtype, dE, dc, dF and db_o in their tensors' dtypes, dw (C,) wide; empty where not needed."""
+    """dx in dy's dtype, dc and db_o in their tensors' dtypes, dE, dF, dw (C,) wide; empty where not needed."""
     wide = torch.promote_types(e.dtype, torch.float32)
     batch, heads, tokens, _ = e.shape
     columns = heads * tokens
     nothing = e.new_empty
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
     keys, values = _stacked(e, wide), _with_bias(f, bias, wide)
-    gated = values * (weight if gate is None else gate.to(wide))
-    gram = values @ values.mT if norm_match else None
-    d_keys, outer = torch.zeros_like(keys), torch.zeros_like(values)
+    scale = weight if gate is None else gate.to(wide)
+    gated = None if norm_match else values * scale
+    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
     d_c = keys.new_zeros((batch if c is None else c.shape[0], tokens, heads))
-    d_gram = None if gram is None else torch.zeros_like(gram)
+    d_gate = keys.new_zeros(values.shape[2] if need_values else 0)
     for images, rows, first in _blocks(dy, e):
         g = dy[images, rows].to(wide)
         part = None if x is None else x[images, rows].to(wide)
@@ -95,23 +99,24 @@ def cross_attention_residual_bwd(
         else:
             kept = p[images, rows].to(wide)
         a = _dropped(kept, seed, dropout_p, first, heads, tokens, bias is not None)
-        da = bmm(g, _of(gated, images).mT)
-        scaled = a
-        if gram is not None:
-            product = a @ _of(gram, images)
-            rho, norm, inverse = _match(product, a, part, eps)
-            along = (a * da).sum(-1, keepdim=True)
+        upstream = g
+        if norm_match:
+            # What autograd would have: rho w dy - kappa c, the gradient of c = a F. kappa is gc |x| / (|c| (|c| +
+            # eps)^2), with 1 / |c| = 0 at c = 0.
+            branch = bmm(a, _of(values, images))
+            rho, norm, inverse = _match(branch, part, eps)
             length = part.norm(dim=-1, keepdim=True)
-            # kappa = gc |x| / (|c| (|c| + eps)^2), with 1 / |c| = 0 at c = 0.
+            upstream = g * scale
+            along = (upstream * branch).sum(-1, keepdim=True)
+            if need_values and gate is not None:
+                d_gate += (g * branch).mul_(rho).sum((0, 1))
             kappa = along * rho * inverse / norm.masked_fill(norm == 0, torch.inf)
-            da = rho * da - kappa * product
-            scaled = rho * a
-            if need_values:
-                _add(d_gram, images, (kappa * a).mT @ a)
+            upstream.mul_(rho).addcmul_(branch, kappa, value=-1)
         if need_values:
-            _add(outer, images, bmm(scaled.mT, g))
+            _add(d_values, images, bmm(a.mT, upstream))
         if not (need_dx or need_keys):
             continue
+        da = bmm(upstream, _of(values if norm_match else gated, images).mT)
         dp = da[..., :columns].unflatten(-1, (tokens, heads))
         if dropout_p > 0.0:
             dp = _masked(dp, seed, dropout_p, first)
@@ -125,19 +130,19 @@ def cross_attention_residual_bwd(
             out = dx[images, rows]
             total = out if out.dtype == wide else torch.empty_like(g)
             baddbmm(g, ds, _of(keys, images), total)
-            if gram is not None:
+            if norm_match:
                 total.addcmul_(part, along * inverse / length.masked_fill(length == 0, torch.inf))
             if total is not out:
                 out.copy_(total)
-    de = d_keys.unflatten(1, (tokens, heads)).transpose(1, 2).to(e.dtype).contiguous() if need_keys else nothing(0)
+    de = d_keys.unflatten(1, (tokens, heads)).transpose(1, 2).contiguous() if need_keys else d_keys.new_empty(0)
     dc = d_c.transpose(1, 2).to(c.dtype).contiguous() if need_keys and c is not None else nothing(0)
     if not need_values:
-        return dx, de, dc, nothing(0), nothing(0), nothing(0, dtype=wide)
-    d_gate = (values * outer).sum((0, 1))
-    d_values = outer.mul_(weight if gate is None else gate.to(wide))
-    if d_gram is not None:
-        d_values -= d_gram @ values
-    df = d_values[:, :columns].unflatten(1, (tokens, heads)).transpose(1, 2).to(f.dtype).contiguous()
+        return dx, de, dc, d_values.new_empty(0), nothing(0), d_gate
+    if not norm_match:
+        if gate is not None:
+            d_gate = (values * d_values).sum((0, 1))
+        d_values.mul_(scale)
+    df = d_values[:, :columns].unflatten(1, (tokens, heads)).transpose(1, 2).contiguous()
     db = nothing(0) if bias is None else d_values[:, columns].sum(0).to(bias.dtype)
     return dx, de, dc, df, db, d_gate
 
@@ -211,9 +216,9 @@ def _masked(p: Tensor, seed: Tensor, dropout_p: float, first: int) -> Tensor:
     return p * keep * (1.0 / (1.0 - dropout_p))
 
 
-def _match(product: Tensor, a: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """rho = |x| / (|c| + eps), |c| and 1 / (|c| + eps), each (images, rows, 1), from a F F^T; 1 / 0 is 0."""
-    norm = (a * product).sum(-1, keepdim=True).clamp_(min=0.0).sqrt_()
+def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """rho = |x| / (|c| + eps), |c| and 1 / (|c| + eps), each (images, rows, 1); 1 / 0 is 0."""
+    norm = c.norm(dim=-1, keepdim=True)
     denominator = norm + eps
     inverse = 1.0 / denominator.masked_fill_(denominator == 0, torch.inf)
     return x.norm(dim=-1, keepdim=True) * inverse, norm, inverse

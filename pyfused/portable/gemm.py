@@ -73,33 +73,44 @@ def _images(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, weight: Tensor, channels_first: bool = False, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    channels_first: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """x W^T + b: (..., K), (N, K) -> (..., N); of x (B, L, K) it lies in memory as (B, N, L) when ``channels_first``.
+    """alpha x W^T + b: (..., K), (N, K) -> (..., N); of x (B, L, K) it lies in memory as (B, N, L) when
+    ``channels_first``.
 
-    ``out``, where given, lies so and receives it.
+    Rounded once, alpha and bias included: 16 bits may hold the result and not the product. ``out``, where given, lies
+    so and receives it; ``alpha`` is for products without a bias.
     """
-    if out is None:
-        if not channels_first:
-            if not _takes_onednn(x):
-                return torch.nn.functional.linear(x, weight, bias)
-            return _by_onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    if out is None and not channels_first and alpha == 1.0:
+        # Of two dimensions: torch rounds a product of three before it adds the bias.
+        rows = x.reshape(-1, x.shape[-1])
+        y = _by_onednn(rows, weight, bias) if _takes_onednn(x) else torch.nn.functional.linear(rows, weight, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    if out is None and channels_first:
         out = x.new_empty((x.shape[0], weight.shape[0], x.shape[1])).transpose(1, 2)
+    elif out is None:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if not channels_first:
         rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
         if _takes_onednn(x):
-            flat.copy_(_by_onednn(rows, weight, bias))
+            torch.mul(_by_onednn(rows, weight, bias), alpha, out=flat)
         elif bias is None:
-            torch.mm(rows, weight.t(), out=flat)
+            torch.addmm(flat, rows, weight.t(), beta=0, alpha=alpha, out=flat)
         else:
             torch.addmm(bias, rows, weight.t(), out=flat)
     elif _takes_onednn(x):
         for image, part in zip(x, out.transpose(1, 2), strict=True):
-            part.copy_(_by_onednn(weight, image))
+            torch.mul(_by_onednn(weight, image), alpha, out=part)
         if bias is not None:
             out.add_(bias)
     elif bias is None:
-        torch.bmm(_images(weight, x), x.transpose(1, 2), out=out.transpose(1, 2))
+        images = out.transpose(1, 2)
+        torch.baddbmm(images, _images(weight, x), x.transpose(1, 2), beta=0, alpha=alpha, out=images)
     else:
         torch.baddbmm(bias[:, None], _images(weight, x), x.transpose(1, 2), out=out.transpose(1, 2))
     return out
@@ -135,12 +146,17 @@ def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]), out=out)
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b: (M, I), (M, J) -> (I, J)."""
+def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha a^T b, rounded once: (M, I), (M, J) -> (I, J)."""
     # Either library is two to several times faster with the narrow matrix on the left.
     if a.shape[1] > b.shape[1]:
-        return _outer(b, a).t().contiguous()
-    return _by_onednn(a.t(), b.t()) if _takes_onednn(a) else torch.mm(a.t(), b)
+        return _outer(b, a, alpha).t().contiguous()
+    if _takes_onednn(a):
+        product = _by_onednn(a.t(), b.t())
+        return product if alpha == 1.0 else product.mul_(alpha)
+    if alpha == 1.0:
+        return torch.mm(a.t(), b)
+    return torch.addmm(a.new_empty((a.shape[1], b.shape[1])), a.t(), b, beta=0, alpha=alpha)
 
 
 def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,32 +166,36 @@ def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
 
 
-def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
+def add_outer_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """total += alpha times the sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
     for a, b in zip(*_together(left, right), strict=True):
         if _takes_onednn(a):
-            total.add_(_outer(a, b))
+            total.add_(_outer(a, b), alpha=alpha)
         else:
-            total.addmm_(a.t(), b)
+            total.addmm_(a.t(), b, alpha=alpha)
 
 
-def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum over rows of left^T right: (..., I), (..., J) -> (I, J), accumulated and returned in ``dtype``.
+def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype, alpha: float = 1.0) -> Tensor:
+    """alpha times the sum over rows of left^T right: (..., I), (..., J) -> (I, J), of two or three dimensions.
 
-    Of two or three dimensions.
+    Accumulated and returned in ``dtype``, to which 16 bits are rounded once, alpha included.
     """
     if left.dtype == dtype:
         if left.dim() == 2:
-            return _outer(left, right)
+            return _outer(left, right, alpha)
         left, right = _together(left, right)
-        total = _outer(left[0], right[0])
-        if len(left) > 1:
-            add_outer_(total, left[1:], right[1:])
-        return total
+        if len(left) == 1:
+            return _outer(left[0], right[0], alpha)
+        if dtype.itemsize >= 4:
+            total = _outer(left[0], right[0], alpha)
+            add_outer_(total, left[1:], right[1:], alpha)
+            return total
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        return _outer(left, right, alpha)
     left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     if left.is_cuda:
-        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
+        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(alpha).to(dtype)
     total = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
     for a, b in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
-        total.addmm_(a.to(dtype).t(), b.to(dtype))
+        total.addmm_(a.to(dtype).t(), b.to(dtype), alpha=alpha)
     return total

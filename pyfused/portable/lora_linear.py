@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyfused.portable.gemm import add_product_, product, sum_over_rows
 from pyfused.portable.philox import dropout_
-
-# Frozen weights in the dtype that autocast asked for: weight -> {part of it: ((version, address), cast copy)}.
-_casts = WeakTensorKeyDictionary()
 
 
 def lora_linear_fwd(
@@ -30,7 +26,7 @@ def lora_linear_fwd(
     (batch, length, _), dtype = x.shape, x.dtype
     rows = x if channels_first else x.reshape(-1, x.shape[2])
     p = product(_dropped(rows, seed, dropout_p), _cast(lora_a, dtype), channels_first)
-    y = product(rows, _cast_frozen(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
+    y = product(rows, _cast(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
     add_product_(y, p, _cast(lora_b, dtype), scaling)
     if not channels_first:
         y = y.view(batch, length, weight.shape[0])
@@ -63,9 +59,9 @@ def lora_linear_bwd(
     elif need_db:
         p = p.view(batch, length, p.shape[1])
     if need_dx or need_da:
-        q = product(dy, _cast(lora_b, dtype).t(), channels_first).mul_(scaling)
+        q = product(dy, _cast(lora_b, dtype).t(), channels_first, alpha=scaling)
     if need_dx:
-        dx = product(dy, _cast_frozen(weight, dtype).t(), channels_first)
+        dx = product(dy, _cast(weight, dtype).t(), channels_first)
         a = _cast(lora_a, dtype).t()
         if dropout_p > 0.0:
             low_rank = product(q, a)
@@ -78,7 +74,7 @@ def lora_linear_bwd(
     if need_da:
         da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
-        db = sum_over_rows(dy, p, lora_b.dtype).mul_(scaling)
+        db = sum_over_rows(dy, p, lora_b.dtype, scaling)
     return (
         dy.new_empty(0) if dx is None else dx,
         lora_a.new_empty(0) if da is None else da,
@@ -97,22 +93,3 @@ def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     rows = torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
     dropout_(rows.view(-1, x.shape[-1]), seed, p)
     return rows
-
-
-def _cast_frozen(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in ``dtype``; one that does not train is cast once and the copy kept for as long as it lives.
-
-    On a GPU nothing is kept: another stream, or a graph's capture, could use the copy before it is there. A change made
-    through ``weight.data`` in place, which torch does not count as a new version, is not noticed.
-    """
-    if weight.dtype == dtype:
-        return weight
-    if weight.requires_grad or weight.is_inference() or weight.is_cuda:
-        return weight.to(dtype)
-    owner = weight if weight._base is None else weight._base
-    part = weight.storage_offset(), weight.shape, weight.stride(), dtype
-    state = weight._version, weight.data_ptr()
-    kept = _casts.setdefault(owner, {})
-    if part not in kept or kept[part][0] != state:
-        kept[part] = state, weight.to(dtype)
-    return kept[part][1]

@@ -31,13 +31,11 @@ def projection_residual_fwd(
     wide = torch.promote_types(o.dtype, torch.float32)
     y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     scale = factor if gate is None else gate.to(wide)
-    if activation == "identity" and not norm_match and not save and residual.dtype == o.dtype == wide:
-        # The product goes onto the residual: the branch has no memory of its own.
-        torch.mul(residual, skip, out=y) if bias is None else torch.add(bias * scale, residual, alpha=skip, out=y)
-        if gate is None:
-            add_product_(y, o, weight, factor)
-        else:
-            add_product_(y, o, weight * scale[:, None])
+    if activation == "identity" and not norm_match and gate is None and residual.dtype == o.dtype == wide:
+        # The product goes onto the residual: the branch has no memory of its own. Not with a gate, whose gradient
+        # needs the branch: with and without grad mode y has the same bits.
+        torch.mul(residual, skip, out=y) if bias is None else torch.add(bias * factor, residual, alpha=skip, out=y)
+        add_product_(y, o, weight, factor)
         return y, o.new_empty(0)
     pre = product(o, weight, False, bias)
     for h, x, out in _blocks(pre, residual, y):
@@ -72,14 +70,15 @@ def projection_residual_bwd(
     scale = factor if gate is None else gate.to(wide)
     d_residual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
     d_gate = weight.new_zeros(weight.shape[0] if need_gate else 0, dtype=wide)
-    # Without h dh is w dy: w goes to the other side of the products, which has no rows, where dy may do without it.
-    folded = factor if gate is None else scale[:, None]
-    if pre is None and dy.dtype == weight.dtype:
-        dh, weight = dy, (weight * folded).to(weight.dtype)
+    # Without h dh is w dy, and a number w is left to the products.
+    alpha = 1.0
+    if pre is None and gate is None and dy.dtype == weight.dtype:
+        dh, alpha = dy, factor
     elif pre is None:
-        dh, folded = (dy.to(wide) * scale).to(weight.dtype), None
+        dh = torch.empty(dy.shape, dtype=weight.dtype, device=dy.device)
+        for upstream, out in _blocks(dy, dh):
+            out.copy_(upstream.to(wide) * scale)
     else:
-        folded = None
         dh, largest = torch.empty_like(pre), torch.finfo(pre.dtype).max
         blocks = _blocks(dy, pre, residual, d_residual if need_residual else None, dh)
         for upstream, h, x, dx, out in blocks:
@@ -106,14 +105,11 @@ def projection_residual_bwd(
             out.copy_(dh_part)
     d_o, d_weight, d_bias = (weight.new_empty(0) for _ in range(3))
     if need_do:
-        d_o = product(dh, weight.t(), False)
+        d_o = product(dh, weight.t(), False, alpha=alpha)
     if need_weight and o is not None:
-        d_weight = sum_over_rows(dh, o, weight.dtype)
-        if folded is not None:
-            d_weight.mul_(folded)
+        d_weight = sum_over_rows(dh, o, weight.dtype, alpha)
     if need_weight and bias is not None:
-        d_bias = dh.sum((0, 1), dtype=wide)
-        d_bias = (d_bias if folded is None else d_bias * scale).to(bias.dtype)
+        d_bias = dh.sum((0, 1), dtype=wide).mul_(alpha).to(bias.dtype)
     return d_o, d_weight, d_bias, d_residual, d_gate
 
 
