@@ -172,9 +172,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
     plain = [(paths, module.to_base(merge)) for module, paths in places(model) if isinstance(module, LoRAModule)]
     for paths, module in plain:
         surgery.replace(model, paths, module)
-    for module in model.modules():
-        if surgery.is_held(module):
-            del module.__dict__["train"]
+    surgery.release_batchnorms(model)
 
 
 # ---- finding

@@ -142,7 +142,7 @@ class TestParts:
         [
             (lambda: AdapterBlend(0), ValueError, "AdapterBlend: channels must be at least 1, got 0"),
             (lambda: AdapterBlend(8.0), TypeError, "AdapterBlend: channels must be an int, got float"),
-            (lambda: AdapterBlend(8, float("nan")), ValueError, "AdapterBlend: weight must be finite, got nan"),
+            (lambda: AdapterBlend(8, float("nan")), ValueError, "AdapterBlend: weight must be finite, also in float32"),
             (
                 lambda: AdapterBlend(8, dtype=torch.int8),
                 TypeError,
@@ -453,7 +453,7 @@ class TestRefusals:
             ({"feature_levels": (3, 2)}, ValueError, r"rising layer numbers from 1 to 4, at least one, got \(3, 2\)"),
             ({"feature_levels": ()}, ValueError, r"at least one, got \(\)"),
             ({"feature_levels": (0,)}, ValueError, "feature_levels must be at least 1, got 0"),
-            ({"image_weight": float("inf")}, ValueError, "weight must be finite, got inf"),
+            ({"image_weight": float("inf")}, ValueError, "weight must be finite, also in float32, got inf"),
             ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
             ({"zero_init": True}, ValueError, "zero_init must be False with norm_match"),
         ],

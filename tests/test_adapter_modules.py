@@ -226,7 +226,7 @@ class TestTravel:
         assert all(torch.equal(weight, weights[0]) for weight in weights)
 
     @pytest.mark.parametrize(("cast", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
-    def test_a_cast_leaves_gamma_in_float32(self, cast, dtype):
+    def test_a_cast_leaves_what_trains_in_float32(self, cast, dtype):
         adapter = BottleneckAdapter(16, layer_scale=1e-6)
         adapter(torch.randn(2, 16)).sum().backward()
         grad = adapter.gamma.grad.clone()
@@ -234,8 +234,9 @@ class TestTravel:
         assert adapter.gamma.dtype == torch.float32
         assert (adapter.gamma == 1e-6).all()
         assert torch.equal(adapter.gamma.grad, grad)
-        others = [p for name, p in adapter.named_parameters() if name != "gamma"]
-        assert {p.dtype for p in others} == {p.grad.dtype for p in others} == {dtype}
+        parameters = list(adapter.parameters())
+        assert {p.dtype for p in parameters} == {p.grad.dtype for p in parameters} == {torch.float32}
+        assert adapter(torch.randn(2, 16, dtype=dtype)).dtype == dtype
         adapter.double()
         assert adapter.gamma.dtype == torch.float64
         adapter.to(dtype=torch.float16)
@@ -287,9 +288,9 @@ class TestRefusals:
             ({"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
             ({"hidden": True}, TypeError, "hidden must be an int, got bool"),
             ({"activation": "gelu_erf"}, ValueError, "activation must be one of .*'gelu_tanh'.*, got 'gelu_erf'"),
-            ({"skip": float("nan")}, ValueError, "skip must be finite, got nan"),
+            ({"skip": float("nan")}, ValueError, "skip must be finite, also in float32, got nan"),
             ({"skip": None}, TypeError, "skip must be a Python number, got NoneType"),
-            ({"layer_scale": float("inf")}, ValueError, "layer_scale must be finite, got inf"),
+            ({"layer_scale": float("inf")}, ValueError, "layer_scale must be finite, also in float32, got inf"),
             ({"layer_scale": torch.ones(8)}, TypeError, "layer_scale must be a Python number, got Tensor"),
             ({"drop_path": 1.1}, ValueError, r"drop_path must be in \[0, 1\], got 1.1"),
             ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),

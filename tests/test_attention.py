@@ -162,7 +162,7 @@ def test_parameter_gradients_are_those_of_the_folded_weight():
 def test_inputs_that_are_one_tensor_share_one_product(kind, calls):
     _, lora = build({"batch_first": True})
     seen = []
-    observe.observers.append(lambda operator, **facts: seen.append(facts["weight"].shape[0] // E))
+    observe.observers.append(lambda operator, **facts: seen.append(facts["sizes"]["N"] // E))
     try:
         lora(*inputs(lora, kind, batched=True), need_weights=False)
     finally:

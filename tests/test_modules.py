@@ -176,7 +176,7 @@ class TestLoRALinear:
 
     def test_nested_input_is_refused(self):
         nested = torch.nested.nested_tensor([torch.randn(2, 7), torch.randn(3, 7)])
-        with pytest.raises(TypeError, match=r"input must be a dense tensor.*use_nested_tensor"):
+        with pytest.raises(TypeError, match=r"x must be a dense tensor.*use_nested_tensor"):
             adapted_linear()(nested)
 
 
@@ -465,8 +465,8 @@ class TestRefusals:
             ({"rank": 257}, ValueError, r"rank must be in 1\.\.256, got 257"),
             ({"rank": 4.0}, TypeError, "rank must be an int, got float"),
             ({"rank": True}, TypeError, "rank must be an int, got bool"),
-            ({"alpha": math.inf}, ValueError, "alpha must be finite, got inf"),
-            ({"alpha": math.nan}, ValueError, "alpha must be finite, got nan"),
+            ({"alpha": math.inf}, ValueError, "alpha must be finite, also in float32, got inf"),
+            ({"alpha": math.nan}, ValueError, "alpha must be finite, also in float32, got nan"),
             ({"alpha": 0}, ValueError, "alpha must be positive, got 0"),
             ({"alpha": "32"}, TypeError, "alpha must be a Python number, got str"),
             ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),

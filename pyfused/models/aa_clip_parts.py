@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.modules.cross_attention import ScaledCrossAttention
+from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.projection_residual import projection_residual
 
 
-class AdapterBlend(nn.Module):
+class AdapterBlend(KeepsWide):
     """``(1 - w) x + w |x| / |a| a`` with ``a = LeakyReLU(W x)``, slope 0.01, as one `pyfused.projection_residual`.
 
-    Norms over the last dimension, both differentiated. Parameter, float32 by default, which serves x of any dtype:
-    ``adapter_weight`` W (C, C), Xavier-uniform; no bias.
+    Norms over the last dimension, both differentiated. Parameter, float32 by default, which serves x of any dtype and
+    stays float32 under ``half()`` and the like: ``adapter_weight`` W (C, C), Xavier-uniform; no bias.
 
     Args:
         channels: C.
@@ -62,10 +63,11 @@ class AdapterBlend(nn.Module):
         return f"{self.channels}, weight={self.weight:g}"
 
 
-class SimpleProj(nn.Module):
+class SimpleProj(KeepsWide):
     """``W x``, or ``LeakyReLU(W x)`` with slope 0.01.
 
-    Parameter, float32 by default, which serves x of any dtype: ``weight`` W (N, K), Xavier-uniform; no bias.
+    Parameter, float32 by default, which serves x of any dtype and stays float32 under ``half()`` and the like:
+    ``weight`` W (N, K), Xavier-uniform; no bias.
 
     Args:
         in_features: K.

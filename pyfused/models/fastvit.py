@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pyfused.models.report import AdapterReport, AdapterRow
 from pyfused.modules import BottleneckAdapter, ConvLoRA, surgery
-from pyfused.modules.adapter import check_settings, drop_path_scale, kept_wide
+from pyfused.modules.adapter import check_settings, drop_path_scale
 from pyfused.modules.lora import check_settings as check_lora_settings
-from pyfused.modules.lora import places, shallow_copy
+from pyfused.modules.lora import places, take_over
+from pyfused.modules.wide import kept_wide
 
 try:
     from timm.layers import DropPath
@@ -81,7 +82,7 @@ class _BlockAdapter(nn.Module):
         weight = block.get_parameter("mlp.fc2.weight")
         dtype = torch.promote_types(weight.dtype, torch.float32) if adapter_dtype is None else adapter_dtype
         adapted = object.__new__(cls)
-        adapted.__dict__.update(shallow_copy(block))
+        take_over(adapted, block)
         if freeze:
             adapted.requires_grad_(False)
             if freeze_batchnorm:
@@ -197,7 +198,7 @@ class ConvLoRAStage(FastVitStage):
         dtype = torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype
         lora = ConvLoRA(weight.shape[0], rank, alpha, kernel_size, weight.device, dtype)
         adapted = object.__new__(cls)
-        adapted.__dict__.update(shallow_copy(stage))
+        take_over(adapted, stage)
         if freeze:
             _freeze(adapted)
         adapted.add_module("conv_lora", lora.train(stage.training))

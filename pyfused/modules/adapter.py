@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.adapter_residual import ACTIVATIONS, adapter_residual
 
@@ -33,31 +32,12 @@ def drop_path_scale(z: Tensor, drop_prob: float, training: bool, scale_by_keep: 
     return scale.div_(keep) if keep > 0.0 and scale_by_keep else scale
 
 
-@contextlib.contextmanager
-def kept_wide(places: list[tuple[nn.Module, str]]) -> Iterator[None]:
-    """While modules are cast: the parameters at ``places``, (module, name), are not narrowed below float32.
-
-    A layer-scale of 1e-6 is subnormal in float16.
-    """
-    before = [(module, name, module.get_parameter(name)) for module, name in places]
-    # Aliases: a cast rebinds what the parameter and its gradient hold.
-    values = [(p.data, None if p.grad is None else p.grad.data) for _, _, p in before]
-    yield
-    for (module, name, _), (value, grad) in zip(before, values, strict=True):
-        parameter = module.get_parameter(name)
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        if parameter.dtype != wide and value.dtype.itemsize >= wide.itemsize:
-            parameter.grad = None
-            parameter.data = value.to(parameter.device, wide)
-            parameter.grad = None if grad is None else grad.to(parameter.device, wide)
-
-
-class BottleneckAdapter(nn.Module):
+class BottleneckAdapter(KeepsWide):
     """``residual + k gamma (skip z + U drop(phi(D z + d)) + u)`` as one `pyfused.adapter_residual`.
 
     Parameters, float32 by default: ``down_weight`` D (h, C), ``down_bias`` d (h,), ``up_weight`` U (C, h), ``up_bias``
     u (C,), and with ``layer_scale`` ``gamma``, (C,) or (1,). float32 parameters serve z of any dtype. Casting the
-    module to 16 bits leaves gamma in float32.
+    module to 16 bits leaves them in float32; ``dtype`` makes them narrower.
 
     Starts with D Kaiming-uniform (a = sqrt(5)) and d, U, u zero: the branch is ``skip * z`` until U has been trained.
     With ``skip=True`` on a frozen branch f, ``x + gamma f`` therefore starts as it was; ``skip=False`` starts from the
@@ -254,15 +234,10 @@ class BottleneckAdapter(nn.Module):
             assert self.layer_scale_init is not None
             self.gamma.fill_(self.layer_scale_init)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with kept_wide([] if self.gamma is None else [(self, "gamma")]):
-            return super()._apply(fn, recurse)
-
     def forward(
         self,
         z: Tensor,
         residual: Tensor | None = None,
-        *,
         layer_scale: Tensor | None = None,
         sample_scale: Tensor | None = None,
     ) -> Tensor:

@@ -136,6 +136,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
 
     def merge(self) -> None:
         """Merge in_proj and out_proj; see `LoRAModule.merge`."""
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.refuse_replaced_forward("merging")
         super().merge()
         if isinstance(self.out_proj, LoRALinear):
             self.out_proj.merge()
@@ -148,6 +150,8 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
 
     def to_base(self, merge: bool = True) -> nn.Module:
         """A plain nn.MultiheadAttention; see `LoRAModule.to_base`."""
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.refuse_replaced_forward("to_base()")
         module = super().to_base(merge)
         del module.qkv
         if isinstance(module.out_proj, LoRALinear):
@@ -296,11 +300,6 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
         name = "LoRAMultiheadAttention"
         for argument, tensor in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, argument, tensor)
-            if tensor.is_nested:
-                raise TypeError(
-                    f"{name}: {argument} must be a dense tensor, got a nested one; inside nn.TransformerEncoder set "
-                    "use_nested_tensor = False on the encoder, as inject_lora does"
-                )
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             raise ValueError(
                 f"{name}: query, key and value must all have 3 dimensions, or 2 without a batch, got shapes "

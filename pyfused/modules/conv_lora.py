@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.modules.lora import check_settings
+from pyfused.modules.wide import KeepsWide
 
 
-class ConvLoRA(nn.Module):
+class ConvLoRA(KeepsWide):
     """``y = x + (alpha / R) B(A(x))``: A a k x k convolution to R channels, B a 1x1 convolution back, neither biased.
 
     A module of its own, to be put after a stage of a frozen network; `LoRAConv2d` is the one that changes a
     convolution. Parameters: ``lora_a`` (R, C, k, k), Kaiming-uniform, and ``lora_b`` (C, R, 1, 1), zero, so that it
-    starts as the identity. float32 by default, which serves x of any dtype.
+    starts as the identity. float32 by default, which serves x of any dtype, and which a cast to 16 bits leaves alone.
 
     Args:
         channels: C.

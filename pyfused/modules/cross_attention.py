@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from pyfused.modules.adapter import kept_wide
 from pyfused.modules.attention import LoRAMultiheadAttention
 from pyfused.modules.lora import check_base
+from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.attention import PROJECTIONS, PreparedContext, Projections, check_context, prepare_context
 from pyfused.ops.cross_attention_residual import PLANS, attend, cross_attention_residual, resolve_plan
@@ -63,13 +63,13 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
                 increment_version([p for p, _, _ in prepared.sources.values() if id(p) in stepped])
 
 
-class ScaledCrossAttention(nn.Module):
+class ScaledCrossAttention(KeepsWide):
     """``x + w match(CrossAttention(x, context))`` as one `pyfused.cross_attention_residual`.
 
     Parameters, float32 by default, H d = num_heads * head_dim: ``q_weight`` (H d, query_dim), ``k_weight`` and
     ``v_weight`` (H d, context_dim), ``out_weight`` (query_dim, H d), ``q_bias``, ``k_bias``, ``v_bias`` (H d,),
     ``out_bias`` (query_dim,), and with ``learnable_weight`` ``gate``, w, (1,) or (query_dim,). float32 parameters serve
-    x of any dtype. gate is never narrower than float32: casting the module to 16 bits leaves it there.
+    x of any dtype. Casting the module to 16 bits leaves them in float32; ``dtype`` makes all but gate narrower.
 
     Starts with Xavier-uniform weights and zero biases.
 
@@ -247,10 +247,6 @@ class ScaledCrossAttention(nn.Module):
         if self.gate is not None:
             self.gate.fill_(self.weight)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with kept_wide([] if self.gate is None else [(self, "gate")]):
-            return super()._apply(fn, recurse)
-
     def forward(
         self,
         x: Tensor,
@@ -342,8 +338,10 @@ class ScaledCrossAttention(nn.Module):
                 projections, None, context.shape[1], self.norm_match, dtype, context.device, plan, seeded=False
             )
             kept = prepare_context(
-                context.to(dtype), projections.to(dtype), mask, self.normalize_context, plan, f"prepared; {reason}"
+                context.to(dtype), projections, mask, self.normalize_context, plan, f"prepared; {reason}"
             )
+            # Nothing here gets a gradient.
+            kept = replace(kept, keys=kept.keys.to(dtype), values=kept.values.to(dtype))
             sources = {
                 name: (parameter, parameter.detach(), parameter._version)
                 for name, parameter in self._sources(_kept_names(plan)).items()
@@ -354,7 +352,7 @@ class ScaledCrossAttention(nn.Module):
         return prepared
 
     def _check_prepared(self, x: Tensor, prepared: Prepared) -> Projections:
-        """Refuses a prepared context that does not serve x now; the projections that it leaves to do, in its dtype."""
+        """Refuses a prepared context that does not serve x now; the projections, some of which it leaves to do."""
         if not isinstance(prepared, Prepared):
             raise TypeError(f"{_NAME}: prepared must be what prepare() returned, got {type(prepared).__name__}")
         if prepared.module is not self:
@@ -375,17 +373,15 @@ class ScaledCrossAttention(nn.Module):
                     "no_grad()"
                 )
         keys = prepared.context.keys
-        if keys.dtype != (checks.autocast_dtype(x) or x.dtype):
+        if prepared.context.dtype != (checks.autocast_dtype(x) or x.dtype):
             raise TypeError(
                 f"{_NAME}: prepared must have the dtype that x is computed in, {checks.autocast_dtype(x) or x.dtype}, "
-                f"got {keys.dtype}"
+                f"got {prepared.context.dtype}"
             )
         checks.same_device(_NAME, "prepared", keys, x.device)
         if len(keys) not in (1, len(x)):
             raise ValueError(f"{_NAME}: prepared must have x's batch B = {len(x)} or 1, got {len(keys)}")
-        remaining = self._sources([name for name in PROJECTIONS if name not in current])
-        cast: dict[str, Any] = {name: parameter.to(keys.dtype) for name, parameter in remaining.items()}
-        return replace(self._projections(), **cast)
+        return self._projections()
 
     def _projections(self) -> Projections:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in PROJECTIONS}

@@ -101,11 +101,6 @@ class LoRALinear(LoRAModule, nn.Linear):
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)
-        if input.is_nested:
-            raise TypeError(
-                "LoRALinear: input must be a dense tensor, got a nested one; inside nn.TransformerEncoder set "
-                "use_nested_tensor = False on the encoder, as inject_lora does"
-            )
         return lora_linear(
             input,
             self.weight,

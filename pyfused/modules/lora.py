@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.lora_linear import MAX_RANK
 
@@ -51,12 +53,25 @@ def _bar_fast_paths(module: nn.Module, args: tuple) -> None:
     its submodules and never calls them, declines as soon as one of them has a hook."""
 
 
-def shallow_copy(module: nn.Module) -> dict[str, Any]:
-    """The attributes of ``module`` for another object: dictionaries and sets of its own, what they hold shared."""
-    return {k: copy.copy(v) if isinstance(v, dict | set) else v for k, v in module.__dict__.items()}
+def take_over(module: nn.Module, base: nn.Module) -> None:
+    """Give a new ``module`` what ``base`` has: dictionaries and sets of its own, and what they hold shared.
+
+    What is bound to ``base`` is bound to ``module``: its own methods kept as attributes, and hooks of its state dict.
+    """
+    for name, value in base.__dict__.items():
+        if isinstance(value, dict | set):
+            value = copy.copy(value)
+        elif isinstance(value, types.MethodType) and value.__self__ is base:
+            value = types.MethodType(value.__func__, module)
+        module.__dict__[name] = value
+    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key, hook in hooks.items():
+        # torch's wrapper of a hook that gets the module holds it weakly: the base's would die with it.
+        if getattr(hook, "with_module", False):
+            hooks[key] = type(hook)(hook.hook, module)
 
 
-class LoRAModule(nn.Module):
+class LoRAModule(KeepsWide):
     """Base class of the LoRA modules; ``isinstance(m, LoRAModule)`` finds them all in a model.
 
     Attributes:
@@ -87,7 +102,7 @@ class LoRAModule(nn.Module):
         check_settings(caller, rank, alpha, dropout, lora_dtype)
         check_base(caller, base, cls)
         module = object.__new__(cls)
-        module.__dict__.update(shallow_copy(base))
+        take_over(module, base)
         module._configure(rank, alpha, dropout, use_rslora, type(base))
         return module
 
@@ -160,6 +175,15 @@ class LoRAModule(nn.Module):
         """Whether the low-rank term now is part of the weight."""
         return bool(self._base_weights)
 
+    def refuse_replaced_forward(self, doing: str) -> None:
+        """Raise where this very module has another forward: what that does with the weights is not known."""
+        if "forward" in self.__dict__:
+            hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out" * ("_hf_hook" in self.__dict__)
+            raise RuntimeError(
+                f"{type(self).__name__}: {doing} needs the module's own forward, got one that replaces it; "
+                f"take it out first{hooked}"
+            )
+
     @torch.no_grad()
     def merge(self) -> None:
         """Put ``W + scaling B A`` in the weight's place: inference then costs what the base module costs.
@@ -176,8 +200,14 @@ class LoRAModule(nn.Module):
         mode, and in any mode when the base weight requires grad.
 
         Raises:
-            RuntimeError: the low-rank term is no change of the weight (a convolution with groups).
+            RuntimeError: the low-rank term is no change of the weight (a convolution with groups), or the module's
+                forward was replaced, by a hook of accelerate's, say.
         """
+        self.refuse_replaced_forward("merging")
+        self._merge()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
         if self._base_weights:
             return
         deltas = self._deltas()
@@ -211,10 +241,14 @@ class LoRAModule(nn.Module):
 
         Args:
             merge: with the low-rank term merged into new weights (the default), or left out.
+
+        Raises:
+            RuntimeError: as `merge`; the forward must not have been replaced in either case.
         """
+        self.refuse_replaced_forward("to_base()")
         with self._held(merged=merge):
             module: nn.Module = object.__new__(self._base_class)
-            module.__dict__.update(shallow_copy(self))
+            take_over(module, self)
             for name, base in self._base_weights.items():
                 # A parameter of its own: this module, when it stays merged, keeps one that never trains.
                 merged = self.get_parameter(name).detach()
@@ -234,11 +268,14 @@ class LoRAModule(nn.Module):
     def _held(self, merged: bool) -> Iterator[None]:
         """This module's own weights merged or not for a while, then as they were."""
         before = bool(self._base_weights)
-        (LoRAModule.merge if merged else LoRAModule.unmerge)(self)
+        (LoRAModule._merge if merged else LoRAModule.unmerge)(self)
         try:
             yield
         finally:
-            (LoRAModule.merge if before else LoRAModule.unmerge)(self)
+            (LoRAModule._merge if before else LoRAModule.unmerge)(self)
+
+    def _wide_names(self) -> Iterable[str]:
+        return self.own_lora_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with self._held(merged=False):

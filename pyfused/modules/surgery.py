@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Iterable, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def names(caller: str, argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
@@ -70,6 +73,34 @@ def check_parameters(caller: str, model: nn.Module) -> None:
             )
 
 
+def sharded(model: nn.Module) -> str | None:
+    """What of ``model`` is sharded over processes, in words; None where nothing is."""
+    # Looked up by name: torch.distributed may not be there, and is slow to import.
+    for path, module in model.named_modules():
+        if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+            return f"the {type(module).__name__} {path or 'model'!r}"
+    for name, parameter in model.named_parameters():
+        if any(base.__name__ == "DTensor" for base in (*type(parameter).__mro__, *type(parameter.data).__mro__)):
+            return f"the DTensor {name!r}"
+    return None
+
+
+def check_whole(caller: str, model: nn.Module) -> None:
+    """Refuse a model that PEFT has changed, or that is sharded: LoRA goes in before either."""
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"{caller}: model must not be PEFT's, got {path or 'model'!r}, a {type(module).__module__}."
+                f"{type(module).__name__}; call merge_and_unload() on it, or give the model that it was made from"
+            )
+    shard = sharded(model)
+    if shard is not None:
+        raise ValueError(
+            f"{caller}: model must not be sharded, got {shard}; inject first, and shard the injected model "
+            "(fully_shard, FullyShardedDataParallel, parallelize_module)"
+        )
+
+
 def replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """``module`` at each of ``paths``, in place of what is there."""
     for path in paths:
@@ -77,17 +108,51 @@ def replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, module)
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return type(module).train(module, False)
+class _NotABatchNorm(type):
+    """Makes a class of norms that are what they were, ``nn.BatchNorm2d`` say, but not torch's ``_BatchNorm``.
+
+    By that name `nn.SyncBatchNorm.convert_sync_batchnorm` finds what it puts another module in the place of, and
+    `torch.optim.swa_utils.update_bn` what it restarts. What fuses a norm into a convolution asks for the former.
+    """
+
+    def mro(cls) -> list[type]:
+        return [base for base in super().mro() if base is not _BatchNorm]
 
 
-def is_held(module: nn.Module) -> bool:
-    """Whether `hold_batchnorms` keeps this module in eval mode."""
-    return getattr(module.__dict__.get("train"), "func", None) is _stay_in_eval
+class FrozenNorm(nn.Module):
+    """What a norm in eval mode for good has beside its own class, ``base_class``."""
+
+    base_class: type[nn.Module]
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_blank_frozen, (self.base_class,), *reduced[2:])
+
+
+_frozen_classes: dict[type[nn.Module], Any] = {}
+
+
+def _frozen_class(base: type[nn.Module]) -> Any:
+    if base not in _frozen_classes:
+        # torch.fx goes by the module whether to look into a forward.
+        members: dict[str, Any] = {"base_class": base, "__module__": base.__module__}
+        if base.forward is _BatchNorm.forward:
+            members["forward"] = base.forward
+        _frozen_classes[base] = _NotABatchNorm(f"Frozen{base.__name__}", (FrozenNorm, base), members)
+    return _frozen_classes[base]
+
+
+def _blank_frozen(base: type[nn.Module]) -> Any:
+    """For copies and pickles, which cannot look up a class that is made."""
+    cls = _frozen_class(base)
+    return cls.__new__(cls)
 
 
 def hold_batchnorms(model: nn.Module, train: Iterable[str] = ()) -> list[str]:
-    """Frozen norms with running statistics to eval for good, by a ``train`` of their own that copies and pickles.
+    """Frozen norms with running statistics to eval for good, by a class of their own: see `FrozenNorm`.
 
     Norms under ``train``, or with a parameter that trains, are left. Returns notes for a report.
     """
@@ -97,6 +162,14 @@ def hold_batchnorms(model: nn.Module, train: Iterable[str] = ()) -> list[str]:
             continue
         if not any(parameter.requires_grad for parameter in module.parameters()):
             module.eval()
-            module.__dict__["train"] = functools.partial(_stay_in_eval, module)
+            if not isinstance(module, FrozenNorm):
+                module.__class__ = _frozen_class(type(module))
             held += 1
     return [f"{held} frozen BatchNorm stay in eval mode (freeze_batchnorm=False lets them move)"] if held else []
+
+
+def release_batchnorms(model: nn.Module) -> None:
+    """What `hold_batchnorms` holds back under ``train()``."""
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.__class__ = module.base_class  # type: ignore[assignment]

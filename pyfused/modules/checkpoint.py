@@ -1,0 +1,112 @@
+"""Checkpoints of what was added to a model: parameters by name, with the settings that give them their meaning.
+
+A checkpoint is a dictionary of tensors and nothing else, so that any tool may carry it; the settings ride along as JSON
+in a tensor of bytes. The files are another room's matter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfused.modules.surgery import sharded
+from pyfused.ops import checks
+
+_VERSION = 1
+
+
+def plain_name(name: str) -> str:
+    """``name`` without the component that a module compiled by torch.compile has in front of its own."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def packed_settings(settings: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """{path of a module: {setting: value}} as a tensor of bytes."""
+    text = json.dumps({"version": _VERSION, "modules": settings}, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _read_settings(caller: str, key: str, packed: object) -> dict[str, dict[str, Any]]:
+    try:
+        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+            raise ValueError("not a tensor of bytes")
+        read = json.loads(bytes(packed.flatten().tolist()))
+        if read["version"] != _VERSION:
+            raise ValueError(f"version {read['version']!r}, this pyfused reads {_VERSION}")
+        modules = read["modules"]
+        if not isinstance(modules, dict) or not all(isinstance(value, dict) for value in modules.values()):
+            raise ValueError("no modules in it")
+        return modules
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{caller}: state[{key!r}] must be the settings that pyfused wrote, got {error}") from None
+
+
+def _check_settings(caller: str, own: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> None:
+    differing = []
+    for path in own.keys() | given.keys():
+        mine, theirs = own.get(path, {}), given.get(path, {})
+        differing += [
+            f"{path or 'the model'}: {setting} {theirs.get(setting)!r} in the state, {mine.get(setting)!r} in the model"
+            for setting in sorted(mine.keys() | theirs.keys())
+            if mine.get(setting) != theirs.get(setting)
+        ]
+    if differing:
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ValueError(
+            f"{caller}: state must have the model's settings, got {'; '.join(sorted(differing)[:4])}{more}"
+        )
+
+
+def load(
+    caller: str,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    settings: Mapping[str, Mapping[str, Any]],
+    key: str,
+    state: Mapping[str, Tensor],
+    check_settings: bool,
+    copy: Callable[[dict[str, Tensor]], object],
+) -> None:
+    """Check ``state`` as a whole against the model's ``own`` tensors and their settings, then ``copy`` it.
+
+    ``copy`` gets the tensors by the model's own names, which those of a compiled model are not.
+
+    Raises:
+        TypeError, ValueError: what is wrong with the state. The model is as it was.
+    """
+    checks.flag(caller, "check_settings", check_settings)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise TypeError(f"{caller}: state must be a mapping of names to tensors, got {type(state).__name__}")
+    names = {plain_name(name): name for name in own}
+    given = {plain_name(name): value for name, value in state.items()}
+    packed = given.pop(key, None)
+    if names.keys() != given.keys():
+        missing, unknown = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
+        raise ValueError(
+            f"{caller}: state must have the model's {len(names)} parameters, got {len(missing)} missing {missing[:5]} "
+            f"and {len(unknown)} unknown {unknown[:5]}"
+        )
+    for name, value in given.items():
+        checks.tensor(caller, f"state[{name!r}]", value)
+        checks.dtype(caller, f"state[{name!r}]", value, checks.FLOATING)
+        if value.is_meta:
+            raise ValueError(f"{caller}: state[{name!r}] must hold values, got a tensor on device meta")
+        checks.shape(caller, f"state[{name!r}]", value, tuple(own[names[name]].shape), "the model's")
+    shard = sharded(model)
+    if shard is not None:
+        raise ValueError(
+            f"{caller}: model must not be sharded, got {shard}; load before sharding, or give "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict whole tensors (full_state_dict=True)"
+        )
+    if packed is not None:
+        _check_settings(caller, settings, _read_settings(caller, key, packed))
+    elif check_settings:
+        raise ValueError(
+            f"{caller}: state must hold the settings of its modules as {key!r}, got none: whether its numbers mean "
+            "here what they meant there is not known; check_settings=False takes them as they are"
+        )
+    copy({names[name]: value for name, value in given.items()})
