@@ -54,7 +54,7 @@ struct Matched {
 };
 
 /// From |x| of each row in `keep`, the sums over channels, and dy w . o too large by `too_large`: rho in `keep`; what x
-/// gets times in dx, to narrow_bias; kappa to row_numbers 4. And what is to be summed over the rows of all tiles.
+/// gets times in dx, to narrow_bias; kappa to row_numbers 4.
 template <class B>
 __device__ inline void put_row_norms(const BottleneckMemory<B>& memory, const CrossAttentionBackwardRows& p,
                                      const Tile& tile, float too_large) {
@@ -68,25 +68,33 @@ __device__ inline void put_row_norms(const BottleneckMemory<B>& memory, const Cr
     store_shared(memory.keep + row, rho);
     store_shared(memory.narrow_bias + row, along * inverse * inverse_or_zero(length));
     store_shared(row_numbers(memory, 4) + row, kappa);
-    if (p.rho != nullptr && row < tile.count) {
-      const int64_t m = tile.batch * p.length + tile.first + row;
-      store_global(p.rho + m, rho);
-      store_global(p.kappa + m, kappa);
-    }
   }
   __syncthreads();
-  if (p.rho != nullptr && threadIdx.x == 0) {
-    float largest_rho = 0.0f, largest_kappa = 0.0f, sum = 0.0f;
-    for (int row = 0; row < tile.count; ++row) {
-      const float kappa = load_shared(row_numbers(memory, 4) + row);
-      largest_rho = fmaxf(largest_rho, load_shared(memory.keep + row));
-      largest_kappa = fmaxf(largest_kappa, fabsf(kappa));
-      sum += kappa;
-    }
-    store_global(p.tile_numbers + blockIdx.x, largest_rho);
-    store_global(p.tile_numbers + p.tiles + blockIdx.x, largest_kappa);
-    store_global(p.tile_numbers + 2 * p.tiles + blockIdx.x, sum);
+}
+
+/// What `put_row_norms` found, for the sums over the rows of all tiles: rho and kappa of each row, the largest of each
+/// in the tile and kappa's sum.
+template <class B>
+__device__ inline void store_row_weights(const BottleneckMemory<B>& memory, const CrossAttentionBackwardRows& p) {
+  // Made anew: kept through the main loop it costs registers that are not there.
+  const Tile tile = tile_of(blockIdx.x, B::kRows, p.tiles_l, p.length);
+  if (threadIdx.x < tile.count) {
+    const int64_t m = tile.batch * p.length + tile.first + threadIdx.x;
+    store_global(p.rho + m, load_shared(memory.keep + threadIdx.x));
+    store_global(p.kappa + m, load_shared(row_numbers(memory, 4) + threadIdx.x));
   }
+  if (threadIdx.x != 0) return;
+  float largest_rho = 0.0f, largest_kappa = 0.0f, sum = 0.0f;
+#pragma unroll 1
+  for (int row = 0; row < tile.count; ++row) {
+    const float kappa = load_shared(row_numbers(memory, 4) + row);
+    largest_rho = fmaxf(largest_rho, load_shared(memory.keep + row));
+    largest_kappa = fmaxf(largest_kappa, fabsf(kappa));
+    sum += kappa;
+  }
+  store_global(p.tile_numbers + blockIdx.x, largest_rho);
+  store_global(p.tile_numbers + p.tiles + blockIdx.x, largest_kappa);
+  store_global(p.tile_numbers + 2 * p.tiles + blockIdx.x, sum);
 }
 
 /// da, in the middle in float32, to ds.
@@ -269,6 +277,7 @@ __global__ void __launch_bounds__(B::kThreads)
   }
   put_float_middle(memory, da);
   __syncthreads();
+  if (p.rho != nullptr) store_row_weights(memory, p);
   put_logit_gradients(memory, p, tile);
   __syncthreads();
   round_middle(memory, p.columns);
