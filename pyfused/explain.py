@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyfused import backend as backends
 from pyfused import observe
@@ -117,41 +116,19 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
         raise TypeError(
             f"explain: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
         )
-    runner = _Runner(model_or_function)
     explanation = Explanation()
     path: list[str] = []
 
     def observer(operator: str, **facts: Any) -> None:
         explanation.calls.append(_DESCRIBE[operator](path[-1] if path else "", operator, facts))
 
-    buffers = {name: buffer.clone() for name, buffer in runner.named_buffers()}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_random_state_kept(runner, example_inputs, kwargs))
-        # Compiled code would run without calling the observer; nothing is compiled before Dynamo is imported.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_path_tracked(runner.target, path))
+    with torch.no_grad(), _path_tracked(observe.module_of(model_or_function), path):
         observe.observers.append(observer)
-        stack.callback(observe.observers.remove, observer)
-        torch.func.functional_call(runner, buffers, example_inputs, kwargs)
+        try:
+            observe.undisturbed(model_or_function, example_inputs, kwargs)
+        finally:
+            observe.observers.remove(observer)
     return explanation
-
-
-class _Runner(nn.Module):
-    """A callable together with the module it belongs to, so that its buffers can be replaced for one call."""
-
-    def __init__(self, function: Callable) -> None:
-        super().__init__()
-        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        # What torch.compile returns is a wrapper that users do not count as part of the path.
-        owner = getattr(owner, "_orig_mod", owner)
-        self.target = owner if isinstance(owner, nn.Module) else None
-        # A list hides a module from nn.Module's registration: it is already here as ``target``.
-        self._function = [function]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function[0](*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -171,14 +148,6 @@ def _path_tracked(model: nn.Module | None, path: list[str]) -> Iterator[None]:
 def _drop_last(path: list[str]) -> None:
     # Not `path.pop` itself: what a forward hook returns replaces the module's output.
     path.pop()
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: nn.Module, args: tuple, kwargs: dict) -> Iterator[None]:
-    tensors = [*model.parameters(), *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCall:

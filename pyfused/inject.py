@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention, surgery
-from pyfused.modules.lora import check_base, check_settings, places
+from pyfused.modules import LoRALinear, LoRAModule, checkpoint, surgery, third_party
+from pyfused.modules.lora import check_settings
 from pyfused.modules.report import LoRAReport, lora_report
+from pyfused.modules.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, places, wrapper_of
+from pyfused.observe import never_called
+from pyfused.ops import checks
 
-ALL_LINEAR = "all-linear"
 _CALLER = "inject_lora"
-_PARTS = ("in_proj", "out_proj")
-_WRAPPERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d, nn.MultiheadAttention: LoRAMultiheadAttention}
+_RANK, _ALPHA = 16, 32.0
+# What the same thing is called in PEFT.
+_OTHER_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "rank_pattern": "rank, which takes a mapping",
+    "alpha_pattern": "alpha, which takes a mapping",
+    "modules_to_save": "train",
+    "exclude_modules": "exclude",
+}
+# The entry of a checkpoint that holds the settings.
+_SETTINGS = "lora_settings"
 
 
 @dataclass
 class _Site:
-    """A module to adapt: all the paths it stands at, and for an attention which of its projections."""
+    """A layer to adapt, which of its parts, and each part's rank and alpha."""
 
-    module: nn.Module
-    paths: list[str]
+    layer: Layer
     parts: set[str]
+    rank: dict[str, int]
+    alpha: dict[str, float]
 
 
 def inject_lora(
     model: nn.Module,
     target_modules: str | Sequence[str] = ALL_LINEAR,
-    rank: int = 16,
-    alpha: float = 32,
+    rank: int | Mapping[str, int] = _RANK,
+    alpha: float | Mapping[str, float] = _ALPHA,
     dropout: float = 0.0,
     use_rslora: bool = False,
     qkv: str = "joint",
@@ -41,6 +55,8 @@ def inject_lora(
     exclude: Sequence[str] = (),
     lora_dtype: torch.dtype | None = None,
     freeze_batchnorm: bool = True,
+    example_inputs: Any = None,
+    **others: Any,
 ) -> LoRAReport:
     """Replace modules of ``model`` by LoRA modules on the same parameters, in place, and freeze the rest.
 
@@ -48,24 +64,31 @@ def inject_lora(
 
     Args:
         model: any module, on any device, e.g. ``clip.visual`` for one tower.
-        target_modules: names of nn.Linear, nn.Conv2d and nn.MultiheadAttention modules. A name is one or more path
-            components, and selects every module whose dotted path ends in them: "c_proj" selects "mlp.c_proj", "proj"
-            does not. "in_proj" and "out_proj" also select those projections of an nn.MultiheadAttention, the
-            attention's own name selects both. "all-linear" (the default): every nn.Linear and both projections of
-            every nn.MultiheadAttention, but not a language model's output embedding.
-        rank: R, 1 to 256. Default 16.
-        alpha: the low-rank term is scaled by alpha / R. Default 32.
+        target_modules: keywords and names, one or several. Keywords: "all-linear" (the default), every nn.Linear,
+            transformers' Conv1D and both projections of every nn.MultiheadAttention and of open_clip's own attention;
+            "attention" and "mlp", what of these and of 1x1 convolutions belongs to an attention or an MLP by its path;
+            "conv1x1", every nn.Conv2d of kernel 1 without groups. A keyword leaves alone a language model's output
+            embedding, a classifier head and what cannot carry LoRA, and the report says so. A name is one or more path
+            components, and selects every layer whose dotted path ends in them: "c_proj" selects "mlp.c_proj", "proj"
+            does not. "in_proj" and "out_proj" also select those projections of an attention, the attention's own name
+            selects both.
+        rank: R, 1 to 256, or a mapping of targets to it, of which the first that selects a layer counts:
+            ``{"qkv": 8, "mlp": 32}``. Layers that none selects get the default, 16.
+        alpha: the low-rank term is scaled by alpha / R; a number or a mapping as for ``rank``. Default 32.
         dropout: probability of zeroing an element of a low-rank term's input, in [0, 1). Default 0.
         use_rslora: scale by alpha / sqrt(R) instead. Default False.
         qkv: "joint" (the default): one pair for an attention's q, k and v; "split": one each. An attention with kdim
             or vdim of its own is always split.
-        freeze: whether everything in ``model`` stops training but the LoRA parameters and ``train``. Default True.
+        freeze: whether everything in ``model`` stops training but the LoRA parameters and ``train``. What an earlier
+            call of this package set to train goes on training. Default True.
         train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",). Modules there
             get no LoRA.
         exclude: dotted paths, from ``model``, of modules where nothing is adapted.
         lora_dtype: of the LoRA parameters. Default: float32 for float16 and bfloat16 weights, else the weight's.
         freeze_batchnorm: with ``freeze``, a BatchNorm that has nothing to train stays in eval mode, also when the
             model is put in training mode, so that its running statistics stay. Default True.
+        example_inputs: a tensor, a tuple of arguments or a dictionary of keywords of ``model``. Where given, the model
+            is run once on it without gradients, and LoRA that did not run in it is refused. Default None: no run.
 
     Returns:
         A `LoRAReport`; ``print`` it.
@@ -74,83 +97,100 @@ def inject_lora(
         TypeError: an argument has the wrong type, a name selects a module that cannot carry LoRA, or ``lora_dtype`` is
             neither a weight's dtype nor float32 over a narrower one.
         ValueError: a name or path selects nothing (near names are listed) or what carries LoRA already, a setting is
-            out of range, or a parameter of ``model`` is uninitialized or made under inference_mode.
+            out of range, ``model`` is PEFT's or sharded, a parameter of it is uninitialized or made under
+            inference_mode, or LoRA did not run on ``example_inputs``.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; "all-linear" as in PEFT.
     """
+    for name in others:
+        known = _OTHER_NAMES.get(name)
+        raise TypeError(f"{_CALLER}: no argument {name!r}" + (f"; here it is {known}" if known else ""))
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_CALLER}: model must be an nn.Module, got {type(model).__name__}")
-    check_settings(_CALLER, rank, alpha, dropout, lora_dtype)
-    if qkv not in ("joint", "split"):
-        raise ValueError(f"{_CALLER}: qkv must be 'joint' or 'split', got {qkv!r}")
+    surgery.check_whole(_CALLER, model)
+    for ranks, alphas in ((rank, _ALPHA), (_RANK, alpha)):
+        for one_rank in ranks.values() if isinstance(ranks, Mapping) else (ranks,):
+            for one_alpha in alphas.values() if isinstance(alphas, Mapping) else (alphas,):
+                check_settings(
+                    _CALLER, one_rank, one_alpha, dropout, lora_dtype,
+                    use_rslora=use_rslora, freeze=freeze, freeze_batchnorm=freeze_batchnorm,
+                )  # fmt: skip
+    checks.one_of(_CALLER, "qkv", qkv, ("joint", "split"))
     train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
     trained = surgery.trained_parameters(_CALLER, model, train)
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    surgery.resolve(
-        _CALLER, "exclude", exclude, modules | {name for m, paths in places(model) for name in _answers(m, paths)}
-    )
     targets = surgery.names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
+    layers = layers_of(model, _CALLER)
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    surgery.resolve(_CALLER, "exclude", exclude, modules.union(*(layer.names() for layer in layers)))
     notes: list[str] = []
-    sites = _find_sites(model, targets, (*train, *exclude), notes)
+    sites, why = _find_sites(model, layers, targets, train, exclude, notes)
+    _set_by_pattern("rank", rank, _RANK, sites)
+    _set_by_pattern("alpha", alpha, _ALPHA, sites)
     surgery.check_parameters(_CALLER, model)
 
-    settings = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
-    built = [(site, _wrap(site, rank, qkv, notes, settings)) for site in sites]
-
-    # Nothing above has touched the model, nothing below raises.
-    for site, adapted in built:
-        surgery.replace(model, site.paths, adapted)
-    if freeze:
-        model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, LoRAModule):
-                for parameter in module.own_lora_parameters().values():
-                    parameter.requires_grad_(True)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    if freeze and freeze_batchnorm:
-        notes += surgery.hold_batchnorms(model, train)
-    notes += _keep_dense(model)
-    return lora_report(model, notes)
+    settings = {"dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
+    built = [(site, _wrap(site, qkv, notes, settings)) for site in sites]
+    kept = surgery.trained_before(model)
+    with surgery.all_or_nothing() as change:
+        for site, adapted in built:
+            change.replace(site.layer.place, adapted)
+            for host, name in site.layer.place.spots:
+                variant = third_party.calling(host, name)
+                if variant is not None:
+                    change.as_variant(host, variant)
+        if freeze:
+            loras = (module for module in model.modules() if isinstance(module, LoRAModule))
+            change.freeze(model, [*kept, *(p for module in loras for p in module.own_lora_parameters().values())])
+        change.train(trained)
+        if freeze and freeze_batchnorm:
+            notes += surgery.hold_batchnorms(model, change, train)
+        notes += _keep_dense(model, change)
+        if example_inputs is not None:
+            _refuse_dead(model, example_inputs)
+    return lora_report(model, notes, left_alone(model, layers, why))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA parameters of ``model`` by their full names: what an adapter checkpoint holds.
+    """The LoRA parameters of ``model`` by their full names, and their settings: what an adapter checkpoint holds.
 
-    The tensors are detached and share memory with the model. Whatever else trains (``train`` of `inject_lora`) is not
-    among them.
-    """
-    return {
-        f"{path}.{name}" if path else name: parameter.detach()
-        for path, module in model.named_modules()
-        if isinstance(module, LoRAModule)
-        for name, parameter in module.own_lora_parameters().items()
-    }
-
-
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy an adapter checkpoint, as `lora_state_dict` gives it, into a model with the same LoRA modules.
+    The tensors are detached and share memory with the model. "lora_settings" is JSON in a tensor of bytes: each
+    module's rank, alpha, use_rslora, dropout and qkv. Whatever else trains (``train`` of `inject_lora`) is not there.
+    Names are those of the model without `torch.compile` around it.
 
     Raises:
-        ValueError: names are missing or unknown, or shapes differ. The model is as it was.
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: ``model`` has no LoRA.
+        RuntimeError: a LoRA parameter is computed (parametrized, pruned).
     """
-    own = lora_state_dict(model)
-    if own.keys() != state.keys():
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        raise ValueError(
-            f"load_lora_state_dict: state must have the model's {len(own)} LoRA parameters, got {len(missing)} "
-            f"missing {missing[:5]} and {len(unknown)} unknown {unknown[:5]}"
-        )
-    differing = [
-        f"{name} expected {tuple(parameter.shape)}, got {tuple(state[name].shape)}"
-        for name, parameter in own.items()
-        if state[name].shape != parameter.shape
-    ]
-    if differing:
-        raise ValueError(f"load_lora_state_dict: state must have the model's shapes: {'; '.join(differing)}")
-    model.load_state_dict(state, strict=False)
+    own, settings = _own_state("lora_state_dict", model)
+    state = {checkpoint.plain_name(name): tensor for name, tensor in own.items()}
+    return state | {_SETTINGS: checkpoint.packed_settings(settings)}
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
+    """Copy an adapter checkpoint, as `lora_state_dict` gives it, into a model with the same LoRA modules.
+
+    All or nothing: when this raises, the model is as it was.
+
+    Args:
+        model: a model with LoRA in the places that the checkpoint names, compiled by `torch.compile` or not.
+        state: the checkpoint.
+        check_settings: whether the settings of the checkpoint must be there. Where they are there they must be the
+            model's in either case. Default True.
+
+    Raises:
+        TypeError: an argument has the wrong type, or a tensor is not a dense floating one.
+        ValueError: names are missing or unknown, shapes or settings differ, settings are missing, or ``model`` is
+            sharded.
+    """
+    caller = "load_lora_state_dict"
+    own, settings = _own_state(caller, model)
+    checkpoint.load(
+        caller, model, own, settings, _SETTINGS, state, check_settings,
+        lambda tensors: model.load_state_dict(tensors, strict=False),
+    )  # fmt: skip
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
@@ -164,124 +204,191 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
             weights lose), or dropped.
 
     Raises:
-        RuntimeError: ``merge`` on a convolution with groups, which cannot hold its low-rank term.
-        ValueError: ``model`` itself is a LoRA module; call its ``to_base()``.
+        TypeError: an argument has the wrong type.
+        RuntimeError: ``merge`` on a convolution with groups, which cannot hold its low-rank term; the forward of a LoRA
+            module was replaced; a parameter of one is computed (parametrized, pruned) or sharded.
+        ValueError: ``model`` has no LoRA, or itself is a LoRA module; call its ``to_base()``.
     """
+    caller = "remove_lora"
+    checks.flag(caller, "merge", merge)
     if isinstance(model, LoRAModule):
-        raise ValueError("remove_lora: model must contain LoRA modules, got one itself; use its to_base()")
-    plain = [(paths, module.to_base(merge)) for module, paths in places(model) if isinstance(module, LoRAModule)]
-    for paths, module in plain:
-        surgery.replace(model, paths, module)
-    surgery.release_batchnorms(model)
+        raise ValueError(f"{caller}: model must contain LoRA modules, got one itself; use its to_base()")
+    _lora_modules(caller, model)
+    adapted = [place for place in places(model) if isinstance(place.module, LoRAModule)]
+    plain = [(place, place.module.to_base(merge)) for place in adapted if isinstance(place.module, LoRAModule)]
+    with surgery.all_or_nothing() as change:
+        for place, module in plain:
+            change.replace(place, module)
+            for host, _ in place.spots:
+                if isinstance(host, third_party.CallingPool | third_party.CallingQKV):
+                    change.as_base(host)
+        surgery.release_batchnorms(model, change)
 
 
 # ---- finding
 
 
-def _answers(module: nn.Module, paths: list[str]) -> dict[str, set[str]]:
-    """Each name the module answers to, and which projections (of an attention) that name selects."""
-    answers = {path: set(_PARTS) for path in paths}
-    if isinstance(module, nn.MultiheadAttention):
-        answers |= {f"{path}.{part}".lstrip("."): {part} for path in paths for part in _PARTS}
-    return answers
-
-
-def _find_sites(model: nn.Module, targets: tuple[str, ...], left_out: tuple[str, ...], notes: list[str]) -> list[_Site]:
-    output = getattr(model, "get_output_embeddings", None)
-    output = output() if callable(output) else None
+def _find_sites(
+    model: nn.Module,
+    layers: list[Layer],
+    targets: tuple[str, ...],
+    train: tuple[str, ...],
+    exclude: tuple[str, ...],
+    notes: list[str],
+) -> tuple[list[_Site], dict[int, str]]:
+    """The sites, and by id of a module why another is none."""
     sites: list[_Site] = []
+    why: dict[int, str] = {}
     matched: set[str] = set()
-    known: set[str] = set()
-    skipped: Counter[str] = Counter()
-    for module, paths in places(model):
-        if any(surgery.under(path, left_out) for path in paths):
+    for layer in layers:
+        aside = next(
+            (
+                reason
+                for roots, reason in ((train, "trains whole: in train"), (exclude, "in exclude"))
+                if any(surgery.under(path, roots) for path in layer.place.paths)
+            ),
+            None,
+        )
+        if aside is not None:
+            why[id(layer.module)] = aside
             continue
-        linear = ALL_LINEAR in targets and _is_linear(module) and module is not output
-        hits = {ALL_LINEAR} if linear else set()
-        parts = set(_PARTS) if linear else set()
-        for name, selected in _answers(module, paths).items():
-            named = {target for target in targets if f".{name}".endswith(f".{target}")}
-            hits |= named
-            parts |= selected if named else set()
-            if _wrapper(module) is not None:
-                known.add(name.rpartition(".")[2])
-            if surgery.under(name, left_out):
-                parts -= selected
-        matched |= hits
-        if not parts:
+        hits = {target: parts for target in targets if (parts := layer.parts(target))}
+        named = {target: parts for target, parts in hits.items() if target not in KEYWORDS}
+        if layer.reserved or isinstance(layer.refusal, TypeError):
+            # A keyword passes over it; a name insists.
+            hits = named
+        if not hits:
             continue
-        try:
-            _check_site(module, paths)
-        except TypeError:
-            if hits != {ALL_LINEAR}:
-                raise
-            skipped[type(module).__name__] += 1
-            continue
-        sites.append(_Site(module, paths, parts))
-        if len(paths) > 1:
-            notes.append(f"one module stands at {', '.join(paths)}: adapted once, for all of them")
-    left_alone = ", ".join(f"{count} {name}" for name, count in skipped.items())
+        matched |= hits.keys()
+        if layer.refusal is not None:
+            raise layer.refusal
+        parts = set().union(*hits.values())
+        parts -= set().union(*(own for name, own in layer.names().items() if surgery.under(name, (*train, *exclude))))
+        if parts:
+            sites.append(_Site(layer, parts, {}, {}))
+            if len(layer.place.paths) > 1:
+                notes.append(f"one module stands at {', '.join(layer.place.paths)}: adapted once, for all of them")
     for target in targets:
         if target not in matched or not sites:
-            raise ValueError(
-                f"{_CALLER}: target_modules must select modules outside train and exclude, got {target!r}, which "
-                f"selects none{f' ({left_alone} cannot carry LoRA)' if skipped else ''}; {surgery.near(target, known)}"
+            _refuse_target(model, layers, target, why)
+    return sites, why
+
+
+def _refuse_target(model: nn.Module, layers: list[Layer], target: str, why: dict[int, str]) -> None:
+    for path, module in model.named_modules():
+        if target not in KEYWORDS and f".{path}".endswith(f".{target}") and wrapper_of(module) is None:
+            inside = {layer.group for layer in layers if surgery.under(layer.path, (path,))} & set(KEYWORDS)
+            hint = f'; "{min(inside)}" selects the layers in it' if inside else ""
+            raise TypeError(
+                f"{_CALLER}: target_modules must select nn.Linear, nn.Conv2d, transformers' Conv1D or attentions, got "
+                f"{path!r}, which is a {type(module).__module__}.{type(module).__name__}{hint}"
             )
-    if skipped:
-        notes.append(f"left alone, as no plain nn.Linear: {left_alone}")
-    return sites
+    known = {name.rpartition(".")[2] for layer in layers for name in layer.names()}
+    rows = "; ".join(f"{row.count} {row.kind}: {row.why}" for row in left_alone(model, layers, why)[:3])
+    raise ValueError(
+        f"{_CALLER}: target_modules must select modules outside train and exclude, got {target!r}, which selects none"
+        f"{f' (left alone: {rows})' if target in KEYWORDS and rows else ''}; {surgery.near(target, known)}"
+    )
 
 
-def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D is a linear layer with its weight transposed: to be counted as skipped, not overlooked.
-    return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
+def _set_by_pattern(name: str, value: Any, default: Any, sites: list[_Site]) -> None:
+    """Each site's ``name``, "rank" or "alpha", for each of its parts."""
+    mapping = value if isinstance(value, Mapping) else {}
+    surgery.names(_CALLER, name, list(mapping))
+    used: set[str] = set()
+    for site in sites:
+        for part in site.parts:
+            chosen = next((target for target in mapping if part in site.layer.parts(target)), None)
+            used |= {target for target in mapping if part in site.layer.parts(target)}
+            getattr(site, name)[part] = (default if mapping else value) if chosen is None else mapping[chosen]
+    for target in mapping:
+        if target not in used:
+            known = {answer.rpartition(".")[2] for site in sites for answer in site.layer.names()}
+            raise ValueError(
+                f"{_CALLER}: {name} must name modules that are adapted, got {target!r}, which selects none; "
+                f"{surgery.near(target, known)}"
+            )
 
 
-def _wrapper(module: nn.Module) -> type[LoRAModule] | None:
-    return next((wrapper for kind, wrapper in _WRAPPERS.items() if isinstance(module, kind)), None)
-
-
-def _check_site(module: nn.Module, paths: list[str]) -> None:
-    wrapper = _wrapper(module)
-    if wrapper is None:
-        raise TypeError(
-            f"{_CALLER}: target_modules must select nn.Linear, nn.Conv2d or nn.MultiheadAttention, "
-            f"got {paths[0]!r}, which is a {type(module).__name__}"
-        )
-    if "" in paths:
+def _refuse_dead(model: nn.Module, example_inputs: Any) -> None:
+    args: tuple = (example_inputs,)
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), {**example_inputs}
+    elif isinstance(example_inputs, tuple | list):
+        args = tuple(example_inputs)
+    dead = never_called(model, lambda module: isinstance(module, LoRAModule), args, kwargs)
+    if dead:
         raise ValueError(
-            f"{_CALLER}: model must contain the modules to adapt, got a {type(module).__name__} itself; "
-            f"use {wrapper.__name__}.from_..."
+            f"{_CALLER}: example_inputs must run every adapted module, got {len(dead)} that were never called: "
+            f"{', '.join(dead[:5])}{', ...' if len(dead) > 5 else ''}; leave them out by exclude"
         )
-    check_base(f"{_CALLER}: {paths[0]}", module, wrapper)
 
 
 # ---- replacing
 
 
-def _wrap(site: _Site, rank: int, qkv: str, notes: list[str], settings: dict) -> LoRAModule:
-    module = site.module
-    if isinstance(module, nn.Linear):
-        return LoRALinear.from_linear(module, rank, freeze=False, **settings)
-    if isinstance(module, nn.Conv2d):
-        return LoRAConv2d.from_conv(module, rank, freeze=False, **settings)
-    assert isinstance(module, nn.MultiheadAttention)
-    in_proj, out_proj = (part in site.parts for part in _PARTS)
-    if in_proj and qkv == "joint" and not module._qkv_same_embed_dim:
+def _wrap(site: _Site, qkv: str, notes: list[str], settings: dict) -> LoRAModule:
+    module, wrapper = site.layer.module, wrapper_of(site.layer.module)
+    if site.layer.kind != "attention":
+        own = {"rank": site.rank["in_proj"], "alpha": site.alpha["in_proj"]}
+        make = getattr(wrapper, _MAKERS[site.layer.kind])
+        adapted: LoRAModule = make(module, freeze=False, **own, **settings)
+        return adapted
+    if "in_proj" in site.parts and qkv == "joint" and not getattr(module, "_qkv_same_embed_dim", True):
         qkv = "split"
-        notes.append(f"{site.paths[0]}: q, k and v adapted separately, because key or value have a width of their own")
-    return LoRAMultiheadAttention.from_mha(
-        module, rank, qkv=qkv, in_proj=in_proj, out_proj=out_proj, freeze=False, **settings
+        notes.append(f"{site.layer.path}: q, k and v adapted separately, as key or value have a width of their own")
+    make = wrapper.from_mha if isinstance(module, nn.MultiheadAttention) else wrapper.from_attention
+    first = min(site.parts)
+    whole = all(site.rank[first] == site.rank[part] and site.alpha[first] == site.alpha[part] for part in site.parts)
+    parts = {part: part in site.parts and (whole or part == first) for part in PARTS}
+    attention: Any = make(
+        module, rank=site.rank[first], alpha=site.alpha[first], qkv=qkv, freeze=False, **parts, **settings
     )
+    if not whole:
+        attention.out_proj = LoRALinear.from_linear(
+            attention.out_proj, site.rank["out_proj"], site.alpha["out_proj"], freeze=False, **settings
+        )
+    adapted = attention
+    return adapted
 
 
-def _keep_dense(model: nn.Module) -> list[str]:
+_MAKERS = {"linear": "from_linear", "conv1d": "from_conv1d", "conv1x1": "from_conv", "conv2d": "from_conv"}
+
+
+def _keep_dense(model: nn.Module, change: surgery.Change) -> list[str]:
     """nn.TransformerEncoder must not turn padded batches into nested tensors: only its layers' fast path takes them."""
     dense = 0
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
             continue
         if any(isinstance(child, LoRAModule) for child in module.modules()):
-            module.use_nested_tensor = False
+            change.set(module, "use_nested_tensor", False)
             dense += 1
     return [f"{dense} nn.TransformerEncoder no longer use nested tensors"] if dense else []
+
+
+# ---- state
+
+
+def _lora_modules(caller: str, model: nn.Module) -> list[tuple[str, LoRAModule]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
+    if not found:
+        raise ValueError(
+            f"{caller}: model must contain LoRA modules, got a {type(model).__name__} with none; call inject_lora first"
+        )
+    return found
+
+
+def _own_state(caller: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The model's LoRA parameters by name, and the settings of each LoRA module by plain path."""
+    state: dict[str, Tensor] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for path, module in _lora_modules(caller, model):
+        module.refuse_computed(f"{caller} of {path or 'the model'}")
+        prefix = f"{path}." if path else ""
+        state |= {f"{prefix}{name}": parameter.detach() for name, parameter in module.own_lora_parameters().items()}
+        settings[checkpoint.plain_name(path)] = module.lora_settings()
+    return state, settings

@@ -432,7 +432,7 @@ class TestRefusals:
         make = LoRAMultiheadAttention.from_mha
         with pytest.raises(TypeError, match=r"from_mha: expected an nn.MultiheadAttention, got Linear"):
             make(nn.Linear(4, 4))
-        with pytest.raises(TypeError, match=r"got Subclass with a forward that replaces it"):
+        with pytest.raises(TypeError, match=r"got .*Subclass with a forward that replaces it"):
             make(Subclass(E, H))
         with pytest.raises(ValueError, match="already wrapped"):
             make(make(mha))

@@ -10,7 +10,13 @@ from pyfused.models.report import AdapterReport, AdapterRow
 if TYPE_CHECKING:
     from pyfused.models.aa_clip import AdaptedCLIP, AdaptedCLIPReport, AdaptedFeatures
     from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
-    from pyfused.models.fastvit import AttentionBlockAdapter, ConvLoRAStage, RepMixerBlockAdapter, add_adapters
+    from pyfused.models.fastvit import (
+        AttentionBlockAdapter,
+        ConvLoRAStage,
+        RepMixerBlockAdapter,
+        add_adapters,
+        remove_adapters,
+    )
 
 __all__ = [
     "AdaptedCLIP",
@@ -26,8 +32,9 @@ __all__ = [
     "SimpleProj",
     "TextCrossAttention",
     "add_adapters",
+    "remove_adapters",
 ]
-_FASTVIT = ("AttentionBlockAdapter", "ConvLoRAStage", "RepMixerBlockAdapter", "add_adapters")
+_FASTVIT = ("AttentionBlockAdapter", "ConvLoRAStage", "RepMixerBlockAdapter", "add_adapters", "remove_adapters")
 
 
 def __getattr__(name: str) -> Any:

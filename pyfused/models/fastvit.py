@@ -17,8 +17,10 @@ from pyfused.models.report import AdapterReport, AdapterRow
 from pyfused.modules import BottleneckAdapter, ConvLoRA, surgery
 from pyfused.modules.adapter import check_settings, drop_path_scale
 from pyfused.modules.lora import check_settings as check_lora_settings
-from pyfused.modules.lora import places, take_over
+from pyfused.modules.lora import take_over
+from pyfused.modules.targets import places
 from pyfused.modules.wide import kept_wide
+from pyfused.ops import checks
 
 try:
     from timm.layers import DropPath
@@ -42,7 +44,7 @@ class _BlockAdapter(nn.Module):
     def from_block(
         cls,
         block: nn.Module,
-        reduction: float = 2,
+        reduction: float | None = None,
         skip: bool | float = True,
         *,
         hidden: int | None = None,
@@ -61,7 +63,7 @@ class _BlockAdapter(nn.Module):
 
         Args:
             block: timm's, training or reparameterised, on any device.
-            reduction: h = max(C // reduction, 8). Default 2.
+            reduction: h = max(C // reduction, 8). Default None: 2, unless ``hidden`` is given.
             skip: factor of the branch's output inside the adapter. True (the default) makes the new block equal the
                 old one at the start; False is the adapter's original form, which starts without the frozen branch.
             hidden: h, in place of ``reduction``. Default None.
@@ -77,23 +79,35 @@ class _BlockAdapter(nn.Module):
             ValueError: the block carries adapters already, or a setting is out of range.
         """
         caller = f"{cls.__name__}.from_block"
-        check_settings(caller, reduction, hidden, activation, skip, dropout, init_std, adapter_dtype)
+        check_settings(
+            caller, reduction, hidden, activation, skip, dropout, init_std, adapter_dtype,
+            freeze=freeze, freeze_batchnorm=freeze_batchnorm,
+        )  # fmt: skip
         _check_block(caller, block, cls)
         weight = block.get_parameter("mlp.fc2.weight")
         dtype = torch.promote_types(weight.dtype, torch.float32) if adapter_dtype is None else adapter_dtype
         adapted = object.__new__(cls)
         take_over(adapted, block)
-        if freeze:
-            adapted.requires_grad_(False)
-            if freeze_batchnorm:
-                surgery.hold_batchnorms(adapted)
         for name, _, _ in cls.branches:
             adapter = BottleneckAdapter(
                 weight.shape[0], reduction, hidden, activation, skip, channel_dim=1, dropout=dropout, init_std=init_std,
                 device=weight.device, dtype=dtype,
             )  # fmt: skip
             adapted.add_module(name, adapter.train(block.training))
+        if freeze:
+            with surgery.all_or_nothing() as change:
+                change.train(block.parameters(), False)
+                if freeze_batchnorm:
+                    surgery.hold_batchnorms(block, change)
         return adapted
+
+    def to_base(self) -> nn.Module:
+        """timm's block again, on the same parameters and submodules, without the adapters."""
+        block: nn.Module = object.__new__(self.base_class)
+        take_over(block, self)
+        for name, _, _ in self.branches:
+            del block._modules[name]
+        return block
 
     def layer_scales(self) -> list[nn.Parameter]:
         """The gammas of the adapted branches, (C, 1, 1) each; a block may have none."""
@@ -190,6 +204,7 @@ class ConvLoRAStage(FastVitStage):
             ValueError: the stage carries a ConvLoRA already, or a setting is out of range.
         """
         caller = "ConvLoRAStage.from_stage"
+        checks.flag(caller, "freeze", freeze)
         _check_class(caller, stage, FastVitStage, cls)
         last = [None, *stage.get_submodule("blocks").children()][-1]
         if not isinstance(last, RepMixerBlock | AttentionBlock):
@@ -200,9 +215,17 @@ class ConvLoRAStage(FastVitStage):
         adapted = object.__new__(cls)
         take_over(adapted, stage)
         if freeze:
-            _freeze(adapted)
+            with surgery.all_or_nothing() as change:
+                change.freeze(stage, _of_adapters(stage))
         adapted.add_module("conv_lora", lora.train(stage.training))
         return adapted
+
+    def to_base(self) -> nn.Module:
+        """timm's stage again, on the same parameters and submodules, without the ConvLoRA."""
+        stage: nn.Module = object.__new__(FastVitStage)
+        take_over(stage, self)
+        del stage._modules["conv_lora"]
+        return stage
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H', W')."""
@@ -212,7 +235,7 @@ class ConvLoRAStage(FastVitStage):
 
 def add_adapters(
     model: nn.Module,
-    reduction: float = 2,
+    reduction: float | None = None,
     skip: bool | float = True,
     *,
     hidden: int | None = None,
@@ -241,8 +264,8 @@ def add_adapters(
         conv_lora_rank: R of a `ConvLoRA` after the last block of each stage. Default None: none.
         conv_lora_alpha: its low-rank term is scaled by alpha / R. Default 16.
         conv_lora_kernel: its k. Default 3.
-        freeze: whether everything in ``model`` stops training but the adapters, the ConvLoRAs and ``train``; LoRA put
-            there before as well. Default True.
+        freeze: whether everything in ``model`` stops training but the adapters, the ConvLoRAs and ``train``. What an
+            earlier call of this package set to train goes on training. Default True.
         train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",). Blocks and
             stages there get no adapters.
         exclude: dotted paths, from ``model``, of modules where nothing is adapted.
@@ -259,11 +282,15 @@ def add_adapters(
         TypeError: an argument has the wrong type, or a block's forward, layer-scale or drop-path is not timm's.
         ValueError: there is no block to adapt (near class names are listed) or all carry adapters already, a path
             selects nothing, a setting is out of range, ``model`` itself is a block, or a parameter of ``model`` is
-            uninitialized or made under inference_mode.
+            uninitialized or made under inference_mode, or ``model`` is PEFT's or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_CALLER}: model must be an nn.Module, got {type(model).__name__}")
-    check_settings(_CALLER, reduction, hidden, activation, skip, dropout, init_std, adapter_dtype)
+    surgery.check_whole(_CALLER, model)
+    check_settings(
+        _CALLER, reduction, hidden, activation, skip, dropout, init_std, adapter_dtype,
+        freeze=freeze, freeze_batchnorm=freeze_batchnorm, train_layer_scale=train_layer_scale,
+    )  # fmt: skip
     if conv_lora_rank is not None:
         check_lora_settings(_CALLER, conv_lora_rank, conv_lora_alpha, 0.0)
     train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
@@ -271,35 +298,68 @@ def add_adapters(
     surgery.resolve(_CALLER, "exclude", exclude, {path for path, _ in model.named_modules(remove_duplicate=False)})
     blocks, stages = _find(model, (*train, *exclude))
     surgery.check_parameters(_CALLER, model)
-    built: list[tuple[list[str], nn.Module]] = []
+    built: list[tuple[surgery.Place, nn.Module]] = []
     if conv_lora_rank is not None:
-        for stage, paths in stages:
+        for place in stages:
             with_lora = ConvLoRAStage.from_stage(
-                stage, conv_lora_rank, conv_lora_alpha, conv_lora_kernel, adapter_dtype, freeze=False
+                place.module, conv_lora_rank, conv_lora_alpha, conv_lora_kernel, adapter_dtype, freeze=False
             )
-            built.append((paths, with_lora))
-    for block, paths in blocks:
-        adapted_block = _kind(block).from_block(
-            block, reduction, skip, hidden=hidden, activation=activation, dropout=dropout, init_std=init_std,
+            built.append((place, with_lora))
+    for place in blocks:
+        adapted_block = _kind(place.module).from_block(
+            place.module, reduction, skip, hidden=hidden, activation=activation, dropout=dropout, init_std=init_std,
             adapter_dtype=adapter_dtype, freeze=False,
         )  # fmt: skip
-        built.append((paths, adapted_block))
+        built.append((place, adapted_block))
 
-    # Nothing above has touched the model, nothing below raises. Stages before the blocks inside them.
-    for paths, adapted in built:
-        surgery.replace(model, paths, adapted)
-    notes = [f"one module stands at {', '.join(paths)}: adapted once, for all" for paths, _ in built if len(paths) > 1]
-    if freeze:
-        _freeze(model)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    if train_layer_scale:
-        for _, adapted in built:
-            for gamma in adapted.layer_scales() if isinstance(adapted, _BlockAdapter) else ():
-                gamma.requires_grad_(True)
-    if freeze and freeze_batchnorm:
-        notes += surgery.hold_batchnorms(model, train)
+    notes = [
+        f"one module stands at {', '.join(place.paths)}: adapted once, for all"
+        for place in (*stages, *blocks)
+        if len(place.paths) > 1
+    ]
+    kept = surgery.trained_before(model)
+    with surgery.all_or_nothing() as change:
+        # A stage's `blocks` is the same object in the stage that takes its place.
+        for place, adapted in built:
+            change.replace(place, adapted)
+        if freeze:
+            change.freeze(model, [*kept, *_of_adapters(model)])
+        change.train(trained)
+        if train_layer_scale:
+            for _, adapted in built:
+                change.train(adapted.layer_scales() if isinstance(adapted, _BlockAdapter) else ())
+        if freeze and freeze_batchnorm:
+            notes += surgery.hold_batchnorms(model, change, train)
     return adapter_report(model, notes)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put timm's blocks and stages back in place of adapted ones, in place, and BatchNorms back under ``train()``.
+
+    The model is then what it was before `add_adapters`, but for what trained besides the adapters. What was frozen
+    stays frozen. All or nothing.
+
+    Args:
+        model: a model with adapted blocks or stages somewhere inside it.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: there is no adapted block or stage in it, or it is one itself; call its ``to_base()``.
+    """
+    caller = "remove_adapters"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
+    adapted = [place for place in places(model) if isinstance(place.module, _BlockAdapter | ConvLoRAStage)]
+    if not adapted or not adapted[0].spots:
+        raise ValueError(
+            f"{caller}: model must contain blocks with adapters, got a {type(model).__name__} "
+            + ("with none" if not adapted else "itself; use its to_base()")
+        )
+    with surgery.all_or_nothing() as change:
+        for place in adapted:
+            if isinstance(place.module, _BlockAdapter | ConvLoRAStage):
+                change.replace(place, place.module.to_base())
+        surgery.release_batchnorms(model, change)
 
 
 def adapter_report(model: nn.Module, notes: Sequence[str] = ()) -> AdapterReport:
@@ -333,30 +393,28 @@ def adapter_report(model: nn.Module, notes: Sequence[str] = ()) -> AdapterReport
 # ---- finding
 
 
-_Found = list[tuple[nn.Module, list[str]]]
-
-
-def _find(model: nn.Module, left_out: tuple[str, ...]) -> tuple[_Found, _Found]:
-    """(blocks, stages) to adapt, each module with all its paths."""
-    blocks: _Found = []
-    stages: _Found = []
+def _find(model: nn.Module, left_out: tuple[str, ...]) -> tuple[list[surgery.Place], list[surgery.Place]]:
+    """(blocks, stages) to adapt."""
+    blocks: list[surgery.Place] = []
+    stages: list[surgery.Place] = []
     wrapped = 0
-    for module, paths in places(model):
+    for place in places(model):
+        module, paths = place.module, place.paths
         wrapped += isinstance(module, _BlockAdapter)
         if isinstance(module, _BlockAdapter | ConvLoRAStage) or any(surgery.under(path, left_out) for path in paths):
             continue
         if not isinstance(module, RepMixerBlock | AttentionBlock | FastVitStage):
             continue
-        if "" in paths:
+        if not place.spots:
             raise ValueError(
                 f"{_CALLER}: model must contain the blocks to adapt, got a {type(module).__name__} itself; "
                 "use RepMixerBlockAdapter.from_block, AttentionBlockAdapter.from_block or ConvLoRAStage.from_stage"
             )
         if isinstance(module, FastVitStage):
-            stages.append((module, paths))
+            stages.append(place)
             continue
         _check_block(f"{_CALLER}: {paths[0]}", module, _kind(module))
-        blocks.append((module, paths))
+        blocks.append(place)
     if not blocks:
         classes = {type(module).__name__ for module in model.modules()}
         near = dict.fromkeys(surgery.close("RepMixerBlock", classes) + surgery.close("AttentionBlock", classes))
@@ -396,15 +454,8 @@ def _check_block(caller: str, block: nn.Module, cls: type[_BlockAdapter]) -> Non
                 )
 
 
-# ---- changing
-
-
-def _freeze(model: nn.Module) -> None:
-    """Nothing in ``model`` trains but what trains in its adapters."""
-    kept = {id(p) for m in model.modules() if isinstance(m, BottleneckAdapter | ConvLoRA) for p in m.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
+def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for m in model.modules() if isinstance(m, BottleneckAdapter | ConvLoRA) for p in m.parameters()]
 
 
 def _size(module: nn.Module) -> int:

@@ -45,8 +45,8 @@ class BottleneckAdapter(KeepsWide):
 
     Args:
         channels: C.
-        reduction: hidden defaults to ``max(C // reduction, 8)``. A positive number, default 2.
-        hidden: h, the width of the bottleneck. Default None: by ``reduction``. The Triton kernels take up to 512.
+        reduction: h = max(C // reduction, 8); a positive number. Default None: 2, unless ``hidden`` is given.
+        hidden: h, the width of the bottleneck, in place of ``reduction``. The Triton kernels take up to 512.
         activation: phi, one of "identity", "relu", "leaky_relu", "gelu" (the default, by erf), "gelu_tanh",
             "quick_gelu", "silu".
         skip: factor of z inside the branch: True (the default) is 1, False 0, or any number.
@@ -66,7 +66,7 @@ class BottleneckAdapter(KeepsWide):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or the activation unknown.
+        ValueError: an argument is out of range, the activation unknown, or ``reduction`` given beside ``hidden``.
 
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019.
     """
@@ -80,7 +80,7 @@ class BottleneckAdapter(KeepsWide):
     def __init__(
         self,
         channels: int,
-        reduction: float = 2,
+        reduction: float | None = None,
         hidden: int | None = None,
         activation: str = "gelu",
         skip: bool | float = True,
@@ -96,7 +96,10 @@ class BottleneckAdapter(KeepsWide):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_settings("BottleneckAdapter", reduction, hidden, activation, skip, dropout, init_std, dtype)
+        check_settings(
+            "BottleneckAdapter", reduction, hidden, activation, skip, dropout, init_std, dtype,
+            bias=bias, per_channel=per_channel,
+        )  # fmt: skip
         _check_width("BottleneckAdapter", "channels", channels)
         if layer_scale is not None:
             checks.finite("BottleneckAdapter", "layer_scale", layer_scale)
@@ -105,7 +108,7 @@ class BottleneckAdapter(KeepsWide):
             raise ValueError(f"BottleneckAdapter: drop_path must be in [0, 1], got {drop_path}")
         checks.one_of("BottleneckAdapter", "channel_dim", channel_dim, (-1, 1))
         self.channels = channels
-        self.hidden = max(int(channels // reduction), MIN_HIDDEN) if hidden is None else hidden
+        self.hidden = _hidden(channels, reduction, hidden, 2, MIN_HIDDEN)
         self.activation, self.skip, self.dropout = activation, float(skip), float(dropout)
         self.drop_path, self.channel_dim = float(drop_path), channel_dim
         self.init_std, self.layer_scale_init = init_std, layer_scale
@@ -121,7 +124,7 @@ class BottleneckAdapter(KeepsWide):
         self.reset_parameters()
 
     @classmethod
-    def pfeiffer(cls, channels: int, reduction: float = 16, activation: str = "relu", **settings: Any) -> Self:
+    def pfeiffer(cls, channels: int, reduction: float | None = None, activation: str = "relu", **settings: Any) -> Self:
         """AdapterHub's "seq_bn" ("pfeiffer"): ReLU, reduction 16, weights N(0, 0.02^2), no scale, no dropout.
 
         One per layer, after the feed-forward part f of input x. The bottleneck reads the layer norm of the sum, which
@@ -137,10 +140,10 @@ class BottleneckAdapter(KeepsWide):
         options there, the operator has no new layer norm inside the adapter, no gate, no PHM layer, and no dropout
         after U (``dropout`` here acts on phi(h)); all are off in that configuration.
         """
-        return cls._preset(channels, reduction, activation, {"init_std": 0.02, "skip": False} | settings)
+        return cls._preset(channels, reduction, 16, activation, {"init_std": 0.02, "skip": False} | settings)
 
     @classmethod
-    def houlsby(cls, channels: int, reduction: float = 16, activation: str = "silu", **settings: Any) -> Self:
+    def houlsby(cls, channels: int, reduction: float | None = None, activation: str = "silu", **settings: Any) -> Self:
         """AdapterHub's "double_seq_bn" ("houlsby"): swish, reduction 16, weights N(0, 0.02^2), no scale, no dropout.
 
         Two per layer, on the output f of the attention and of the feed-forward part, before the host adds its residual
@@ -153,13 +156,13 @@ class BottleneckAdapter(KeepsWide):
         Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019, which starts from a truncated
         N(0, 0.01^2); adapter-hub/adapters, ``DoubleSeqBnConfig``, as for `pfeiffer`.
         """
-        return cls._preset(channels, reduction, activation, {"init_std": 0.02, "skip": False} | settings)
+        return cls._preset(channels, reduction, 16, activation, {"init_std": 0.02, "skip": False} | settings)
 
     @classmethod
     def parallel(
         cls,
         channels: int,
-        reduction: float = 2,
+        reduction: float | None = None,
         activation: str = "relu",
         scaling: float = 4.0,
         learned: bool = False,
@@ -180,7 +183,7 @@ class BottleneckAdapter(KeepsWide):
         adapter-hub/adapters, ``ParBnConfig`` and ``ParallelAdapter``, files as for `pfeiffer`.
         """
         adapter = cls._preset(
-            channels, reduction, activation, {"skip": False, "layer_scale": scaling, "per_channel": False} | settings
+            channels, reduction, 2, activation, {"skip": False, "layer_scale": scaling, "per_channel": False} | settings
         )
         assert adapter.gamma is not None
         adapter.gamma.requires_grad_(learned)
@@ -208,11 +211,13 @@ class BottleneckAdapter(KeepsWide):
         )
 
     @classmethod
-    def _preset(cls, channels: int, reduction: float, activation: str, settings: dict[str, Any]) -> Self:
-        check_settings("BottleneckAdapter", reduction=reduction)
+    def _preset(
+        cls, channels: int, reduction: float | None, default: float, activation: str, settings: dict[str, Any]
+    ) -> Self:
+        check_settings("BottleneckAdapter", reduction, settings.get("hidden"))
         _check_width("BottleneckAdapter", "channels", channels)
-        chosen: dict[str, Any] = {"hidden": max(int(channels // reduction), 1), "activation": activation}
-        return cls(channels, **chosen | settings)
+        hidden = _hidden(channels, reduction, settings.get("hidden"), default, 1)
+        return cls(channels, **{"activation": activation} | settings | {"hidden": hidden})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -286,27 +291,41 @@ class BottleneckAdapter(KeepsWide):
         )
 
 
+def _hidden(channels: int, reduction: float | None, hidden: int | None, default: float, least: int) -> int:
+    """h by checked settings."""
+    return hidden or max(int(channels // (reduction or default)), least)
+
+
 def check_settings(
     caller: str,
-    reduction: float = 2,
+    reduction: float | None = None,
     hidden: int | None = None,
     activation: str = "gelu",
     skip: bool | float = True,
     dropout: float = 0.0,
     init_std: float | None = None,
     dtype: torch.dtype | None = None,
+    **flags: bool,
 ) -> None:
     """Refuse adapter settings that are out of range, in the name of ``caller``.
 
     Raises:
-        TypeError: a setting has the wrong type, or ``dtype`` is no floating dtype.
-        ValueError: a setting is out of range.
+        TypeError: a setting has the wrong type, ``dtype`` is no floating dtype, or one of ``flags`` no bool.
+        ValueError: a setting is out of range, or both ``reduction`` and ``hidden`` are given.
     """
-    checks.finite(caller, "reduction", reduction)
-    if reduction <= 0:
-        raise ValueError(f"{caller}: reduction must be positive, got {reduction}")
+    if reduction is not None:
+        checks.finite(caller, "reduction", reduction)
+        if reduction <= 0:
+            raise ValueError(f"{caller}: reduction must be positive, got {reduction}")
     if hidden is not None:
         _check_width(caller, "hidden", hidden)
+        if reduction is not None:
+            raise ValueError(
+                f"{caller}: reduction must be None where hidden is given, got reduction = {reduction} and "
+                f"hidden = {hidden}: each sets the width"
+            )
+    for name, value in flags.items():
+        checks.flag(caller, name, value)
     checks.one_of(caller, "activation", activation, ACTIVATIONS)
     checks.finite(caller, "skip", skip)
     checks.probability(caller, "dropout", dropout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,169 @@ from pyfused.modules.lora import LoRAModule
 from pyfused.ops import checks
 from pyfused.ops.lora_linear import lora_linear
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
+
+class LoRAProjections(LoRAModule):
+    """What LoRA attentions share: pairs on a packed in_proj, or on q, k and v each, and a `LoRALinear` as out_proj."""
+
+    embed_dim: int
+    kdim: Any
+    vdim: Any
+    _qkv_same_embed_dim: bool
+    in_proj_weight: Any
+    in_proj_bias: Any
+    out_proj: Any
+    qkv: str | None
+    in_proj_lora_a: nn.Parameter
+    in_proj_lora_b: nn.Parameter
+
+    @classmethod
+    def _adapt(
+        cls,
+        caller: str,
+        attention: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        qkv: str,
+        use_rslora: bool,
+        lora_dtype: torch.dtype | None,
+        in_proj: bool,
+        out_proj: bool,
+        freeze: bool,
+    ) -> Self:
+        checks.one_of(caller, "qkv", qkv, ("joint", "split"))
+        checks.flag(caller, "in_proj", in_proj)
+        checks.flag(caller, "out_proj", out_proj)
+        if not (in_proj or out_proj):
+            raise ValueError(f"{caller}: in_proj or out_proj must be True, got neither")
+        module = cls._adopt(caller, attention, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+        module.qkv = qkv if in_proj else None
+        if in_proj:
+            module._add_in_proj(caller, lora_dtype)
+        if out_proj:
+            adapted = LoRALinear.from_linear(
+                module.out_proj, rank, alpha, dropout, use_rslora, lora_dtype, freeze=False
+            )
+            module.register_module("out_proj", adapted)
+        if freeze:
+            module._freeze_base()
+        return module
+
+    def _pair_prefixes(self) -> tuple[str, ...]:
+        if self.qkv == "split":
+            return "q_proj_", "k_proj_", "v_proj_"
+        return () if self.qkv is None else ("in_proj_",)
+
+    def lora_settings(self) -> dict[str, Any]:
+        """As `LoRAModule.lora_settings`, with ``qkv``."""
+        return super().lora_settings() | {"qkv": self.qkv}
+
+    def _add_in_proj(self, caller: str, lora_dtype: torch.dtype | None) -> None:
+        width = self.embed_dim
+        if self.qkv == "split":
+            like = self.get_parameter(self._weight_names(self)[0])
+            for letter, in_features in zip("qkv", (width, self.kdim, self.vdim), strict=True):
+                self._add_pair(f"{letter}_proj_", width, in_features, like, lora_dtype)
+        elif self._qkv_same_embed_dim:
+            self._add_pair("in_proj_", 3 * width, width, self.in_proj_weight, lora_dtype)
+        else:
+            raise ValueError(
+                f"{caller}: qkv must be 'split' for separate projections (embed_dim {width}, kdim {self.kdim}, "
+                f"vdim {self.vdim}), got 'joint'"
+            )
+        self.reset_lora_parameters()
+
+    @staticmethod
+    def _weight_names(base: Any) -> tuple[str, ...]:
+        # open_clip's own attention has one width alone.
+        if getattr(base, "_qkv_same_embed_dim", True):
+            return ("in_proj_weight",)
+        return "q_proj_weight", "k_proj_weight", "v_proj_weight"
+
+    def _deltas(self) -> dict[str, Tensor]:
+        if self.qkv is None:
+            return {}
+        if self.qkv == "joint":
+            return {"in_proj_weight": self._delta(self.in_proj_lora_a, self.in_proj_lora_b)}
+        deltas = [
+            self._delta(getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b"))
+            for letter in "qkv"
+        ]
+        if self._qkv_same_embed_dim:
+            return {"in_proj_weight": torch.cat(deltas)}
+        return dict(zip(self._weight_names(self), deltas, strict=True))
+
+    @property
+    def merged(self) -> bool:
+        """Whether every low-rank term now is part of its weight."""
+        own = self.qkv is None or bool(self._base_weights)
+        return own and (not isinstance(self.out_proj, LoRALinear) or self.out_proj.merged)
+
+    def refuse_replaced_forward(self, doing: str) -> None:
+        """As `LoRAModule.refuse_replaced_forward`, of out_proj too."""
+        super().refuse_replaced_forward(doing)
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.refuse_replaced_forward(doing)
+
+    def refuse_computed(self, doing: str) -> None:
+        """As `LoRAModule.refuse_computed`, of out_proj too."""
+        super().refuse_computed(doing)
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.refuse_computed(doing)
+
+    def merge(self) -> None:
+        """Merge in_proj and out_proj; see `LoRAModule.merge`."""
+        super().merge()
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.merge()
+
+    def unmerge(self) -> None:
+        """Put the base weights of in_proj and out_proj back, bit for bit."""
+        super().unmerge()
+        if isinstance(self.out_proj, LoRALinear):
+            self.out_proj.unmerge()
+
+    def to_base(self, merge: bool = True) -> nn.Module:
+        """A plain attention; see `LoRAModule.to_base`."""
+        module = super().to_base(merge)
+        del module.qkv
+        if isinstance(module.out_proj, LoRALinear):
+            module.out_proj = module.out_proj.to_base(merge)
+        return module
+
+    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Projections ``first`` to ``last`` of (q, k, v): (..., K) -> (..., (last - first) * E)."""
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        whole = last - first == 3
+        letter = "qkv"[first]
+        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[rows]
+        if not self._qkv_same_embed_dim:
+            weight = getattr(self, f"{letter}_proj_weight")
+        else:
+            weight = self.in_proj_weight if whole else self.in_proj_weight[rows]
+        if self.qkv is None or self._base_weights:
+            self._refuse_merged_training()
+            return F.linear(x, weight, bias)
+        if self.qkv == "joint":
+            lora_a, lora_b = self.in_proj_lora_a, self.in_proj_lora_b if whole else self.in_proj_lora_b[rows]
+        else:
+            lora_a, lora_b = getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b")
+        return lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+
+class LoRAMultiheadAttention(LoRAProjections, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose in_proj and out_proj carry LoRA. Made by `from_mha`.
 
     Forward takes and returns what nn.MultiheadAttention's does, with the same parameter names (``in_proj_weight``,
@@ -37,9 +198,6 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
     """
 
     base_class = nn.MultiheadAttention
-    qkv: str | None
-    in_proj_lora_a: nn.Parameter
-    in_proj_lora_b: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("LoRAMultiheadAttention is made from an attention: from_mha(mha, rank, alpha, ...)")
@@ -74,89 +232,24 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
             freeze: whether mha's parameters stop training. Default True.
 
         Raises:
-            TypeError: not an nn.MultiheadAttention, a subclass with another forward, or a ``lora_dtype`` that is
-                neither mha's dtype nor float32 over 16 bits.
+            TypeError: not an nn.MultiheadAttention, a subclass with a forward or other members of its own, or a
+                ``lora_dtype`` that is neither mha's dtype nor float32 over 16 bits.
             ValueError: already a LoRA module, qkv="joint" on separate projections, nothing to adapt, or a setting out
                 of range.
         """
-        caller = "LoRAMultiheadAttention.from_mha"
-        checks.one_of(caller, "qkv", qkv, ("joint", "split"))
-        if not (in_proj or out_proj):
-            raise ValueError(f"{caller}: in_proj or out_proj must be True, got neither")
-        module = cls._adopt(caller, mha, rank, alpha, dropout, use_rslora, lora_dtype)
-        module.qkv = qkv if in_proj else None
-        if in_proj:
-            module._add_in_proj(caller, lora_dtype)
-        if out_proj:
-            adapted = LoRALinear.from_linear(mha.out_proj, rank, alpha, dropout, use_rslora, lora_dtype, freeze=False)
-            module.register_module("out_proj", adapted)
-        if freeze:
-            module._freeze_base()
-        return module
-
-    def _add_in_proj(self, caller: str, lora_dtype: torch.dtype | None) -> None:
-        width = self.embed_dim
-        if self.qkv == "split":
-            like = self.get_parameter(self._weight_names(self)[0])
-            for letter, in_features in zip("qkv", (width, self.kdim, self.vdim), strict=True):
-                self._add_pair(f"{letter}_proj_", width, in_features, like, lora_dtype)
-        elif self._qkv_same_embed_dim:
-            self._add_pair("in_proj_", 3 * width, width, self.in_proj_weight, lora_dtype)
-        else:
-            raise ValueError(
-                f"{caller}: qkv must be 'split' for separate projections (embed_dim {width}, kdim {self.kdim}, "
-                f"vdim {self.vdim}), got 'joint'"
-            )
-        self.reset_lora_parameters()
-
-    @staticmethod
-    def _weight_names(base: Any) -> tuple[str, ...]:
-        if base._qkv_same_embed_dim:
-            return ("in_proj_weight",)
-        return "q_proj_weight", "k_proj_weight", "v_proj_weight"
-
-    def _deltas(self) -> dict[str, Tensor]:
-        if self.qkv is None:
-            return {}
-        if self.qkv == "joint":
-            return {"in_proj_weight": self._delta(self.in_proj_lora_a, self.in_proj_lora_b)}
-        deltas = [
-            self._delta(getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b"))
-            for letter in "qkv"
-        ]
-        if self._qkv_same_embed_dim:
-            return {"in_proj_weight": torch.cat(deltas)}
-        return dict(zip(self._weight_names(self), deltas, strict=True))
-
-    @property
-    def merged(self) -> bool:
-        """Whether every low-rank term now is part of its weight."""
-        own = self.qkv is None or bool(self._base_weights)
-        return own and (not isinstance(self.out_proj, LoRALinear) or self.out_proj.merged)
-
-    def merge(self) -> None:
-        """Merge in_proj and out_proj; see `LoRAModule.merge`."""
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.refuse_replaced_forward("merging")
-        super().merge()
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.merge()
-
-    def unmerge(self) -> None:
-        """Put the base weights of in_proj and out_proj back, bit for bit."""
-        super().unmerge()
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.unmerge()
-
-    def to_base(self, merge: bool = True) -> nn.Module:
-        """A plain nn.MultiheadAttention; see `LoRAModule.to_base`."""
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.refuse_replaced_forward("to_base()")
-        module = super().to_base(merge)
-        del module.qkv
-        if isinstance(module.out_proj, LoRALinear):
-            module.out_proj = module.out_proj.to_base(merge)
-        return module
+        return cls._adapt(
+            "LoRAMultiheadAttention.from_mha",
+            mha,
+            rank,
+            alpha,
+            dropout,
+            qkv,
+            use_rslora,
+            lora_dtype,
+            in_proj,
+            out_proj,
+            freeze,
+        )
 
     def forward(
         self,
@@ -236,34 +329,6 @@ class LoRAMultiheadAttention(LoRAModule, nn.MultiheadAttention):
         for first, last in spans:
             projected += self._project(inputs[first], first, last).chunk(last - first, dim=-1)
         return projected
-
-    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Projections ``first`` to ``last`` of (q, k, v): (..., K) -> (..., (last - first) * E)."""
-        rows = slice(first * self.embed_dim, last * self.embed_dim)
-        whole = last - first == 3
-        letter = "qkv"[first]
-        bias = self.in_proj_bias if whole or self.in_proj_bias is None else self.in_proj_bias[rows]
-        if not self._qkv_same_embed_dim:
-            weight = getattr(self, f"{letter}_proj_weight")
-        else:
-            weight = self.in_proj_weight if whole else self.in_proj_weight[rows]
-        if self.qkv is None or self._base_weights:
-            self._refuse_merged_training()
-            return F.linear(x, weight, bias)
-        if self.qkv == "joint":
-            lora_a, lora_b = self.in_proj_lora_a, self.in_proj_lora_b if whole else self.in_proj_lora_b[rows]
-        else:
-            lora_a, lora_b = getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b")
-        return lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
 
     def _extend(self, t: Tensor, bias: Tensor | None) -> Tensor:
         """(B, H, S, d) with the learned position bias_k or bias_v, and the zero one, after the last key."""

@@ -95,7 +95,13 @@ def load(
         checks.dtype(caller, f"state[{name!r}]", value, checks.FLOATING)
         if value.is_meta:
             raise ValueError(f"{caller}: state[{name!r}] must hold values, got a tensor on device meta")
-        checks.shape(caller, f"state[{name!r}]", value, tuple(own[names[name]].shape), "the model's")
+    differing = [
+        f"{name} expected {tuple(own[names[name]].shape)}, got {tuple(value.shape)}"
+        for name, value in given.items()
+        if value.shape != own[names[name]].shape
+    ]
+    if differing:
+        raise ValueError(f"{caller}: state must have the model's shapes: {'; '.join(differing[:5])}")
     shard = sharded(model)
     if shard is not None:
         raise ValueError(

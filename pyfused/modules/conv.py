@@ -54,10 +54,12 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             freeze: whether conv's parameters stop training. Default True.
 
         Raises:
-            TypeError: not an nn.Conv2d, a subclass with another forward, or a ``lora_dtype`` that does not fit.
-            ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
+            TypeError: not an nn.Conv2d, a subclass with a forward or other members of its own, or a ``lora_dtype``
+                that does not fit.
+            ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
+                range.
         """
-        module = cls._adopt("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype)
+        module = cls._adopt("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
         height, width = conv.kernel_size
         module._add_pair("", conv.out_channels, conv.in_channels * height * width, conv.weight, lora_dtype)
         module.reset_lora_parameters()

@@ -52,7 +52,7 @@ class LoRALinear(LoRAModule, nn.Linear):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        check_settings("LoRALinear", rank, alpha, dropout, lora_dtype)
+        check_settings("LoRALinear", rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, bias=bias)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._configure(rank, alpha, dropout, use_rslora, nn.Linear)
         self._add_pair("", out_features, in_features, self.weight, lora_dtype)
@@ -75,11 +75,12 @@ class LoRALinear(LoRAModule, nn.Linear):
         Hooks, mode, device and any further attributes are those of ``linear``; settings as for the class.
 
         Raises:
-            TypeError: not an nn.Linear, a subclass with another forward (a quantised one, say), or a ``lora_dtype``
-                that does not fit.
-            ValueError: already a LoRA module, a parametrized weight, or a setting out of range.
+            TypeError: not an nn.Linear, a subclass with a forward or other members of its own (a quantised one, say),
+                or a ``lora_dtype`` that does not fit.
+            ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
+                range.
         """
-        module = cls._adopt("LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype)
+        module = cls._adopt("LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
         module._add_pair("", linear.weight.shape[0], linear.weight.shape[1], linear.weight, lora_dtype)
         module.reset_lora_parameters()
         if freeze:

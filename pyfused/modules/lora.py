@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyfused.modules.surgery import sharded
 from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.lora_linear import MAX_RANK
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
 _SETTINGS = ("rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class")
 
 
-def check_settings(caller: str, rank: int, alpha: float, dropout: float, lora_dtype: torch.dtype | None = None) -> None:
+def check_settings(
+    caller: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    lora_dtype: torch.dtype | None = None,
+    **flags: bool,
+) -> None:
     """Refuse LoRA settings that are out of range, in the name of ``caller``.
 
     Raises:
-        TypeError: a setting has the wrong type, or ``lora_dtype`` is no floating dtype.
+        TypeError: a setting has the wrong type, ``lora_dtype`` is no floating dtype, or one of ``flags`` no bool.
         ValueError: rank not in 1..256, alpha not finite and positive, or dropout not in [0, 1).
     """
     if not isinstance(rank, int) or isinstance(rank, bool):
@@ -46,6 +54,8 @@ def check_settings(caller: str, rank: int, alpha: float, dropout: float, lora_dt
     checks.probability(caller, "dropout", dropout)
     if lora_dtype is not None and lora_dtype not in checks.FLOATING:
         raise TypeError(f"{caller}: lora_dtype must be None or one of {checks.FLOATING}, got {lora_dtype!r}")
+    for name, value in flags.items():
+        checks.flag(caller, name, value)
 
 
 def _bar_fast_paths(module: nn.Module, args: tuple) -> None:
@@ -97,9 +107,10 @@ class LoRAModule(KeepsWide):
         dropout: float,
         use_rslora: bool,
         lora_dtype: torch.dtype | None,
+        freeze: bool,
     ) -> Self:
         """A ``cls`` that shares base's parameters and submodules, and copies its settings, hooks and mode."""
-        check_settings(caller, rank, alpha, dropout, lora_dtype)
+        check_settings(caller, rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, freeze=freeze)
         check_base(caller, base, cls)
         module = object.__new__(cls)
         take_over(module, base)
@@ -109,7 +120,7 @@ class LoRAModule(KeepsWide):
     def _configure(
         self, rank: int, alpha: float, dropout: float, use_rslora: bool, base_class: type[nn.Module]
     ) -> None:
-        self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), bool(use_rslora)
+        self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), use_rslora
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self._base_weights: dict[str, nn.Parameter] = {}
         self._base_class = base_class
@@ -135,11 +146,43 @@ class LoRAModule(KeepsWide):
         self.register_parameter(f"{prefix}lora_a", nn.Parameter(lora_a))
         self.register_parameter(f"{prefix}lora_b", nn.Parameter(lora_b))
 
+    def _pair_prefixes(self) -> tuple[str, ...]:
+        """What stands in front of ``lora_a`` and ``lora_b`` in the names of each pair."""
+        return ("",)
+
     def own_lora_parameters(self) -> dict[str, nn.Parameter]:
         """This module's low-rank parameters by name, without those of its submodules."""
+        names = [prefix + name for prefix in self._pair_prefixes() for name in ("lora_a", "lora_b")]
+        return {name: p for name in names if (p := self._parameters.get(name)) is not None}
+
+    def lora_settings(self) -> dict[str, Any]:
+        """What gives this module's low-rank parameters their meaning, by the names of the arguments."""
         return {
-            name: p for name, p in self._parameters.items() if p is not None and name.endswith(("lora_a", "lora_b"))
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
         }
+
+    def refuse_computed(self, doing: str) -> None:
+        """Raise where a weight or a low-rank parameter of this module is none of its parameters, but computed."""
+        pairs = [prefix + name for prefix in self._pair_prefixes() for name in ("lora_a", "lora_b")]
+        named = [name for name in (*self._weight_names(self), *pairs) if self._parameters.get(name) is None]
+        parametrized = self._modules.get("parametrizations")
+        for name in (*named, *(parametrized._modules if parametrized is not None else ())):
+            raise RuntimeError(
+                f"{type(self).__name__}: {doing} needs {name} as a parameter of the module, got a computed one; take "
+                "it out first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
+            )
+
+    def refuse_sharded(self, doing: str) -> None:
+        """Raise where a parameter of this module is sharded over processes."""
+        shard = sharded(self)
+        if shard is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {doing} needs whole parameters, got {shard}; gather them first "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+            )
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -200,10 +243,12 @@ class LoRAModule(KeepsWide):
         mode, and in any mode when the base weight requires grad.
 
         Raises:
-            RuntimeError: the low-rank term is no change of the weight (a convolution with groups), or the module's
-                forward was replaced, by a hook of accelerate's, say.
+            RuntimeError: the low-rank term is no change of the weight (a convolution with groups), the module's
+                forward was replaced, by a hook of accelerate's, say, or a parameter is computed or sharded.
         """
         self.refuse_replaced_forward("merging")
+        self.refuse_computed("merging")
+        self.refuse_sharded("merging")
         self._merge()
 
     @torch.no_grad()
@@ -243,9 +288,12 @@ class LoRAModule(KeepsWide):
             merge: with the low-rank term merged into new weights (the default), or left out.
 
         Raises:
-            RuntimeError: as `merge`; the forward must not have been replaced in either case.
+            RuntimeError: as `merge`, and without ``merge`` too where the forward was replaced or a parameter is
+                computed or sharded.
         """
         self.refuse_replaced_forward("to_base()")
+        self.refuse_computed("to_base()")
+        self.refuse_sharded("to_base()")
         with self._held(merged=merge):
             module: nn.Module = object.__new__(self._base_class)
             take_over(module, self)
@@ -296,11 +344,28 @@ class LoRAModule(KeepsWide):
         return f"{inherited}, {lora}" if inherited else lora
 
 
+# What a subclass of a base class may define for itself: an instance that exists needs none of it.
+_TAKEN_OVER = {"__init__", "reset_parameters", "extra_repr", "__repr__", "_abc_impl", "__annotate__"}
+
+
+def _own_members(cls: type, kind: type[nn.Module]) -> list[str]:
+    """What ``cls`` defines beyond ``kind`` that an instance of another class would lack."""
+    beyond = [base for base in cls.__mro__ if base not in kind.__mro__]
+    return sorted(
+        {
+            name
+            for base in beyond
+            for name, value in vars(base).items()
+            if name not in _TAKEN_OVER and (not name.startswith("__") or callable(value))
+        }
+    )
+
+
 def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
     """Refuse a module that ``cls`` cannot stand in for.
 
     Raises:
-        TypeError: another kind of module, or one whose forward is its own.
+        TypeError: another kind of module, one whose forward is its own, or of a class with members of its own.
         ValueError: already adapted, or its weights are no plain floating parameters.
     """
     kind = cls.base_class
@@ -308,9 +373,10 @@ def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
         raise ValueError(f"{caller}: expected a plain nn.{kind.__name__}, got a {type(base).__name__}: already wrapped")
     if not isinstance(base, kind):
         raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(base).__name__}")
+    named = f"{type(base).__module__}.{type(base).__qualname__}"
     if type(base).forward is not kind.forward or "forward" in base.__dict__:
         raise TypeError(
-            f"{caller}: expected an nn.{kind.__name__} with its own forward, got {type(base).__name__} "
+            f"{caller}: expected an nn.{kind.__name__} with its own forward, got {named} "
             "with a forward that replaces it"
         )
     for name in cls._weight_names(base):
@@ -323,20 +389,14 @@ def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
             raise ValueError(f"{caller}: {name} must have a shape, got an uninitialized parameter; run one forward")
         if weight.dtype not in checks.FLOATING:
             raise TypeError(f"{caller}: {name} must have dtype {checks.FLOATING}, got {weight.dtype}")
-
-
-def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module at every path it has, not going into attentions and LoRA modules, which are replaced whole."""
-    yield path, model
-    if not isinstance(model, nn.MultiheadAttention | LoRAModule):
-        for name, child in model._modules.items():
-            if child is not None:
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-
-def places(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Each module once, with all its paths."""
-    places: dict[int, tuple[nn.Module, list[str]]] = {}
-    for path, module in walk(model):
-        places.setdefault(id(module), (module, []))[1].append(path)
-    return list(places.values())
+        checks.tensor(caller, name, weight)
+        if weight.numel() == 0:
+            raise ValueError(f"{caller}: {name} must have elements, got shape {tuple(weight.shape)}")
+        if weight.is_inference() or torch.is_inference_mode_enabled():
+            raise ValueError(f"{caller}: {name} must be adapted, and made, outside torch.inference_mode()")
+    members = _own_members(type(base), kind)
+    if members:
+        raise TypeError(
+            f"{caller}: expected an nn.{kind.__name__} or a subclass without members of its own, got {named} with "
+            f"{', '.join(members[:5])}, which the adapted module would lack"
+        )

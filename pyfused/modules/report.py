@@ -9,20 +9,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pyfused.modules.attention import LoRAMultiheadAttention
+from pyfused.modules.attention import LoRAProjections
 from pyfused.modules.linear import LoRALinear
-from pyfused.modules.lora import LoRAModule, places
+from pyfused.modules.lora import LoRAModule
 from pyfused.modules.table import table
-
-# A block's name says more than a layer's: "attn.c_proj" is attention, "mlp.c_proj" is not.
-_BLOCKS = {
-    "attention": "attn self_attn cross_attn attention self_attention cross_attention multihead_attn attnpool",
-    "mlp": "mlp ffn convffn feed_forward feedforward intermediate",
-}
-_LAYERS = {
-    "attention": "out_proj q_proj k_proj v_proj o_proj qkv qkv_proj query key value to_q to_k to_v to_out c_attn",
-    "mlp": "c_fc c_proj fc1 fc2 linear1 linear2 gate_proj up_proj down_proj wi wo",
-}
+from pyfused.modules.targets import LeftAlone, group_of, kind_of, places
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,8 @@ class LoRAReport:
             are paired.
         lora_parameters: elements of all LoRA parameters. trainable_parameters: elements of all parameters that train.
         total_parameters: elements of all parameters of the given module, LoRA included; tied ones count once.
-        notes: what else was changed or left out, in words.
+        notes: what else was changed, in words.
+        left: what carries no LoRA, by kind and reason.
     """
 
     rows: tuple[LoRARow, ...]
@@ -54,6 +46,7 @@ class LoRAReport:
     trainable_parameters: int
     total_parameters: int
     notes: tuple[str, ...] = ()
+    left: tuple[LeftAlone, ...] = ()
 
     @property
     def total(self) -> int:
@@ -92,28 +85,36 @@ class LoRAReport:
             f"trainable parameters  {self.trainable_parameters:,} of {self.total_parameters:,} "
             f"({self.trainable_percent:.2f} %)",
         ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        if self.left:
+            lines += ["", "left alone, and why"]
+            left = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in self.left]
+            lines += table([("kind", "count", "parameters", "the first", "why"), *left], "<>><<")
+        return "\n".join(lines)
 
 
-def lora_report(model: nn.Module, notes: Iterable[str] = ()) -> LoRAReport:
-    """What LoRA ``model`` carries now, whoever put it there; ``notes`` are passed on."""
+def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[LeftAlone] = ()) -> LoRAReport:
+    """What LoRA ``model`` carries now, whoever put it there; ``notes`` and ``left`` are passed on."""
     rows: list[LoRARow] = []
-    for module, (path, *_) in places(model):
+    for place in places(model):
+        module, path = place.module, place.paths[0]
         if not isinstance(module, LoRAModule):
             continue
         own = sum(p.numel() for p in module.own_lora_parameters().values())
-        if not isinstance(module, LoRAMultiheadAttention):
-            kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
-            rows.append(
-                LoRARow(path, kind, _group(path), tuple(module.get_parameter("weight").shape), module.rank, own)
-            )
+        if not isinstance(module, LoRAProjections):
+            kind = kind_of(module)
+            shape = tuple(module.get_parameter("weight").shape)
+            # transformers' Conv1D holds its weight transposed.
+            shape = shape[::-1] if kind == "conv1d" else shape
+            rows.append(LoRARow(path, kind, group_of(path), shape, module.rank, own))
             continue
         width, prefix = module.embed_dim, f"{path}." if path else ""
         if module.qkv is not None:
             rows.append(LoRARow(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module.rank, own))
-        if isinstance(module.out_proj, LoRALinear):
-            own = sum(p.numel() for p in module.out_proj.own_lora_parameters().values())
-            rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), module.rank, own))
+        out = module.out_proj
+        if isinstance(out, LoRALinear):
+            own = sum(p.numel() for p in out.own_lora_parameters().values())
+            rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, own))
     parameters = list(model.parameters())
     return LoRAReport(
         rows=tuple(rows),
@@ -121,14 +122,5 @@ def lora_report(model: nn.Module, notes: Iterable[str] = ()) -> LoRAReport:
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
         notes=tuple(notes),
+        left=tuple(left),
     )
-
-
-def _group(path: str) -> str:
-    *blocks, layer = path.split(".")
-    for names, components in ((_BLOCKS, reversed(blocks)), (_LAYERS, [layer])):
-        for component in components:
-            for group, members in names.items():
-                if component in members.split():
-                    return group
-    return "other"

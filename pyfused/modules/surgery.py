@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
+
+from pyfused.modules.wide import KeepsWide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,11 +105,129 @@ def check_whole(caller: str, model: nn.Module) -> None:
         )
 
 
-def replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
-    """``module`` at each of ``paths``, in place of what is there."""
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
+def trained_before(model: nn.Module) -> list[nn.Parameter]:
+    """What an earlier call of this package set to train: what trains in a model that has its modules and is frozen."""
+    parameters = list(model.parameters())
+    if any(isinstance(module, KeepsWide) for module in model.modules()):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return trained if len(trained) < len(parameters) else []
+    return []
+
+
+@dataclass
+class Place:
+    """A module and everywhere it stands in a model: its dotted paths, and (parent, name) for each."""
+
+    module: nn.Module
+    paths: list[str]
+    spots: list[tuple[nn.Module, str]]
+
+
+def places(model: nn.Module, whole: Callable[[nn.Module], bool]) -> list[Place]:
+    """Every module of ``model`` once; not those inside a module that is ``whole``, which is replaced as one."""
+    found: dict[int, Place] = {id(model): Place(model, [""], [])}
+
+    def walk(parent: nn.Module, path: str) -> None:
+        if whole(parent):
+            return
+        for name, child in parent._modules.items():
+            if child is not None:
+                place = found.setdefault(id(child), Place(child, [], []))
+                place.paths.append(f"{path}.{name}" if path else name)
+                place.spots.append((parent, name))
+                walk(child, place.paths[-1])
+
+    walk(model, "")
+    return list(found.values())
+
+
+class Change:
+    """Changes of a model in place, each with its way back; see `all_or_nothing`."""
+
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        self._undo = undo
+
+    def set(self, owner: nn.Module, name: str, value: object) -> None:
+        """``owner.name = value``, a plain attribute."""
+        self._undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def replace(self, place: Place, module: nn.Module) -> None:
+        """``module`` wherever ``place`` is."""
+        for parent, name in place.spots:
+            # Not by setattr, which a parent may refuse.
+            self._undo.callback(parent._modules.__setitem__, name, place.module)
+            setattr(parent, name, module)
+
+    def as_variant(self, module: nn.Module, kind: type[Variant]) -> None:
+        """Make ``module`` a ``kind`` of what it is."""
+        if not isinstance(module, kind):
+            self._undo.callback(setattr, module, "__class__", type(module))
+            module.__class__ = _variant(kind, type(module))
+
+    def as_base(self, module: Variant) -> None:
+        """Make ``module`` what it was."""
+        self._undo.callback(setattr, module, "__class__", type(module))
+        module.__class__ = module.base_class  # type: ignore[assignment]
+
+    def train(self, parameters: Iterable[nn.Parameter], trains: bool = True) -> None:
+        """Set parameters to train or not."""
+        for parameter in parameters:
+            if parameter.requires_grad != trains:
+                self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(trains)
+
+    def freeze(self, model: nn.Module, kept: Iterable[nn.Parameter]) -> None:
+        """Nothing in ``model`` trains but what of ``kept`` does."""
+        stay = {id(parameter) for parameter in kept}
+        self.train((parameter for parameter in model.parameters() if id(parameter) not in stay), False)
+
+
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[Change]:
+    """Gives a `Change`; what was done by it is undone where the body raises."""
+    with contextlib.ExitStack() as undo:
+        yield Change(undo)
+        undo.pop_all()
+
+
+class Variant(nn.Module):
+    """A module whose class was replaced by a subclass of it: behaviour that no copy, pickle or converter loses.
+
+    Attributes:
+        base_class: what it was.
+    """
+
+    base_class: type[nn.Module]
+    prefix = "Variant"
+    _kind: type[Variant]
+
+    @classmethod
+    def _make(cls, base: type[nn.Module]) -> Any:
+        return type(f"{cls.prefix}{base.__name__}", (cls, base), cls._members(base))
+
+    @classmethod
+    def _members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {"_kind": cls, "base_class": base, "__module__": base.__module__}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_blank_variant, (self._kind, self.base_class), *reduced[2:])
+
+
+_variants: dict[tuple[type[Variant], type[nn.Module]], Any] = {}
+
+
+def _variant(kind: type[Variant], base: type[nn.Module]) -> Any:
+    if (kind, base) not in _variants:
+        _variants[kind, base] = kind._make(base)
+    return _variants[kind, base]
+
+
+def _blank_variant(kind: type[Variant], base: type[nn.Module]) -> Any:
+    """For copies and pickles, which cannot look up a class that is made."""
+    cls = _variant(kind, base)
+    return cls.__new__(cls)
 
 
 class _NotABatchNorm(type):
@@ -119,40 +241,25 @@ class _NotABatchNorm(type):
         return [base for base in super().mro() if base is not _BatchNorm]
 
 
-class FrozenNorm(nn.Module):
-    """What a norm in eval mode for good has beside its own class, ``base_class``."""
+class FrozenNorm(Variant):
+    """A norm that is in eval mode for good."""
 
-    base_class: type[nn.Module]
+    prefix = "Frozen"
+
+    @classmethod
+    def _make(cls, base: type[nn.Module]) -> Any:
+        members = cls._members(base)
+        # torch.fx goes by the module whether to look into a forward.
+        if base.forward is _BatchNorm.forward:
+            members["forward"] = base.forward
+        return _NotABatchNorm(f"{cls.prefix}{base.__name__}", (cls, base), members)
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_blank_frozen, (self.base_class,), *reduced[2:])
 
-
-_frozen_classes: dict[type[nn.Module], Any] = {}
-
-
-def _frozen_class(base: type[nn.Module]) -> Any:
-    if base not in _frozen_classes:
-        # torch.fx goes by the module whether to look into a forward.
-        members: dict[str, Any] = {"base_class": base, "__module__": base.__module__}
-        if base.forward is _BatchNorm.forward:
-            members["forward"] = base.forward
-        _frozen_classes[base] = _NotABatchNorm(f"Frozen{base.__name__}", (FrozenNorm, base), members)
-    return _frozen_classes[base]
-
-
-def _blank_frozen(base: type[nn.Module]) -> Any:
-    """For copies and pickles, which cannot look up a class that is made."""
-    cls = _frozen_class(base)
-    return cls.__new__(cls)
-
-
-def hold_batchnorms(model: nn.Module, train: Iterable[str] = ()) -> list[str]:
-    """Frozen norms with running statistics to eval for good, by a class of their own: see `FrozenNorm`.
+def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = ()) -> list[str]:
+    """Frozen norms with running statistics to eval for good: see `FrozenNorm`.
 
     Norms under ``train``, or with a parameter that trains, are left. Returns notes for a report.
     """
@@ -161,15 +268,14 @@ def hold_batchnorms(model: nn.Module, train: Iterable[str] = ()) -> list[str]:
         if not isinstance(module, _NormBase) or not module.track_running_stats or under(path, train):
             continue
         if not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
-            if not isinstance(module, FrozenNorm):
-                module.__class__ = _frozen_class(type(module))
+            change.set(module, "training", False)
+            change.as_variant(module, FrozenNorm)
             held += 1
     return [f"{held} frozen BatchNorm stay in eval mode (freeze_batchnorm=False lets them move)"] if held else []
 
 
-def release_batchnorms(model: nn.Module) -> None:
+def release_batchnorms(model: nn.Module, change: Change) -> None:
     """What `hold_batchnorms` holds back under ``train()``."""
     for module in model.modules():
         if isinstance(module, FrozenNorm):
-            module.__class__ = module.base_class  # type: ignore[assignment]
+            change.as_base(module)

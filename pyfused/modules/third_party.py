@@ -1,0 +1,293 @@
+"""LoRA modules on layers of other packages, and hosts made to call the layers whose weights they read.
+
+None of those packages is imported here: who holds one of their modules has imported it. A class on top of one of theirs
+is made when it is first asked for, by its name in this module.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyfused.modules.attention import LoRAProjections
+from pyfused.modules.lora import LoRAModule
+from pyfused.modules.surgery import Variant
+from pyfused.ops.lora_linear import lora_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CONV1D = "transformers.pytorch_utils", "Conv1D"
+_PACKED_ATTENTION = "open_clip.transformer", "Attention"
+# OpenAI's package and the one that took it over.
+_ATTENTION_POOLS = (("open_clip.modified_resnet", "AttentionPool2d"), ("clip.model", "AttentionPool2d"))
+
+
+def is_one_of(module: nn.Module, *named: tuple[str, str]) -> bool:
+    """Whether ``module`` is an instance of one of the classes, each (module, name)."""
+    return any((base.__module__, base.__qualname__) in named for base in type(module).__mro__)
+
+
+def is_packed_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is open_clip's own attention, whose in_proj is a parameter of it."""
+    return is_one_of(module, _PACKED_ATTENTION)
+
+
+def wrapper(module: nn.Module) -> Any:
+    """The LoRA class for a module of another package; None where there is none."""
+    if is_one_of(module, _CONV1D):
+        return __getattr__("LoRAConv1D")
+    return __getattr__("LoRAPackedAttention") if is_packed_attention(module) else None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class(name)
+
+
+@functools.cache
+def _class(name: str) -> Any:
+    mixin, (module, kind) = _CLASSES[name]
+    base = getattr(sys.modules.get(module) or __import__(module, fromlist=[kind]), kind)
+    # Pickles find it by its name here.
+    members = {"base_class": base, "__module__": __name__, "__doc__": mixin.__doc__}
+    return type(name, (mixin, base), members)
+
+
+class _Conv1D(LoRAModule):
+    """transformers' ``Conv1D``, a linear layer that holds W transposed, (K, N), with a low-rank update.
+
+    ``lora_a`` is (R, K) and ``lora_b`` (N, R), as in `LoRALinear`. Made by `from_conv1d`.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    @classmethod
+    def from_conv1d(
+        cls,
+        conv1d: nn.Module,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        freeze: bool = True,
+    ) -> Self:
+        """On ``conv1d``'s own parameters; settings and errors as those of `LoRALinear.from_linear`."""
+        module = cls._adopt("LoRAConv1D.from_conv1d", conv1d, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+        module._add_pair("", module.weight.shape[1], module.weight.shape[0], module.weight, lora_dtype)
+        module.reset_lora_parameters()
+        if freeze:
+            module._freeze_base()
+        return module
+
+    def _deltas(self) -> dict[str, Tensor]:
+        return {"weight": self._delta(self.lora_a, self.lora_b).t()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if self._base_weights:
+            self._refuse_merged_training()
+            return super().forward(x)
+        return lora_linear(
+            x,
+            self.weight.t(),
+            self.lora_a,
+            self.lora_b,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+
+class _PackedAttention(LoRAProjections):
+    """open_clip's own ``Attention`` (``block_type="custom"``) with low-rank updates on in_proj and out_proj.
+
+    Names and shapes as in `LoRAMultiheadAttention`. Made by `from_attention`.
+    """
+
+    num_heads: int
+    attn_drop: nn.Dropout
+    ln_q: nn.Module
+    ln_k: nn.Module
+    ln_inner: nn.Module
+    out_drop: nn.Module
+    head_scale: Tensor | None
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.Module,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        qkv: str = "joint",
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        in_proj: bool = True,
+        out_proj: bool = True,
+        freeze: bool = True,
+    ) -> Self:
+        """On ``attention``'s own parameters; settings and errors as those of `LoRAMultiheadAttention.from_mha`.
+
+        Raises:
+            ValueError: also for ``scaled_cosine``, which open_clip's own forward cannot run.
+        """
+        caller = "LoRAPackedAttention.from_attention"
+        if getattr(attention, "logit_scale", None) is not None:
+            raise ValueError(f"{caller}: scaled_cosine must be False, got True")
+        return cls._adapt(
+            caller, attention, rank, alpha, dropout, qkv, use_rslora, lora_dtype, in_proj, out_proj, freeze
+        )
+
+    @property
+    def embed_dim(self) -> int:  # type: ignore[override]
+        return int(self.in_proj_weight.shape[1])
+
+    kdim = vdim = embed_dim
+    _qkv_same_embed_dim = True
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, L, C) -> (B, L, C); ``attn_mask`` (L, L) or (B * num_heads, L, L), bool with True = ignore, or added."""
+        if self.merged:
+            self._refuse_merged_training()
+            return super().forward(x, attn_mask)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self._project_packed(x))
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask, float("-inf"))
+            attn_mask = attn_mask.to(q.dtype)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask, dropout_p)
+        if self.head_scale is not None:
+            attended = attended * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(attended.transpose(1, 2).flatten(2))))
+
+    def _project_packed(self, x: Tensor) -> list[Tensor]:
+        if self.qkv == "split":
+            return [self._project(x, part, part + 1) for part in range(3)]
+        return list(self._project(x, 0, 3).chunk(3, dim=-1))
+
+
+_CLASSES: dict[str, tuple[Any, tuple[str, str]]] = {
+    "LoRAConv1D": (_Conv1D, _CONV1D),
+    "LoRAPackedAttention": (_PackedAttention, _PACKED_ATTENTION),
+}
+
+
+# ---- hosts that read the weights of layers that they do not call
+
+
+class CallingPool(Variant):
+    """CLIP's ``AttentionPool2d`` with a forward that calls its four projections, whose weights the original reads."""
+
+    prefix = "Calling"
+    num_heads: int
+    positional_embedding: nn.Parameter
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    c_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N): the attention of the mean over positions to all of them."""
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.to(x.dtype)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(attended.transpose(1, 2).flatten(1))
+
+
+class CallingQKV(Variant):
+    """timm's attention with its own switch on: qkv is called, and its bias added to what comes back."""
+
+    prefix = "Calling"
+
+    @property
+    def qkv_bias_separate(self) -> bool:
+        """timm's switch."""
+        return True
+
+
+def calling(host: nn.Module, name: str) -> type[Variant] | None:
+    """What makes ``host`` call its layer ``name``, whose weight alone it may read; None where nothing is needed."""
+    if is_one_of(host, *_ATTENTION_POOLS) and name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+        return CallingPool
+    return CallingQKV if name == "qkv" and hasattr(host, "qkv_bias_separate") else None
+
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+# What of a weight says nothing about its values.
+_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
+
+
+def reads_weight(host: nn.Module, name: str) -> bool:
+    """Whether ``host`` takes the values of its layer's weight, in a way of its forward that does not call the layer.
+
+    By its compiled code: each function that forward can reach is asked whether it reads without calling. A Mamba reads
+    and calls in one function, where the machine decides which: for it, reading is enough. nn.TransformerEncoderLayer
+    has a way that only reads, but it is barred while its layers have hooks.
+    """
+    if isinstance(host, nn.TransformerEncoderLayer):
+        return False
+    by_kernels = "mamba" in type(host).__name__.lower()
+    codes: tuple[types.CodeType, ...] = _reachable(type(host))  # type: ignore[arg-type]
+    return any(_reads(code, name) and (by_kernels or not _calls(code, name)) for code in codes)
+
+
+def _uses(code: types.CodeType, name: str) -> Iterator[tuple[dis.Instruction, dis.Instruction]]:
+    """The two instructions after each that loads an attribute ``name``."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    for layer, then, after in zip(steps, steps[1:], steps[2:], strict=False):
+        if layer.opname in _LOADS and layer.argval == name:
+            yield then, after
+
+
+def _reads(code: types.CodeType, name: str) -> bool:
+    return any(
+        then.opname in _LOADS and then.argval == "weight" and not (after.opname in _LOADS and after.argval in _FACTS)
+        for then, after in _uses(code, name)
+    )
+
+
+def _calls(code: types.CodeType, name: str) -> bool:
+    return any(then.opname not in _LOADS for then, _ in _uses(code, name))
+
+
+@functools.cache
+def _reachable(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
+    """The compiled code of ``forward`` and of the methods and properties that it names, and they in turn."""
+    found: dict[str, list[types.CodeType]] = {}
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        member = inspect.getattr_static(cls, name, None)
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        own = isinstance(function, types.FunctionType) and member is not getattr(nn.Module, name, None)
+        if name in found or not own:
+            continue
+        codes = found[name] = [inspect.unwrap(function).__code__]
+        for code in codes:
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            waiting += code.co_names
+    return tuple(code for codes in found.values() for code in codes)
