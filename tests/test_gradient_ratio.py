@@ -176,6 +176,13 @@ def test_verdicts(ratio, verdict):
     assert GradientRatio("adapter", ratio, 1.0).verdict == verdict
 
 
+@pytest.mark.parametrize(("crossed", "plain"), [(float("nan"), 1.0), (1.0, float("nan")), (float("inf"), 1.0)])
+def test_what_is_not_finite_is_never_unchanged(crossed, plain):
+    found = GradientRatio("adapter", crossed, plain)
+    assert found.verdict == "not finite"
+    assert str(found).endswith("not finite")
+
+
 def test_refusals():
     model, x, context = Behind(), randn(2, 3, 8), randn(1, 4, 6)
 

@@ -12,4 +12,4 @@ def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return lines
+    return [line.rstrip() for line in lines]

@@ -123,7 +123,7 @@ class Layer:
 
 def layers_of(model: nn.Module, caller: str) -> list[Layer]:
     """Every layer of ``model`` that LoRA has a form for, whether or not it can carry it."""
-    heads, embedding = _heads(model), _output_embedding(model)
+    heads, embedding = heads_of(model), _output_embedding(model)
     layers = []
     for place in places(model):
         module, wrapper = place.module, wrapper_of(place.module)
@@ -176,7 +176,7 @@ def _output_embedding(model: nn.Module) -> object:
         return None
 
 
-def _heads(model: nn.Module) -> dict[int, str]:
+def heads_of(model: nn.Module) -> dict[int, str]:
     """Id of each module inside a classifier head -> the head's path: timm's by its own word, else by a child's name."""
     heads: list[object] = []
     for module in model.modules():

@@ -1,18 +1,16 @@
-"""What a model's adapters and layer-scales are doing: numbers read from a model, as rows and as a plot."""
+"""How large layer-scales are and where the gradients went: read from a model, as rows and as a plot."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pyfused.modules import BottleneckAdapter, ScaledCrossAttention
+from pyfused.modules import BottleneckAdapter
 from pyfused.modules.table import table
 
 
@@ -170,113 +168,3 @@ def _norm(parameters: Iterable[Tensor]) -> float | None:
     """Euclidean norm of all their gradients; None where there is none."""
     squares = [p.grad.detach().double().square().sum().item() for p in parameters if p.grad is not None]
     return math.sqrt(sum(squares)) if squares else None
-
-
-# A ratio between these is no change worth a word.
-UNCHANGED = (0.8, 1.25)
-
-
-@dataclass(frozen=True)
-class GradientRatio:
-    """What `gradient_ratio` found.
-
-    Attributes:
-        adapter: dotted path of the adapter.
-        crossed: Euclidean norm of the adapter's gradient with cross-attention.
-        plain: the same with w = 0.
-    """
-
-    adapter: str
-    crossed: float
-    plain: float
-
-    @property
-    def ratio(self) -> float:
-        """crossed / plain."""
-        return self.crossed / self.plain
-
-    @property
-    def verdict(self) -> str:
-        """ "unchanged" where 0.8 < ratio < 1.25, else "smaller" or "larger"."""
-        low, high = UNCHANGED
-        return "smaller" if self.ratio <= low else "larger" if self.ratio >= high else "unchanged"
-
-    def __str__(self) -> str:
-        return (
-            f"|grad {self.adapter}| {self.crossed:.4e} with cross-attention, {self.plain:.4e} with w = 0: "
-            f"ratio {self.ratio:.6f}, {self.verdict}"
-        )
-
-
-def gradient_ratio(
-    model: nn.Module, loss: Callable[[Any], Tensor], adapter: str = "image_adapters.0", seed: int = 0
-) -> GradientRatio:
-    """How much smaller or larger an adapter's gradient is for the cross-attention in ``model``.
-
-    The norm of the gradient of ``loss(model)`` by the adapter's parameters, twice under one seed: as the model is, and
-    with w = 0 in every `ScaledCrossAttention`. Where w is 0 anyway the ratio is exactly 1. Parameters, their ``.grad``,
-    the mode and torch's generators are left as they were.
-
-    A cross-attention does not absorb the gradient of an adapter that stands after it, as in `AdaptedCLIP`: backward
-    reaches the adapter first, and only the activations, which the cross-attention has changed, move the ratio. So a
-    ratio away from 1 tells how much they changed, not that a gradient was lost; it depends on data, weights and loss,
-    and need neither fall as w grows nor leave the band at w = 1.
-
-    Args:
-        model: any module with `ScaledCrossAttention` in it, in the mode to be looked at.
-        loss: a function of the model that returns a scalar tensor, such as
-            ``lambda model: (model.encode_image(images, text_context)[1] - target).square().mean()``.
-        adapter: dotted path, from ``model``, of the module whose gradient is taken. Default: `AdaptedCLIP`'s first.
-        seed: of torch's generators in both runs, for dropout. Default 0.
-
-    Returns:
-        A `GradientRatio`; ``print`` it.
-
-    Raises:
-        TypeError: an argument has the wrong type, or the loss is no tensor.
-        ValueError: there is no cross-attention in the model or no such adapter, nothing in it trains, the loss is not a
-            scalar, or no gradient reaches the adapter with w = 0.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"gradient_ratio: model must be an nn.Module, got {type(model).__name__}")
-    modules = dict(model.named_modules())
-    crossings = [module for module in modules.values() if isinstance(module, ScaledCrossAttention)]
-    if not crossings:
-        raise ValueError(
-            f"gradient_ratio: model must contain a ScaledCrossAttention, got a {type(model).__name__} with none"
-        )
-    if adapter not in modules:
-        raise ValueError(f"gradient_ratio: adapter must be the dotted path of a module in the model, got {adapter!r}")
-    parameters = [parameter for parameter in modules[adapter].parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError(f"gradient_ratio: adapter must have parameters that train, got {adapter!r} with none")
-
-    def gradient_norm() -> float:
-        torch.manual_seed(seed)
-        value = loss(model)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"gradient_ratio: loss must return a torch.Tensor, got {type(value).__name__}")
-        if value.numel() != 1:
-            raise ValueError(f"gradient_ratio: loss must return a scalar, got shape {tuple(value.shape)}")
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True) if value.requires_grad else ()
-        return math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
-
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
-        crossed = gradient_norm()
-        with _without_weight(crossings):
-            plain = gradient_norm()
-    if plain == 0.0:
-        raise ValueError(f"gradient_ratio: loss must reach adapter {adapter!r} with w = 0, got no gradient there")
-    return GradientRatio(adapter, crossed, plain)
-
-
-@contextlib.contextmanager
-def _without_weight(crossings: list[ScaledCrossAttention]) -> Iterator[None]:
-    before = [(module, module.weight, module.gate) for module in crossings]
-    try:
-        for module in crossings:
-            module.weight, module.gate = 0.0, None
-        yield
-    finally:
-        for module, weight, gate in before:
-            module.weight, module.gate = weight, gate

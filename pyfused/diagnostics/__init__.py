@@ -1,0 +1,16 @@
+"""What a model's adapters are doing: a checklist before training, and numbers read from a model."""
+
+from pyfused.diagnostics.checklist import CheckReport, CheckRow, check
+from pyfused.diagnostics.ratio import GradientRatio, gradient_ratio
+from pyfused.diagnostics.scales import LayerScaleReport, LayerScaleRow, layer_scale_report
+
+__all__ = [
+    "CheckReport",
+    "CheckRow",
+    "GradientRatio",
+    "LayerScaleReport",
+    "LayerScaleRow",
+    "check",
+    "gradient_ratio",
+    "layer_scale_report",
+]
