@@ -31,7 +31,7 @@ class SecondStage(nn.Module):
         self.register_buffer("context", context)
 
     def forward(self, images: Tensor) -> Tensor:
-        levels, _ = self.model.encode_image(images, self.context)
+        levels = self.model.encode_image(images, self.context).levels
         return torch.stack(levels).mean((0, 2))
 
 
@@ -47,7 +47,7 @@ def second_stage(name: str, image_size: int, classes: int) -> training.Classifie
     torch.manual_seed(0)
     clip = open_clip.create_model(name, pretrained=None, force_image_size=image_size)
     model = AdaptedCLIP(clip, dropout=0.0)
-    _, tokens = model.encode_text(torch.randint(clip.vocab_size, (_PROMPTS, clip.context_length)))
+    tokens = model.encode_text(torch.randint(clip.vocab_size, (_PROMPTS, clip.context_length))).tokens
     return training.Classifier(SecondStage(model, tokens.flatten(0, 1)[None]), tokens.shape[-1], classes)
 
 

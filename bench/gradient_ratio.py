@@ -66,10 +66,10 @@ def small_model(device: torch.device) -> tuple[AdaptedCLIP, Tensor, Tensor]:
 def measure(model: AdaptedCLIP, images: Tensor, tokens: Tensor) -> GradientRatio:
     """Patches are drawn towards random directions, with the prompts' tokens as their context."""
     with torch.no_grad():
-        context = model.encode_text(tokens)[1].flatten(0, 1)[None]
+        context = model.encode_text(tokens).tokens.flatten(0, 1)[None]
 
     def loss(model: AdaptedCLIP) -> Tensor:
-        patches = torch.stack(model.encode_image(images, context)[0])
+        patches = torch.stack(model.encode_image(images, context).levels)
         target = torch.randn(patches.shape, generator=torch.Generator().manual_seed(1)).to(patches)
         return -F.cosine_similarity(patches, target, dim=-1).mean()
 

@@ -143,7 +143,7 @@ def inject_lora(
         if freeze:
             loras = (module for module in model.modules() if isinstance(module, LoRAModule))
             change.freeze(model, [*kept, *(p for module in loras for p in module.own_lora_parameters().values())])
-        change.train(trained)
+        change.keep_training(model, trained)
         if freeze and freeze_batchnorm:
             notes += surgery.hold_batchnorms(model, change, train)
         notes += _keep_dense(model, change)

@@ -12,6 +12,7 @@ from models_setup import fastvit
 from oracle import randn
 from torch import nn
 
+from pyfused import inject_lora
 from pyfused.bench.training import reference_operators
 from pyfused.models import AdaptedCLIP, AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
 from pyfused.modules import ScaledCrossAttention
@@ -55,7 +56,7 @@ def inputs(dtype: torch.dtype = torch.float32, images: int = 3, prompts: int = 5
 def grads(output, model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The gradient of every parameter of ``model`` that trains, for fixed cotangents of all tensors in ``output``."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    flat = [*output[0], *output[1:]] if isinstance(output[0], list) else list(output)
+    flat = [tensor for part in output for tensor in (part if isinstance(part, list) else [part])]
     total = sum((value * randn(*value.shape, dtype=value.dtype, seed=7)).sum() for value in flat)
     return dict(zip(named, torch.autograd.grad(total, list(named.values()), allow_unused=True), strict=True))
 
@@ -194,14 +195,14 @@ class TestShapes:
         model = adapted(clip)
         assert model.feature_levels == levels
         assert (len(model.image_adapters), len(model.text_adapters)) == (min(depth, 6), 2)
-        assert len(model.encode_image(inputs()[0])[0]) == len(levels)
+        assert len(model.encode_image(inputs()[0]).levels) == len(levels)
 
     def test_feature_levels_are_layers_counted_from_1(self):
         model = adapted(feature_levels=(2, 4)).double()
         seen = {}
         for index, adapter in enumerate(model.image_adapters):
             adapter.register_forward_hook(lambda *given, index=index: seen.__setitem__(index + 1, given[2]))
-        levels, _ = model.encode_image(inputs(torch.float64)[0])
+        levels = model.encode_image(inputs(torch.float64)[0]).levels
         for level, projection, patches in zip((2, 4), model.projections, levels, strict=True):
             expected = F.linear(model.clip.visual.ln_post(seen[level])[:, 1:], projection.weight)
             torch.testing.assert_close(patches, expected, rtol=1e-12, atol=1e-12)
@@ -229,11 +230,11 @@ class TestOriginal:
         images, tokens = inputs()
         image, text = clip.encode_image(images), clip.encode_text(tokens)
         model = adapted(clip, image_weight=0.0, text_weight=0.0).train()
-        assert torch.equal(model.encode_image(images)[1], image)
-        assert torch.equal(model.encode_text(tokens)[0], text)
+        assert torch.equal(model.encode_image(images).pooled, image)
+        assert torch.equal(model.encode_text(tokens).pooled, text)
         model = adapted(clip)
-        assert (model.encode_image(images)[1] - image).abs().max() > 1e-3
-        assert (model.encode_text(tokens)[0] - text).abs().max() > 1e-3
+        assert (model.encode_image(images).pooled - image).abs().max() > 1e-3
+        assert (model.encode_text(tokens).pooled - text).abs().max() > 1e-3
 
     @torch.no_grad()
     def test_transformers_with_the_length_first(self):
@@ -282,13 +283,13 @@ class TestStages:
             model.image_adapters, context,
         )  # fmt: skip
         expected = (
+            visual.ln_post(streams[-1])[:, 0] @ visual.proj,
             [
                 (visual.ln_post(stream) @ projection.weight.T)[:, 1:]
                 for stream, projection in zip(streams, model.projections, strict=True)
             ],
-            visual.ln_post(streams[-1])[:, 0] @ visual.proj,
         )
-        actual = model.encode_image(images, context)
+        actual = tuple(model.encode_image(images, context))
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
         found, wanted = grads(actual, model), grads(expected, model)
         for name in wanted:
@@ -353,10 +354,10 @@ class TestStages:
 
     def test_feedback_is_its_steps(self):
         model, (images, tokens) = adapted(), inputs()
-        levels, _ = model.encode_image(images)
+        levels = model.encode_image(images).levels
         for rounds in (1, 2):
             text, hidden = model.encode_text(tokens, sum(levels) / len(levels))
-            levels, image = model.encode_image(images, hidden.reshape(1, 40, 48))
+            image, levels = model.encode_image(images, hidden.reshape(1, 40, 48))
             found = model.feedback(images, tokens, rounds)
             assert [level.shape for level in found.levels] == [(3, 9, 48)] * 4
             assert (found.image.shape, found.text.shape) == ((3, 32), (5, 32))
@@ -423,7 +424,8 @@ class TestState:
         clip = small_clip()
         first, second = adapted(clip), adapted(clip)
         state = first.adapter_state_dict()
-        assert state.keys() == {name for name, p in first.named_parameters() if p.requires_grad}
+        trained = {name for name, p in first.named_parameters() if p.requires_grad}
+        assert state.keys() == trained | {"adapter_settings"}
         images, tokens = inputs()
         expected = first(images, tokens)
         assert not torch.equal(second(images, tokens).image, expected.image)
@@ -434,13 +436,49 @@ class TestState:
 
     def test_refusals_leave_it_alone(self):
         model = adapted()
-        state = {name: torch.zeros_like(value) for name, value in model.adapter_state_dict().items()}
+        state = model.adapter_state_dict()
+        state |= {name: torch.zeros_like(value) for name, value in state.items() if name != "adapter_settings"}
         missing = {name: value for name, value in state.items() if name != "projections.1.weight"}
         with pytest.raises(ValueError, match=r"got 1 missing \['projections\.1\.weight'\] and 1 unknown \['other'\]"):
             model.load_adapter_state_dict(missing | {"other": torch.zeros(1)})
-        with pytest.raises(ValueError, match=r"projections\.1\.weight must have shape .* = \(48, 64\), got \(2,\)"):
+        with pytest.raises(ValueError, match=r"projections\.1\.weight expected \(48, 64\), got \(2,\)"):
             model.load_adapter_state_dict(state | {"projections.1.weight": torch.zeros(2)})
+        with pytest.raises(TypeError, match=r"projections\.1\.weight.* must have dtype"):
+            model.load_adapter_state_dict(state | {"projections.1.weight": torch.zeros(48, 64, dtype=torch.int8)})
+        del state["adapter_settings"]
+        with pytest.raises(ValueError, match="must hold the settings of its modules as 'adapter_settings'"):
+            model.load_adapter_state_dict(state)
         assert model.image_adapters[0].adapter_weight.abs().max() > 0
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"image_weight": 0.2}, "image_adapters.0: weight 0.1 in the state, 0.2 in the model"),
+            ({"relu": True}, "projections.0: relu False in the state, True in the model"),
+            ({"num_heads": 4, "head_dim": 12}, "image_cross_attention: num_heads 2 in the state, 4 in the model"),
+            ({"feature_levels": (1, 2, 3)}, r"the model: feature_levels \[1, 2, 3, 4\] in the state, \[1, 2, 3\]"),
+        ],
+    )
+    def test_settings_are_kept_and_compared(self, settings, message):
+        state, other = adapted().adapter_state_dict(), adapted(**settings)
+        state = (
+            {name: value for name, value in state.items() if not name.startswith("projections.3")}
+            if ("feature_levels" in settings)
+            else state
+        )
+        with pytest.raises(ValueError, match=message):
+            other.load_adapter_state_dict(state)
+
+    def test_what_an_earlier_injection_trains_goes_on_training(self):
+        clip = small_clip()
+        inject_lora(clip.visual, "mlp", rank=2)
+        model = AdaptedCLIP(clip, num_heads=2, head_dim=24)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert (
+            {name for name in trained if name.startswith("clip.")}
+            == {name for name, _ in model.named_parameters() if "lora_" in name}
+            != set()
+        )
 
 
 class TestRefusals:

@@ -763,7 +763,7 @@ def test_a_second_stage_with_a_wrong_operator_is_rejected(monkeypatch):
 
     adapted, images, tokens = gradient_ratio.small_model(CPU)
     with torch.no_grad():
-        context = adapted.encode_text(tokens)[1].flatten(0, 1)[None]
+        context = adapted.encode_text(tokens).tokens.flatten(0, 1)[None]
     model = training.Classifier(aa_clip.SecondStage(adapted, context), context.shape[-1], 2)
     labels = torch.tensor([0, 1, 0, 1])
     unused = "text_adapters", "text_cross_attention", "clip", "k_bias"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfused
+from pyfused.models import TextCrossAttention
 from pyfused.modules import LoRAMultiheadAttention, ScaledCrossAttention
 from pyfused.modules.cross_attention import Prepared
 from pyfused.ops import checks
@@ -506,6 +507,66 @@ class TestPrepared:
         assert isinstance(module.prepare(torch.ones(2, 3, WIDTH, dtype=torch.bfloat16)), Prepared)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_heads", 1), ("normalize_context", True), ("norm_match", True), ("context_reduce", "mean"),
+        ("batch_first", False),
+    ],
+)  # fmt: skip
+def test_a_changed_setting_is_refused(setting, value):
+    module = ScaledCrossAttention(WIDTH, WIDTH, 2).eval()
+    context = torch.ones(1, 3, WIDTH)
+    with torch.no_grad():
+        prepared = module.prepare(context)
+        before = getattr(module, setting)
+        setattr(module, setting, value)
+        with pytest.raises(RuntimeError, match=rf"{setting} was {before!r} when .* is {value!r}; prepare it again"):
+            module(torch.ones(1, 1, WIDTH), prepared=prepared)
+        setattr(module, setting, before)
+        module(torch.ones(1, 1, WIDTH), prepared=prepared)
+
+
+class TestContextReduce:
+    """The original averages its context only where the batch sizes differ."""
+
+    @staticmethod
+    def original(module, x, context):
+        plain = ScaledCrossAttention(WIDTH, WIDTH, 2, context_reduce=None)
+        plain.load_state_dict(module.state_dict())
+        return plain(x, context if len(context) == len(x) else context.mean(0, keepdim=True))
+
+    @pytest.mark.parametrize("batch", [1, 2, 4])
+    def test_as_the_original(self, batch):
+        torch.manual_seed(0)
+        module = ScaledCrossAttention(WIDTH, WIDTH, 2, context_reduce="mean_if_batches_differ")
+        x, context = torch.randn(4, 5, WIDTH), torch.randn(batch, 3, WIDTH)
+        torch.testing.assert_close(module(x, context), self.original(module, x, context))
+
+    def test_the_default_averages_equal_batches_too(self):
+        torch.manual_seed(0)
+        ours = TextCrossAttention(WIDTH, WIDTH, 2, WIDTH // 2, dropout=0.0)
+        theirs = TextCrossAttention(WIDTH, WIDTH, 2, WIDTH // 2, dropout=0.0, context_reduce="mean_if_batches_differ")
+        theirs.load_state_dict(ours.state_dict())
+        x, context = torch.randn(4, 5, WIDTH), torch.randn(4, 3, WIDTH)
+        assert not torch.allclose(ours(x, context), theirs(x, context), atol=1e-3)
+        torch.testing.assert_close(ours(x, context[:3]), theirs(x, context[:3]))
+
+    def test_it_cannot_be_prepared(self):
+        module = ScaledCrossAttention(WIDTH, WIDTH, 2, context_reduce="mean_if_batches_differ")
+        with pytest.raises(ValueError, match="context_reduce must be None or 'mean' to prepare"):
+            module.prepare(torch.ones(2, 3, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "flag", ["learnable_weight", "norm_match", "normalize_context", "zero_init", "bias", "per_channel", "batch_first"]
+)
+def test_flags_are_bools(flag):
+    for value in (1, "no"):
+        with pytest.raises(TypeError, match=rf"ScaledCrossAttention: {flag} must be a bool, got {value!r}"):
+            ScaledCrossAttention(WIDTH, WIDTH, 2, **{flag: value})
+
+
 class TestFromModule:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("batch_first", [False, True])
@@ -651,7 +712,7 @@ class TestRefusals:
             ({"weight": torch.ones(8)}, TypeError, "weight must be a Python number, got Tensor"),
             ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
             ({"eps": -1e-6}, ValueError, "eps must be"),
-            ({"context_reduce": "sum"}, ValueError, r"context_reduce must be one of \(None, 'mean'\), got 'sum'"),
+            ({"context_reduce": "sum"}, ValueError, r"context_reduce must be one of \(None, 'mean', .*\), got 'sum'"),
             ({"zero_init": True, "norm_match": True}, ValueError, "zero_init must be False .* divides 0 by eps"),
             ({"per_channel": True}, ValueError, "per_channel must be False without learnable_weight, got True"),
             ({"dtype": torch.int8}, TypeError, "dtype must be one of .*, got torch.int8"),

@@ -20,10 +20,10 @@ def clip():
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     model, images, tokens = small_model(torch.device("cpu"))
     with torch.no_grad():
-        context = model.encode_text(tokens)[1].flatten(0, 1)[None]
+        context = model.encode_text(tokens).tokens.flatten(0, 1)[None]
 
     def loss(model) -> torch.Tensor:
-        levels, pooled = model.encode_image(images, context)
+        pooled, levels = model.encode_image(images, context)
         target = randn(*levels[0].shape, seed=4)
         return -sum(F.cosine_similarity(level, target, dim=-1).mean() for level in levels) + pooled.square().mean()
 

@@ -68,7 +68,7 @@ def gradient_ratio(
     Args:
         model: any module with `ScaledCrossAttention` in it, in the mode to be looked at.
         loss: a function of the model that returns a scalar tensor, such as
-            ``lambda model: (model.encode_image(images, text_context)[1] - target).square().mean()``.
+            ``lambda model: (model.encode_image(images, text_context).pooled - target).square().mean()``.
         adapter: dotted path, from ``model``, of the module whose gradient is taken. Default: `AdaptedCLIP`'s first.
         seed: of torch's generators in both runs, for dropout. Default 0.
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from pyfused.models.report import AdapterReport, AdapterRow
 
 if TYPE_CHECKING:
-    from pyfused.models.aa_clip import AdaptedCLIP, AdaptedCLIPReport, AdaptedFeatures
+    from pyfused.models.aa_clip import (
+        AdaptedCLIP,
+        AdaptedCLIPReport,
+        AdaptedFeatures,
+        ImageFeatures,
+        TextFeatures,
+    )
     from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
     from pyfused.models.fastvit import (
         AttentionBlockAdapter,
@@ -28,9 +34,11 @@ __all__ = [
     "AttentionBlockAdapter",
     "ConvLoRAStage",
     "ImageCrossAttention",
+    "ImageFeatures",
     "RepMixerBlockAdapter",
     "SimpleProj",
     "TextCrossAttention",
+    "TextFeatures",
     "add_adapters",
     "remove_adapters",
 ]

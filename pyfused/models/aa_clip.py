@@ -16,13 +16,42 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention, check_count
 from pyfused.models.report import AdapterRow
+from pyfused.modules import checkpoint, surgery
 from pyfused.modules.cross_attention import ScaledCrossAttention
 from pyfused.modules.table import table
 from pyfused.ops import checks
+
+# The entry of a checkpoint that holds the settings.
+_SETTINGS = "adapter_settings"
+
+
+class ImageFeatures(NamedTuple):
+    """What `AdaptedCLIP.encode_image` gives.
+
+    Attributes:
+        pooled: image features, (B, embedding), not normalised.
+        levels: patch features of each feature level, normalised by the tower's last norm and projected, each
+            (B, patches, text width).
+    """
+
+    pooled: Tensor
+    levels: list[Tensor]
+
+
+class TextFeatures(NamedTuple):
+    """What `AdaptedCLIP.encode_text` gives.
+
+    Attributes:
+        pooled: text features, (P, embedding), not normalised.
+        tokens: the tokens' features after the tower's last norm, (P, L, text width).
+    """
+
+    pooled: Tensor
+    tokens: Tensor
 
 
 class AdaptedFeatures(NamedTuple):
@@ -69,9 +98,11 @@ class AdaptedCLIPReport:
 class AdaptedCLIP(nn.Module):
     """AA-CLIP on open_clip's ``model``, which it shares and freezes, and keeps in eval mode under ``train()``.
 
+    What an earlier call of this package set to train in ``model`` (LoRA, say) goes on training.
+
     ``image_adapters`` and ``text_adapters`` (`AdapterBlend`) after the first layers of each tower, ``projections``
     (`SimpleProj`) from each feature level to the text width, ``image_cross_attention`` (`ImageCrossAttention`) and
-    ``text_cross_attention`` (`TextCrossAttention`) after layer 0 and before adapter 0. These alone train.
+    ``text_cross_attention`` (`TextCrossAttention`) after layer 0 and before adapter 0 train.
 
     Args:
         model: open_clip's ``CLIP`` or ``CustomTextCLIP`` with a ``VisionTransformer`` and a transformer of text, on any
@@ -112,6 +143,7 @@ class AdaptedCLIP(nn.Module):
     ) -> None:
         super().__init__()
         _check_model(model)
+        surgery.check_whole("AdaptedCLIP", model)
         visual, text = _towers(model)
         depth, channels = len(visual.transformer.resblocks), visual.class_embedding.shape[0]
         width = text.token_embedding.embedding_dim
@@ -134,24 +166,25 @@ class AdaptedCLIP(nn.Module):
         self.text_cross_attention = TextCrossAttention(
             width, width, num_heads, head_dim, cross_weight, **(settings | where)
         )
-        self.clip = model.requires_grad_(False).eval()
+        with surgery.all_or_nothing() as change:
+            change.freeze(model, surgery.trained_before(model))
+        self.clip = model.eval()
 
     def train(self, mode: bool = True) -> AdaptedCLIP:
         super().train(mode)
         self.clip.eval()
         return self
 
-    def encode_image(self, images: Tensor, text_context: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def encode_image(self, images: Tensor, text_context: Tensor | None = None) -> ImageFeatures:
         """Stage 2.
 
         Args:
             images: (B, 3, H, W) of the size that the model has.
             text_context: (B or 1, T, text width), such as `encode_text`'s tokens of all prompts in one row,
-                ``tokens.flatten(0, 1)[None]``. None (the default) leaves the cross-attention out.
+                ``text.tokens.flatten(0, 1)[None]``. None (the default) leaves the cross-attention out.
 
         Returns:
-            The patches of each feature level, normalised by the tower's last norm and projected, (B, patches, text
-            width), and the pooled image features (B, embedding), not normalised.
+            `ImageFeatures`.
 
         Raises:
             ValueError, TypeError: images or context of another shape, dtype or device.
@@ -171,9 +204,9 @@ class AdaptedCLIP(nn.Module):
             project(visual.ln_post(level[:, 1:])) for project, level in zip(self.projections, levels, strict=True)
         ]
         pooled, _ = visual._pool(x)
-        return patches, pooled if visual.proj is None else pooled @ visual.proj
+        return ImageFeatures(pooled if visual.proj is None else pooled @ visual.proj, patches)
 
-    def encode_text(self, tokens: Tensor, image_context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_text(self, tokens: Tensor, image_context: Tensor | None = None) -> TextFeatures:
         """Stage 1.
 
         Args:
@@ -182,8 +215,7 @@ class AdaptedCLIP(nn.Module):
                 levels. None (the default) leaves the cross-attention out.
 
         Returns:
-            The text features (P, embedding), not normalised, and the tokens' features after the tower's last norm,
-            (P, L, text width).
+            `TextFeatures`.
 
         Raises:
             ValueError, TypeError: tokens or context of another shape, dtype or device.
@@ -205,8 +237,8 @@ class AdaptedCLIP(nn.Module):
         x = text.ln_final(x)
         pooled = x[torch.arange(len(x), device=x.device), _ends(text, tokens)]
         if isinstance(text.text_projection, nn.Linear):
-            return text.text_projection(pooled), x
-        return pooled if text.text_projection is None else pooled @ text.text_projection, x
+            return TextFeatures(text.text_projection(pooled), x)
+        return TextFeatures(pooled if text.text_projection is None else pooled @ text.text_projection, x)
 
     def feedback(self, images: Tensor, tokens: Tensor, rounds: int = 1) -> AdaptedFeatures:
         """Text given the images, then the images given that text, ``rounds`` times; gradients go through all of it.
@@ -227,39 +259,54 @@ class AdaptedCLIP(nn.Module):
             ValueError, TypeError: images or tokens of another shape or dtype, or rounds out of range.
         """
         check_count("AdaptedCLIP.feedback", "rounds", rounds, 1)
-        levels, image = self.encode_image(images)
+        image = self.encode_image(images)
         for _ in range(rounds):
-            text, features = self.encode_text(tokens, torch.stack(levels).mean(0))
-            levels, image = self.encode_image(images, features.flatten(0, 1)[None])
-        return AdaptedFeatures(levels, image, text)
+            text = self.encode_text(tokens, torch.stack(image.levels).mean(0))
+            image = self.encode_image(images, text.tokens.flatten(0, 1)[None])
+        return AdaptedFeatures(image.levels, image.pooled, text.pooled)
 
     def forward(self, images: Tensor, tokens: Tensor, rounds: int = 1) -> AdaptedFeatures:
         """`feedback`."""
         return self.feedback(images, tokens, rounds)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """All parameters but the frozen model's, by their full names: what an adapter checkpoint holds.
+        """All parameters but the frozen model's, by their full names, and their settings: an adapter checkpoint.
 
-        The tensors are detached and share memory with the model.
+        The tensors are detached and share memory with the model. "adapter_settings" is JSON in a tensor of bytes: the
+        settings of each module, and the feature levels.
         """
-        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
+        return {**self._own_parameters(), _SETTINGS: checkpoint.packed_settings(self._settings())}
 
-    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
         """Copy a checkpoint, as `adapter_state_dict` gives it, into this model.
 
+        All or nothing: when this raises, the model is as it was.
+
+        Args:
+            state: the checkpoint.
+            check_settings: whether the settings of the checkpoint must be there. Where they are there they must be the
+                model's in either case. Default True.
+
         Raises:
-            ValueError: names are missing or unknown, or shapes differ. The model is as it was.
+            TypeError: a tensor is not a dense floating one.
+            ValueError: names are missing or unknown, or shapes or settings differ, or settings are missing.
         """
-        own = self.adapter_state_dict()
-        if own.keys() != state.keys():
-            missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-            raise ValueError(
-                f"load_adapter_state_dict: state must have the model's {len(own)} parameters, got {len(missing)} "
-                f"missing {missing[:5]} and {len(unknown)} unknown {unknown[:5]}"
-            )
-        for name, parameter in own.items():
-            checks.shape("load_adapter_state_dict", name, state[name], tuple(parameter.shape), "the model's shape")
-        self.load_state_dict(state, strict=False)
+        checkpoint.load(
+            "load_adapter_state_dict", self, self._own_parameters(), self._settings(), _SETTINGS, state, check_settings,
+            lambda tensors: self.load_state_dict(tensors, strict=False),
+        )  # fmt: skip
+
+    def _own_parameters(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        kinds = AdapterBlend | SimpleProj | ScaledCrossAttention
+        settings = {
+            path: module.settings()
+            for path, module in self.named_modules()
+            if not path.startswith("clip.") and isinstance(module, kinds)
+        }
+        return {"": {"feature_levels": list(self.feature_levels)}, **settings}
 
     def report(self) -> AdaptedCLIPReport:
         """What trains, counted; ``print`` it."""
@@ -335,7 +382,7 @@ def _stream(
     for index, block in enumerate(transformer.resblocks):
         x = x if transformer.batch_first else x.transpose(0, 1)
         if transformer.grad_checkpointing:
-            x = checkpoint(block, x, None, None, mask, use_reentrant=False)
+            x = recompute(block, x, None, None, mask, use_reentrant=False)
         else:
             x = block(x, attn_mask=mask)
         x = x if transformer.batch_first else x.transpose(0, 1)

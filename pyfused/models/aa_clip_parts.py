@@ -59,6 +59,10 @@ class AdapterBlend(KeepsWide):
             norm_match=True, eps=0.0,
         )  # fmt: skip
 
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameter its meaning, by the names of the arguments."""
+        return {"weight": self.weight}
+
     def extra_repr(self) -> str:
         return f"{self.channels}, weight={self.weight:g}"
 
@@ -94,7 +98,8 @@ class SimpleProj(KeepsWide):
         super().__init__()
         check_count("SimpleProj", "in_features", in_features, 1)
         check_count("SimpleProj", "out_features", out_features, 1)
-        self.in_features, self.out_features, self.relu = in_features, out_features, bool(relu)
+        checks.flag("SimpleProj", "relu", relu)
+        self.in_features, self.out_features, self.relu = in_features, out_features, relu
         self.weight = _weight("SimpleProj", out_features, in_features, device, dtype)
         self.reset_parameters()
 
@@ -107,6 +112,10 @@ class SimpleProj(KeepsWide):
         """(..., K) -> (..., N) in x's dtype."""
         y = F.linear(x, self.weight.to(x.dtype))
         return F.leaky_relu(y) if self.relu else y
+
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameter its meaning, by the names of the arguments."""
+        return {"relu": self.relu}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, relu={self.relu}"
@@ -145,8 +154,10 @@ class TextCrossAttention(ScaledCrossAttention):
     """Stage 1: the prompts' tokens ask the images' patches, ``x + w |x| / (|c| + eps) c``.
 
     A `ScaledCrossAttention` with other defaults: 768 channels ask a context of 768 with 8 heads of 96, with
-    ``norm_match``, ``dropout`` 0.1 and ``context_reduce="mean"``: every prompt sees the same mean image. Arguments,
-    parameters and errors are its.
+    ``norm_match``, ``dropout`` 0.1 and ``context_reduce="mean"``: every prompt sees the same mean image, however many
+    prompts and images there are. The original averages only where the batch sizes differ, so that a batch of as many
+    images as prompts pairs each prompt with one image by accident; ``context_reduce="mean_if_batches_differ"`` does as
+    it does. Arguments, parameters and errors are its.
 
     Source: AA-CLIP (Ma et al., 2025) with cross-attention from text to image.
     """

@@ -324,10 +324,10 @@ def add_adapters(
             change.replace(place, adapted)
         if freeze:
             change.freeze(model, [*kept, *_of_adapters(model)])
-        change.train(trained)
+        change.keep_training(model, trained)
         if train_layer_scale:
             for _, adapted in built:
-                change.train(adapted.layer_scales() if isinstance(adapted, _BlockAdapter) else ())
+                change.keep_training(adapted, adapted.layer_scales() if isinstance(adapted, _BlockAdapter) else ())
         if freeze and freeze_batchnorm:
             notes += surgery.hold_batchnorms(model, change, train)
     return adapter_report(model, notes)

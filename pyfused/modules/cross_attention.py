@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _NAME = "ScaledCrossAttention"
+_REDUCTIONS = (None, "mean", "mean_if_batches_differ")
+# What of the module's attributes has a part in a prepared context.
+_PREPARED_BY = ("num_heads", "norm_match", "normalize_context", "context_reduce", "batch_first")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +39,14 @@ class Prepared:
         context: K and V, or E, c and F: of one dtype, on one device, without gradients.
         sources: name -> (parameter, its values' alias, its version) of what these were made of. The alias keeps the
             memory from being handed out again, so that its address tells new values from old.
+        settings: name -> value of the module's attributes that these were made by.
         loses_gradient: whether the context required grad, and grad mode was on.
     """
 
     module: ScaledCrossAttention
     context: PreparedContext
     sources: Mapping[str, tuple[Tensor, Tensor, int]]
+    settings: Mapping[str, Any]
     loses_gradient: bool
 
 
@@ -89,8 +94,8 @@ class ScaledCrossAttention(KeepsWide):
             would divide 0 by eps. Default False.
         eps: of ``norm_match``, from 0 on. Default 1e-6.
         bias: whether there are biases. Default True.
-        context_reduce: "mean" averages the context over its batch, before it is normalised; None (the default) leaves
-            it alone, and its batch must be x's or 1.
+        context_reduce: "mean" averages the context over its batch, before it is normalised; "mean_if_batches_differ"
+            only where its batch is not x's; None (the default) leaves it alone, and its batch must be x's or 1.
         per_channel: whether ``gate`` has one number per channel. Default False.
         batch_first: True (the default) for x (B, L, query_dim) and context (B, T, context_dim), False for
             (L, B, query_dim) and (T, B, context_dim).
@@ -151,7 +156,13 @@ class ScaledCrossAttention(KeepsWide):
         checks.finite(_NAME, "weight", weight)
         checks.probability(_NAME, "dropout", dropout)
         check_eps(_NAME, eps)
-        checks.one_of(_NAME, "context_reduce", context_reduce, (None, "mean"))
+        checks.one_of(_NAME, "context_reduce", context_reduce, _REDUCTIONS)
+        flags = {
+            "learnable_weight": learnable_weight, "norm_match": norm_match, "normalize_context": normalize_context,
+            "zero_init": zero_init, "bias": bias, "per_channel": per_channel, "batch_first": batch_first,
+        }  # fmt: skip
+        for argument, flag in flags.items():
+            checks.flag(_NAME, argument, flag)
         if zero_init and norm_match:
             raise ValueError(
                 f"{_NAME}: zero_init must be False with norm_match, got True: matching the norm of an output that is 0 "
@@ -258,7 +269,7 @@ class ScaledCrossAttention(KeepsWide):
 
         Args:
             x: the rows that ask.
-            context: (B or 1, T, context_dim), any batch with ``context_reduce``; (T, B, context_dim) without
+            context: (B or 1, T, context_dim), any batch with a ``context_reduce``; (T, B, context_dim) without
                 ``batch_first``. x's dtype.
             key_padding_mask: bool (B or 1, T), B that of x, True for tokens to ignore. Default None.
             prepared: in place of context and mask, what `prepare` made of them.
@@ -267,7 +278,8 @@ class ScaledCrossAttention(KeepsWide):
             ValueError: both or none of context and prepared, a mask beside prepared, a prepared context of another
                 module, batch or device; and as `pyfused.cross_attention_residual`.
             TypeError: a prepared context in another dtype; and as `pyfused.cross_attention_residual`.
-            RuntimeError: a parameter has changed since the context was prepared, or a gradient would be lost in it.
+            RuntimeError: a parameter or a setting has changed since the context was prepared, or a gradient would be
+                lost in it.
         """
         if (context is None) == (prepared is None):
             given = "neither" if context is None else "both"
@@ -286,7 +298,7 @@ class ScaledCrossAttention(KeepsWide):
         else:
             y = cross_attention_residual(
                 x,
-                self._reduced(context),
+                self._reduced(context, len(x)),
                 *(getattr(self, name) for name in PROJECTIONS),
                 num_heads=self.num_heads,
                 weight=weight,
@@ -315,13 +327,18 @@ class ScaledCrossAttention(KeepsWide):
                 `pyfused.cross_attention_residual` by name.
 
         Raises:
-            ValueError: a shape, device or plan is wrong.
+            ValueError: a shape, device or plan is wrong, or ``context_reduce`` is "mean_if_batches_differ".
             TypeError: a dtype or an argument's type is wrong.
         """
         lost = torch.is_grad_enabled() and isinstance(context, Tensor) and context.requires_grad
         # Not inference tensors, even under inference mode: training x with this may come later.
         with torch.inference_mode(False), torch.no_grad():
-            context = self._reduced(context)
+            if self.context_reduce == "mean_if_batches_differ":
+                raise ValueError(
+                    f"{_NAME}: context_reduce must be None or 'mean' to prepare, got {self.context_reduce!r}: what it "
+                    "does depends on x's batch"
+                )
+            context = self._reduced(context, None)
             projections = self._projections()
             check_context(_NAME, context, key_padding_mask, projections, None)
             checks.one_of(_NAME, "plan", plan, ("auto", *PLANS))
@@ -346,7 +363,8 @@ class ScaledCrossAttention(KeepsWide):
                 name: (parameter, parameter.detach(), parameter._version)
                 for name, parameter in self._sources(_kept_names(plan)).items()
             }
-        prepared = Prepared(self, kept, sources, lost)
+            settings = {name: getattr(self, name) for name in _PREPARED_BY}
+        prepared = Prepared(self, kept, sources, settings, lost)
         _watch_optimizers()
         _alive[id(prepared)] = prepared
         return prepared
@@ -357,6 +375,12 @@ class ScaledCrossAttention(KeepsWide):
             raise TypeError(f"{_NAME}: prepared must be what prepare() returned, got {type(prepared).__name__}")
         if prepared.module is not self:
             raise ValueError(f"{_NAME}: prepared must come from this module's prepare(), got another module's")
+        for name, value in prepared.settings.items():
+            if getattr(self, name) != value:
+                raise RuntimeError(
+                    f"{_NAME}: {name} was {value!r} when the context was prepared and is {getattr(self, name)!r}; "
+                    "prepare it again"
+                )
         current = self._sources(_kept_names(prepared.context.plan))
         for name, (parameter, values, version) in prepared.sources.items():
             now = current.get(name)
@@ -400,14 +424,21 @@ class ScaledCrossAttention(KeepsWide):
             raise ValueError(f"{_NAME}: {argument} must have shape ({letters}, {width}), got {tuple(tokens.shape)}")
         return tokens if self.batch_first else tokens.transpose(0, 1)
 
-    def _reduced(self, given: Any) -> Tensor:
-        """The context with its batch first, averaged over it where that is the setting."""
+    def _reduced(self, given: Any, batch: int | None) -> Tensor:
+        """The context with its batch first, averaged over it where that is the setting; ``batch`` is x's."""
         context = self._batched("context", given, self.context_dim, "T")
-        if self.context_reduce is None:
+        if self.context_reduce is None or (self.context_reduce != "mean" and len(context) == batch):
             return context
         if len(context) == 0:
             raise ValueError(f"{_NAME}: context must have a batch of at least 1 to be averaged, got 0")
         return context.mean(0, keepdim=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameters their meaning, by the names of the arguments."""
+        names = ("num_heads", "norm_match", "normalize_context", "dropout", "eps", "context_reduce")
+        # A gate starts at the weight, and is in the parameters.
+        weight = {} if self.gate is not None else {"weight": self.weight}
+        return weight | {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         gate = "" if self.gate is None else f"gate={tuple(self.gate.shape)}, "

@@ -105,13 +105,18 @@ def check_whole(caller: str, model: nn.Module) -> None:
         )
 
 
+# On a module: which of its own parameters this package was told to train whole. Copies and pickles carry it.
+_TOLD = "_told_to_train"
+
+
 def trained_before(model: nn.Module) -> list[nn.Parameter]:
-    """What an earlier call of this package set to train: what trains in a model that has its modules and is frozen."""
-    parameters = list(model.parameters())
-    if any(isinstance(module, KeepsWide) for module in model.modules()):
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        return trained if len(trained) < len(parameters) else []
-    return []
+    """What earlier calls of this package set to train in ``model``, and trains still."""
+    found = []
+    for module in model.modules():
+        own = module._wide_names() if isinstance(module, KeepsWide) else module.__dict__.get(_TOLD, ())
+        parameters = [module._parameters.get(name) for name in own]
+        found += [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+    return found
 
 
 @dataclass
@@ -176,6 +181,17 @@ class Change:
             if parameter.requires_grad != trains:
                 self._undo.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(trains)
+
+    def keep_training(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        """Set parameters of ``model`` to train, and to go on training when a later call freezes the rest."""
+        chosen = {id(parameter): parameter for parameter in parameters}
+        self.train(chosen.values())
+        for module in model.modules():
+            own = {name for name, parameter in module._parameters.items() if id(parameter) in chosen}
+            if own:
+                told = module.__dict__.get(_TOLD, frozenset())
+                self._undo.callback(module.__dict__.__setitem__, _TOLD, told)
+                module.__dict__[_TOLD] = told | own
 
     def freeze(self, model: nn.Module, kept: Iterable[nn.Parameter]) -> None:
         """Nothing in ``model`` trains but what of ``kept`` does."""
