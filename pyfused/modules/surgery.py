@@ -189,9 +189,10 @@ class Change:
         for module in model.modules():
             own = {name for name, parameter in module._parameters.items() if id(parameter) in chosen}
             if own:
-                told = module.__dict__.get(_TOLD, frozenset())
-                self._undo.callback(module.__dict__.__setitem__, _TOLD, told)
-                module.__dict__[_TOLD] = told | own
+                told = module.__dict__.get(_TOLD)
+                restore = module.__dict__.pop if told is None else module.__dict__.__setitem__
+                self._undo.callback(restore, _TOLD, told)
+                module.__dict__[_TOLD] = own | (told or set())
 
     def freeze(self, model: nn.Module, kept: Iterable[nn.Parameter]) -> None:
         """Nothing in ``model`` trains but what of ``kept`` does."""

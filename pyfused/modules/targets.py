@@ -34,7 +34,7 @@ _LAYERS = {
 }
 # Parameters of these names hold positions, tokens or biases.
 _TABLE = re.compile("pos|embed|token|query|latent|prefix|class|table|bias|gamma|scale")
-_HEADS = ("head", "classifier", "fc", "score", "qa_outputs")
+_HEADS = ("head", "classifier", "score", "qa_outputs", "fc")
 
 
 def group_of(path: str) -> str:
@@ -186,11 +186,10 @@ def heads_of(model: nn.Module) -> dict[int, str]:
                 heads.append(classifier())
     children = list(model.named_children())
     for name, child in children:
-        # A single layer at the end, or what a model of transformers or torchvision calls so.
+        # A single layer, or what a model of transformers or torchvision calls so; "fc" may be any layer but the last.
         theirs = type(model).__module__.partition(".")[0] in ("transformers", "torchvision")
-        if (theirs and name in (*_HEADS, "heads")) or (
-            name in _HEADS and isinstance(child, nn.Linear) and child is children[-1][1]
-        ):
+        single = isinstance(child, nn.Linear) and (name != "fc" or child is children[-1][1])
+        if (theirs and name in (*_HEADS, "heads")) or (single and name in _HEADS):
             heads.append(child)
     flat = [part for head in heads for part in (head if isinstance(head, tuple | list) else [head])]
     wanted = {id(head) for head in flat if isinstance(head, nn.Module)}

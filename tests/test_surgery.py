@@ -1,0 +1,639 @@
+"""Changing a model in place: all or nothing, nothing dead, nothing silent, and what came before goes on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyfused import (
+    BottleneckAdapter,
+    LoRAConv2d,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    inject_lora,
+    load_lora_state_dict,
+    lora_state_dict,
+    remove_lora,
+)
+from pyfused.modules import surgery, third_party
+from pyfused.modules.targets import group_of
+
+
+def wake(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+
+
+def snapshot(model: nn.Module) -> tuple:
+    """Everything an injection could change, by identity."""
+    return (
+        [(path, id(module), type(module), module.training) for path, module in model.named_modules()],
+        [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
+        [sorted(module.__dict__) for module in model.modules()],
+    )
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.attn(x, x, x, need_weights=False)[0]
+        x = self.norm(self.mlp(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.conv(x[:, None])[:, 0].mean(1))
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("target", "expected"),
+        [
+            ("all-linear", {"attn.in_proj", "attn.out_proj", "mlp.0", "mlp.2"}),
+            ("attention", {"attn.in_proj", "attn.out_proj"}),
+            ("mlp", {"mlp.0", "mlp.2"}),
+            ("conv1x1", {"conv"}),
+            (("attention", "conv1x1"), {"attn.in_proj", "attn.out_proj", "conv"}),
+            # A keyword leaves the head alone, its name does not.
+            (("mlp", "head"), {"mlp.0", "mlp.2", "head"}),
+        ],
+    )
+    def test_keywords(self, target, expected):
+        report = inject_lora(Tower(), target, rank=2)
+        assert {row.path for row in report.rows} == expected
+
+    @pytest.mark.parametrize(
+        ("path", "group"),
+        [
+            ("transformer.resblocks.0.attn.out_proj", "attention"),
+            ("transformer.resblocks.0.mlp.c_proj", "mlp"),
+            ("h.0.attn.c_proj", "attention"),
+            ("encoder.layer.0.attention.output.dense", "attention"),
+            ("encoder.layer.0.intermediate.dense", "mlp"),
+            ("encoder.layer.0.output.dense", "mlp"),
+            ("encoder.block.0.layer.0.SelfAttention.q", "attention"),
+            ("encoder.block.0.layer.1.DenseReluDense.wi_0", "mlp"),
+            ("layers.0.block_sparse_moe.experts.0.w1", "mlp"),
+            ("stages.0.blocks.0.pwconv1", "mlp"),
+            ("pooler.dense", "other"),
+        ],
+    )
+    def test_groups(self, path, group):
+        assert group_of(path) == group
+
+    @pytest.mark.parametrize(
+        ("given", "hint"),
+        [
+            ({"r": 8}, "no argument 'r'; here it is rank"),
+            ({"lora_alpha": 8}, "no argument 'lora_alpha'; here it is alpha"),
+            ({"lora_dropout": 0.1}, "no argument 'lora_dropout'; here it is dropout"),
+            ({"modules_to_save": ["head"]}, "no argument 'modules_to_save'; here it is train"),
+            ({"spoon": 1}, "no argument 'spoon'$"),
+        ],
+    )
+    def test_names_of_peft_are_answered(self, given, hint):
+        model = Tower()
+        before = snapshot(model)
+        with pytest.raises(TypeError, match=f"inject_lora: {hint}"):
+            inject_lora(model, **given)
+        assert snapshot(model) == before
+
+    def test_rank_and_alpha_by_pattern(self):
+        model = Tower()
+        report = inject_lora(model, rank={"out_proj": 3, "attention": 5}, alpha={"mlp": 7})
+        assert {row.path: row.rank for row in report.rows} == {
+            "attn.in_proj": 5, "attn.out_proj": 3, "mlp.0": 16, "mlp.2": 16,
+        }  # fmt: skip
+        assert model.mlp[0].scaling == 7 / 16
+        assert model.attn.scaling == 32 / 5
+        assert model.attn.out_proj.scaling == 32 / 3
+        wake(model)
+        x = torch.randn(2, 4, 8)
+        expected = model.eval()(x)
+        remove_lora(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("setting", ["rank", "alpha"])
+    def test_a_pattern_that_selects_nothing_is_refused(self, setting):
+        model = Tower()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"{setting} must name modules that are adapted, got 'qkv'"):
+            inject_lora(model, **{setting: {"mlp": 4, "qkv": 4}})
+        assert snapshot(model) == before
+
+    @pytest.mark.parametrize("value", [{"mlp": 0}, {"mlp": 2.0}, {"mlp": True}])
+    def test_each_rank_of_a_pattern_is_checked(self, value):
+        with pytest.raises((TypeError, ValueError), match="rank must be"):
+            inject_lora(Tower(), rank=value)
+
+
+class TestNothingSilent:
+    def test_what_is_left_alone_and_why(self):
+        model = Tower()
+        model.table = nn.Embedding(5, 8)
+        model.experts = nn.Parameter(torch.randn(4, 8, 8))
+        model.proj = nn.Parameter(torch.randn(8, 8))
+        model.pos_embed = nn.Parameter(torch.randn(1, 4, 8))
+        report = inject_lora(model, rank=2, exclude=["mlp.2"])
+        left = {path: (row.kind, row.why) for row in report.left for path in row.paths}
+        assert left == {
+            "conv": ("Conv2d 1x1", 'a 1x1 convolution: target "conv1x1" adapts it'),
+            "head": ("Linear", 'a classifier head; a fresh one trains whole: train=("head",)'),
+            "mlp.2": ("Linear", "in exclude"),
+            "table": ("Embedding", "an embedding"),
+            "experts": ("Parameter", "experts stacked in one parameter"),
+            "proj": ("Parameter", "a matrix that is in no layer"),
+            "pos_embed": ("Parameter", "an embedding or a table"),
+        }
+        text = str(report)
+        assert "left alone, and why" in text
+        assert 'train=("head",)' in text
+        assert {row.kind: row.parameters for row in report.left}["Embedding"] == 40
+
+    def test_quantised_layers_are_listed(self):
+        class Linear8bit(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.in_features, self.out_features = 8, 8
+                self.register_buffer("weight", torch.zeros(8, 8, dtype=torch.int8))
+
+        report = inject_lora(nn.Sequential(nn.Linear(8, 8), Linear8bit(), nn.Linear(8, 8)), rank=2)
+        assert [(row.kind, row.count, row.parameters) for row in report.left] == [("Linear8bit", 1, 64)]
+
+    def test_example_inputs_refuse_what_does_not_run(self):
+        model = Tower()
+        model.spare = nn.Linear(8, 8)
+        before = snapshot(model)
+        x = torch.randn(2, 4, 8)
+        for given in (x, (x,), [x], {"x": x}):
+            with pytest.raises(ValueError, match="got 1 that were never called: spare; leave them out by exclude"):
+                inject_lora(model, ["mlp", "spare"], example_inputs=given)
+            assert snapshot(model) == before
+        report = inject_lora(model, rank=2, exclude=["spare"], example_inputs=x)
+        assert report.total == 4
+
+    def test_example_inputs_leave_no_trace(self):
+        model = Tower().train()
+        statistics = copy.deepcopy(model.norm.state_dict())
+        generator = torch.get_rng_state()
+        inject_lora(
+            model, "mlp", rank=2, freeze_batchnorm=False, example_inputs=torch.randn(2, 4, 8, dtype=torch.float32)
+        )
+        assert all(torch.equal(value, model.norm.state_dict()[name]) for name, value in statistics.items())
+        assert generator.shape == torch.get_rng_state().shape
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_failing_example_leaves_the_model_as_it_was(self):
+        model = Tower()
+        before = snapshot(model)
+        with pytest.raises((RuntimeError, ValueError, AssertionError)):
+            inject_lora(model, rank=2, example_inputs=torch.randn(2, 4, 5))
+        assert snapshot(model) == before
+
+
+class ReadsItself(nn.Module):
+    """Like many attentions: the layer's weight is taken, the layer is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(F.linear(x, self.proj.weight, self.proj.bias))
+
+
+class TestNothingDead:
+    def test_a_layer_whose_weight_is_read_is_refused_by_name(self):
+        model = nn.Sequential(ReadsItself())
+        before = snapshot(model)
+        with pytest.raises(TypeError, match=r"0\.proj: expected a layer that is called, got one whose weight ReadsI"):
+            inject_lora(model, "proj")
+        assert snapshot(model) == before
+
+    def test_a_keyword_leaves_it_alone_with_a_note(self):
+        report = inject_lora(nn.Sequential(ReadsItself()), rank=2)
+        assert [row.path for row in report.rows] == ["0.fc"]
+        assert "whose weight ReadsItself reads itself" in str(report)
+
+    def test_facts_about_a_weight_are_no_reading(self):
+        class AsksFirst(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.proj = nn.Linear(8, 8)
+
+            def forward(self, x):
+                if isinstance(self.proj.weight, torch.Tensor) and self.proj.weight.dtype != x.dtype:
+                    x = x.to(self.proj.weight.dtype)
+                return self.proj(x)
+
+        assert inject_lora(nn.Sequential(AsksFirst()), rank=2).total == 1
+
+    def test_timm_attention_calls_its_qkv(self):
+        timm = pytest.importorskip("timm")
+        torch.manual_seed(0)
+        model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=4).eval()
+        x = torch.randn(2, 3, 32, 32)
+        expected = model(x)
+        inject_lora(model, "qkv", rank=2)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+        assert isinstance(model.blocks[0].attn, third_party.CallingQKV)
+        wake(model)
+        moved = model(x)
+        assert (moved - expected).abs().max() > 1e-6
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), moved)
+        remove_lora(model, merge=False)
+        assert not isinstance(model.blocks[0].attn, third_party.CallingQKV)
+        assert torch.equal(model(x), expected)
+
+    def test_the_attention_pool_calls_its_projections(self):
+        pytest.importorskip("open_clip")
+        from open_clip.modified_resnet import AttentionPool2d
+
+        torch.manual_seed(0)
+        model = nn.Sequential(AttentionPool2d(4, 16, 4, 8)).double().eval()
+        x = torch.randn(3, 16, 4, 4, dtype=torch.float64)
+        expected = model(x)
+        report = inject_lora(model, rank=2)
+        assert {row.path for row in report.rows} == {f"0.{name}_proj" for name in "qkvc"}
+        assert isinstance(model[0], third_party.CallingPool)
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+        wake(model)
+        moved = model(x)
+        moved.square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora_b" in name)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), moved)
+        remove_lora(model)
+        assert type(model[0]) is AttentionPool2d
+        torch.testing.assert_close(model(x), moved, rtol=1e-9, atol=1e-11)
+
+
+class TestConv1D:
+    """transformers' linear layer with its weight transposed."""
+
+    @staticmethod
+    def made(**settings):
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        model = nn.Sequential(transformers.pytorch_utils.Conv1D(6, 5))
+        inject_lora(model, rank=3, alpha=6, **settings)
+        wake(model)
+        return model
+
+    def test_against_the_formula(self):
+        model = self.made().double()
+        layer, x = model[0], torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+        y = model(x)
+        expected = x @ layer.weight + layer.bias + 2.0 * (x @ layer.lora_a.double().T) @ layer.lora_b.double().T
+        torch.testing.assert_close(y, expected)
+        wanted = torch.autograd.grad(expected.square().sum(), [x, layer.lora_a, layer.lora_b])
+        for found, want in zip(
+            torch.autograd.grad(y.square().sum(), [x, layer.lora_a, layer.lora_b]), wanted, strict=True
+        ):
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+    def test_merge_and_back(self):
+        model, x = self.made(), torch.randn(4, 5)
+        y, weight = model(x), model[0].weight
+        model[0].merge()
+        torch.testing.assert_close(model.eval()(x), y)
+        model[0].unmerge()
+        assert model[0].weight is weight
+        remove_lora(model)
+        torch.testing.assert_close(model(x), y)
+        assert type(model[0]).__name__ == "Conv1D"
+
+    def test_copies(self):
+        model, x = self.made(), torch.randn(4, 5)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other[0]) is type(model[0])
+            assert torch.equal(other(x), model(x))
+        assert type(model[0]).__name__ == "LoRAConv1D"
+
+
+class TestPackedAttention:
+    """open_clip's own attention, whose in_proj_weight is a parameter of it."""
+
+    @staticmethod
+    def made(qkv="joint", **settings):
+        pytest.importorskip("open_clip")
+        from open_clip.transformer import Attention
+
+        torch.manual_seed(0)
+        model = nn.Sequential(Attention(16, 4, **settings)).eval()
+        base = copy.deepcopy(model)
+        inject_lora(model, rank=2, qkv=qkv)
+        return model, base
+
+    @pytest.mark.parametrize("qkv", ["joint", "split"])
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"qkv_bias": False}, {"scale_heads": True}, {"qk_norm": True, "inner_norm": True}],
+        ids=str,
+    )
+    def test_against_open_clip_with_merged_weights(self, qkv, settings):
+        pytest.importorskip("open_clip")
+        import inspect
+
+        from open_clip.transformer import Attention
+
+        if not settings.keys() <= inspect.signature(Attention.__init__).parameters.keys():
+            pytest.skip(f"this open_clip has no {settings}")
+        model, base = self.made(qkv, **settings)
+        x = torch.randn(3, 5, 16)
+        masks = (
+            None,
+            torch.ones(5, 5).triu(1).bool(),
+            torch.randn(5, 5),
+            torch.ones(12, 5, 5).triu(1).bool(),
+        )
+        for mask in masks:
+            torch.testing.assert_close(model[0](x, attn_mask=mask), base[0](x, attn_mask=mask), rtol=1e-5, atol=1e-6)
+        wake(model)
+        moved = [model[0](x, attn_mask=mask) for mask in masks]
+        assert (moved[0] - base(x)).abs().max() > 1e-3
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x), moved[0])
+        remove_lora(model)
+        assert type(model[0]) is Attention
+        for mask, expected in zip(masks, moved, strict=True):
+            torch.testing.assert_close(model[0](x, attn_mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+    def test_scaled_cosine_is_refused(self):
+        pytest.importorskip("open_clip")
+        from open_clip.transformer import Attention
+
+        with pytest.raises(ValueError, match="scaled_cosine must be False"):
+            inject_lora(nn.Sequential(Attention(16, 4, scaled_cosine=True)))
+
+
+class TestAllOrNothing:
+    def test_a_parent_that_refuses_the_new_module(self):
+        class Picky(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def __setattr__(self, name, value):
+                if name == "third" and isinstance(value, LoRALinear):
+                    raise RuntimeError("not here")
+                super().__setattr__(name, value)
+
+        model = nn.Sequential(Picky(), nn.BatchNorm1d(4))
+        before = snapshot(model)
+        with pytest.raises(RuntimeError, match="not here"):
+            inject_lora(model, rank=2)
+        assert snapshot(model) == before
+
+    def test_a_key_with_a_dot(self):
+        model = nn.Module()
+        model._modules["a.b"] = nn.Linear(4, 4)
+        model.add_module("c", nn.Linear(4, 4))
+        before = snapshot(model)
+        try:
+            inject_lora(model, rank=2)
+        except (KeyError, ValueError, TypeError, RuntimeError):
+            assert snapshot(model) == before
+
+    def test_undone_in_reverse(self):
+        model = Tower().train()
+        before = snapshot(model)
+
+        def interrupted():
+            with surgery.all_or_nothing() as change:
+                place = next(p for p in surgery.places(model, lambda module: False) if p.paths == ["mlp.0"])
+                change.replace(place, LoRALinear.from_linear(place.module, rank=2, freeze=False))
+                change.freeze(model, [])
+                change.keep_training(model, [model.head.weight])
+                surgery.hold_batchnorms(model, change)
+                change.set(model, "training", False)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert snapshot(model) == before
+
+
+class TestSecondCall:
+    @pytest.mark.parametrize("travel", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_what_the_first_set_to_train_goes_on(self, travel):
+        model = Tower()
+        inject_lora(model, "attention", rank=2, train=["head", "norm.weight"])
+        model = travel(model)
+        inject_lora(model, "mlp", rank=2)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias", "norm.weight"}
+        assert sum("attn" in name for name in trained) == 4
+        assert sum("mlp" in name for name in trained) == 4
+
+    def test_what_was_only_not_yet_frozen_is_frozen(self):
+        model = nn.ModuleDict({"visual": Tower(), "text": Tower()})
+        inject_lora(model["visual"], "mlp", rank=2)
+        inject_lora(model, "attention", rank=2)
+        assert {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name} == set()
+
+    def test_what_was_frozen_since_stays_frozen(self):
+        model = Tower()
+        inject_lora(model, "attention", rank=2, train=["head"])
+        model.head.requires_grad_(False)
+        inject_lora(model, "mlp", rank=2)
+        assert not model.head.weight.requires_grad
+
+    def test_other_adapters_go_on(self):
+        model = nn.Sequential(nn.Linear(8, 8), BottleneckAdapter(8))
+        inject_lora(model, rank=2)
+        assert all(p.requires_grad for p in model[1].parameters())
+
+
+class TestRefusedModels:
+    def test_peft(self):
+        peft = pytest.importorskip("peft")
+        model = Tower()
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["head"]))
+        for given in (wrapped, model):
+            with pytest.raises(ValueError, match=r"model must not be PEFT's, got .*merge_and_unload\(\)"):
+                inject_lora(given)
+
+    def test_sharded(self):
+        class FSDPModule(nn.Module):
+            pass
+
+        model = nn.Sequential(Tower(), FSDPModule())
+        with pytest.raises(ValueError, match=r"model must not be sharded, got the FSDPModule '1'; inject first"):
+            inject_lora(model)
+
+    def test_dtensor(self):
+        distributed = pytest.importorskip("torch.distributed")
+        if not distributed.is_available():
+            pytest.skip("torch has no torch.distributed")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            mesh = init_device_mesh("cpu", (2,))
+            model = Tower()
+            model.mlp[0].weight = nn.Parameter(distribute_tensor(model.mlp[0].weight.data, mesh, [Replicate()]))
+            with pytest.raises(ValueError, match=r"got the DTensor 'mlp\.0\.weight'; inject first"):
+                inject_lora(model)
+        finally:
+            distributed.destroy_process_group()
+
+
+def _linear_with(**members) -> nn.Module:
+    return type("Mine", (nn.Linear,), members)(8, 8)
+
+
+class TestRefusedBases:
+    """A subclass is taken where an instance of another class lacks nothing of it."""
+
+    @pytest.mark.parametrize(
+        "member", ["__call__", "helper", "_load_from_state_dict", "weight_norm", "_save_to_state_dict", "train"]
+    )
+    def test_members_of_its_own(self, member):
+        def method(self, *args, **kwargs):
+            return getattr(nn.Linear, member)(self, *args, **kwargs)
+
+        with pytest.raises(TypeError, match=f"a subclass without members of its own, got .*Mine with .*{member}"):
+            inject_lora(nn.Sequential(_linear_with(**{member: method})), "0")
+        report = inject_lora(nn.Sequential(_linear_with(**{member: method}), nn.Linear(8, 8)), rank=2)
+        assert [row.path for row in report.rows] == ["1"]
+        assert member in report.left[0].why
+
+    def test_of_every_kind(self):
+        for base, make in (
+            (nn.Linear(4, 4), LoRALinear.from_linear),
+            (nn.Conv2d(4, 4, 1), LoRAConv2d.from_conv),
+            (nn.MultiheadAttention(4, 2), LoRAMultiheadAttention.from_mha),
+        ):
+            base.__class__ = type("Mine", (type(base),), {"mine": lambda self: 1})
+            with pytest.raises(TypeError, match="with mine, which the adapted module would lack"):
+                make(base)
+
+    def test_what_an_instance_does_not_need(self):
+        members = {"__init__": lambda self, k, n: nn.Linear.__init__(self, k, n), "reset_parameters": lambda self: None}
+        assert inject_lora(nn.Sequential(_linear_with(**members)), rank=2).total == 1
+
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_a_parametrized_parameter(self, name):
+        layer = nn.Linear(8, 8)
+        nn.utils.parametrize.register_parametrization(layer, name, nn.Tanh())
+        model = nn.Sequential(layer)
+        before = snapshot(model)
+        with pytest.raises((TypeError, ValueError)):
+            inject_lora(model, "0")
+        assert snapshot(model) == before
+
+    @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+    def test_without_elements(self, shape):
+        layer = nn.Linear(8, 8)
+        layer.weight = nn.Parameter(torch.empty(shape))
+        with pytest.raises(ValueError, match="weight must have elements"):
+            LoRALinear.from_linear(layer)
+
+    def test_sparse(self):
+        layer = nn.Linear(8, 8)
+        layer.weight = nn.Parameter(torch.eye(8).to_sparse())
+        with pytest.raises((TypeError, ValueError), match=r"weight must be .*, got .*sparse"):
+            LoRALinear.from_linear(layer)
+
+
+class TestCheckpoints:
+    @staticmethod
+    def made(**settings):
+        torch.manual_seed(0)
+        model = Tower()
+        inject_lora(model, **({"rank": 2, "alpha": 4} | settings))
+        wake(model)
+        return model
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"alpha": 8}, "alpha 4.0 in the state, 8.0 in the model"),
+            ({"use_rslora": True}, "use_rslora False in the state, True in the model"),
+            ({"dropout": 0.1}, "dropout 0.0 in the state, 0.1 in the model"),
+        ],
+    )
+    def test_other_settings_are_refused(self, settings, message):
+        state, other = lora_state_dict(self.made()), self.made(**settings)
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=message):
+            load_lora_state_dict(other, state)
+        with pytest.raises(ValueError, match=message):
+            load_lora_state_dict(other, state, check_settings=False)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+    def test_another_qkv_is_refused(self):
+        with pytest.raises(ValueError, match="missing"):
+            load_lora_state_dict(self.made(qkv="split"), lora_state_dict(self.made()))
+
+    def test_without_settings(self):
+        model, state = self.made(), lora_state_dict(self.made())
+        del state["lora_settings"]
+        with pytest.raises(ValueError, match="check_settings=False takes them as they are"):
+            load_lora_state_dict(model, state)
+        load_lora_state_dict(model, state, check_settings=False)
+
+    @pytest.mark.parametrize(
+        "packed", [torch.zeros(3), torch.zeros(3, dtype=torch.uint8), torch.tensor([], dtype=torch.uint8)]
+    )
+    def test_damaged_settings(self, packed):
+        with pytest.raises(ValueError, match="must be the settings that pyfused wrote"):
+            load_lora_state_dict(self.made(), lora_state_dict(self.made()) | {"lora_settings": packed})
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+    def test_other_dtypes_are_refused(self, dtype):
+        model, state = self.made(), lora_state_dict(self.made())
+        name = next(iter(state))
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(TypeError, match="must have dtype"):
+            load_lora_state_dict(model, state | {name: state[name].to(dtype)})
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_names_of_compiled_models(self):
+        whole, part = self.made(), self.made()
+        inside = self.made()
+        inside.mlp = torch.compile(inside.mlp)
+        state = lora_state_dict(torch.compile(whole))
+        assert not any("_orig_mod" in name for name in state)
+        assert lora_state_dict(inside).keys() == state.keys()
+        zeros = {name: value if name == "lora_settings" else torch.zeros_like(value) for name, value in state.items()}
+        for target in (torch.compile(part), inside, whole):
+            load_lora_state_dict(target, zeros)
+            assert not any(value.any() for name, value in lora_state_dict(target).items() if name != "lora_settings")
+
+    def test_16_bit_copies_load(self):
+        model, state = self.made(), lora_state_dict(self.made())
+        half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()}
+        load_lora_state_dict(model, half)
+        assert model.mlp[0].lora_a.dtype == torch.float32
+
+    @pytest.mark.parametrize("function", [lora_state_dict, remove_lora])
+    def test_a_model_without_lora_is_an_error(self, function):
+        with pytest.raises(ValueError, match="model must contain LoRA modules, got a Tower with none"):
+            function(Tower())
+
+    def test_loading_into_a_model_without_lora_is_an_error(self):
+        with pytest.raises(ValueError, match="model must contain LoRA modules"):
+            load_lora_state_dict(Tower(), {})
+
+
+def test_importing_the_package_imports_no_package_of_models():
+    code = "import sys, pyfused.modules.third_party; print({'transformers', 'open_clip', 'timm'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
