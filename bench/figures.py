@@ -32,7 +32,9 @@ def overview(rows: Sequence[Row]) -> Picture | None:
         x, y = zip(*((row.ratios[name], at) for at, row in enumerate(timed) if name in row.ratios), strict=True)
         colour, marker = style.look(name)
         axes.scatter(x, y, s=34, color=colour, marker=marker, label=f"against {name}", zorder=4)
-    axes.set_yticks(range(len(timed)), [f"{row.name}  {row.measured_how}" for row in timed], fontsize=7.5)
+    axes.set_yticks(
+        range(len(timed)), [style.fitting(f"{row.name}  {row.measured_how}") for row in timed], fontsize=7.5
+    )
     axes.set_ylim(len(timed) - 0.4, -0.6)
     style.ratio_axis(axes, [ratio for row in timed for name, ratio in row.ratios.items() if name != BASE])
     axes.set_xlabel("baseline's time / pyfused's time (right of 1x: pyfused is faster)")
@@ -128,7 +130,7 @@ def _curves(row: Row, above: Axes, below: Axes) -> str:
         # The curves lie on one another: a wide line underneath and a dashed one above show both.
         line = {"linewidth": 4, "alpha": 0.5} if index == 0 else {"linewidth": 1.6, "linestyle": "--"}
         above.plot(range(1, len(values) + 1), values, label=name, color=style.look(name)[0], **line)
-    above.set_title(row.name, fontsize=8.5)
+    above.set_title(style.fitting(row.name), fontsize=8.5)
     above.set_ylabel("training loss")
     above.legend()
     subject, said = losses[row.subject], []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 
+from pyfused import files
 from pyfused.bench import figures, roofline, tables
 from pyfused.bench.records import LOSS, Comparison, Record, compare
 from pyfused.bench.report import machine_text, traffic_text
@@ -66,9 +67,11 @@ def write(records: Sequence[Record], directory: Path) -> list[Path]:
     )
     text = render(records, overview, sections)
     directory.mkdir(parents=True, exist_ok=True)
+    saved = [picture.save(directory) for part in (overview, *sections) for picture, _ in part.figures]
     page = directory / "index.html"
-    page.write_text(text, encoding="utf-8")
-    return [page, *(picture.save(directory) for part in (overview, *sections) for picture, _ in part.figures)]
+    with files.replacing(page) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return [page, *saved]
 
 
 def render(records: Sequence[Record], overview: Section, sections: Sequence[Section]) -> str:

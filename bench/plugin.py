@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "pytest_collection_modifyitems",
     "pytest_configure",
+    "pytest_runtest_makereport",
     "pytest_terminal_summary",
 ]
 
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "compare" in getattr(item, "fixturenames", ()) and item.get_closest_marker("benchmark") is None:
             item.add_marker(pytest.mark.benchmark(timer=timing.subject_clock))
     items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else len(_ORDER))
+
+
+def pytest_runtest_makereport(item: pytest.Item) -> None:
+    # The disk is full, say: no later row could be written either.
+    error = item.config.stash[SESSION].unwritten
+    if error is not None:
+        item.session.shouldstop = f"{error.filename}: {error.strerror}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -16,6 +16,10 @@ LOSS = 0.05
 # A row with the types that its fields must have.
 _PATTERN = Row("", "", "")
 _NUMBERS = ("seconds", "ratios", "peak_bytes", "saved_bytes")
+# Kind of row -> the facts that the page needs of it.
+_FACTS = {"machine": ("flops", "bytes"), "traffic": ("read_bytes", "written_bytes", "bytes", "kernels")}
+# Of a time in seconds, and of a ratio: beyond it no figure has an axis.
+_LONGEST = 1e12
 
 
 class Unreadable(ValueError):
@@ -59,7 +63,7 @@ class Record:
         """None where the record has no machine rows."""
         machine = [row for row in self.of("machine") if row.seconds]
         speed = {
-            str(row.facts["dtype"]): row.facts["flops"] / min(row.seconds.values())
+            str(row.facts.get("dtype")): row.facts["flops"] / min(row.seconds.values())
             for row in machine
             if row.measured == "matrix product"
         }
@@ -78,8 +82,8 @@ def load(path: Path) -> Record:
         raise Unreadable(f"{path}: expected a directory with rows.json in it, or that file; there is none")
     try:
         rows = read_rows(file)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, json.JSONDecodeError):
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError | RecursionError):
             error = f"no JSON: {error}"
         raise Unreadable(f"{file}: expected the rows of a run of `pyfused bench`, got {error}") from None
     if not rows:
@@ -96,10 +100,28 @@ def _check(file: Path, index: int, row: Row) -> None:
         if not isinstance(value, type(pattern)):
             wanted = type(pattern).__name__
             raise Unreadable(f"{file}: row {index}: expected {field.name} to be {wanted}, got {value!r}")
+
+    def refuse(what: str, wanted: str, value: object) -> None:
+        raise Unreadable(f"{file}: row {index}: expected {what} to be {wanted}, got {value!r}")
+
+    for name in ("name", "kind", "measured", "mode", "subject"):
+        if not getattr(row, name).isprintable():
+            refuse(name, "printable text", getattr(row, name))
     for name in _NUMBERS:
         for contender, value in getattr(row, name).items():
-            if not isinstance(value, int | float):
-                raise Unreadable(f"{file}: row {index}: expected {name}[{contender!r}] to be a number, got {value!r}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                refuse(f"{name}[{contender!r}]", "a number from 0 on", value)
+    for name in _FACTS.get(row.kind, ()):
+        value = row.facts.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            refuse(f"facts[{name!r}]", "a number", value)
+    # What is no time is shown as none, and said.
+    for name in ("seconds", "ratios"):
+        numbers = getattr(row, name)
+        for contender, value in list(numbers.items()):
+            if not 0 < value < _LONGEST:
+                del numbers[contender]
+                row.unavailable[contender] = f"its {name} were recorded as {value}"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import pyfused
+from pyfused import files
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,9 +92,8 @@ class RowFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         items = _each([dataclasses.asdict(item) for item in self.rows], _named)
         text = json.dumps(items, indent=1, allow_nan=False)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(self.path)
+        with files.replacing(self.path) as partial:
+            partial.write_text(text + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -41,7 +41,7 @@ class Watcher:
         self.progress.update(self.task, description=nodeid.rpartition("::")[2] + ": preparing", refresh=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+        if report.failed and self.session.unwritten is None:
             self._say(f"FAILED {report.nodeid}\n{report.longreprtext}", "red")
         elif report.skipped:
             self._say(f"skipped {report.nodeid}: {report.longrepr[2]}", "yellow")
@@ -73,6 +73,9 @@ def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()
     Returns:
         The exit status: 0 when every row was measured or skipped with a reason, 1 when a row failed parity or a
         contender crashed, 2 when interrupted, 5 when ``select`` selects nothing.
+
+    Raises:
+        OSError: a row could not be written; those before it are.
     """
     session = Session(settings)
     # pytest captures file descriptor 2 while a test runs; the bar goes to a copy that it does not know.
@@ -87,6 +90,8 @@ def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()
             arguments += ["-p", "no:terminal", f"--benchmark-storage=file://{scratch}"]
             arguments += ["-k", select] if select else []
             status = pytest.main([*arguments, str(Path(__file__).parent), *paths], [Watcher(session, progress), plugin])
+    if session.unwritten is not None:
+        raise session.unwritten
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         print(f"pyfused bench: no row is named by -k {select!r}", file=sys.stderr)
     if session.rows:

@@ -37,6 +37,7 @@ class Session:
     """Rows as they come, written at once; the pictures at the end.
 
     Attributes:
+        unwritten: what kept a row from being written; the run ends there.
         on_row: called with each finished row.
         on_round: called between rounds, never while a clock runs, with (row name, round, rounds).
     """
@@ -51,6 +52,7 @@ class Session:
         output = settings.output or row_format.default_output()
         self.directory = settings.record or row_format.run_directory(output, settings.device)
         self.file = row_format.RowFile(self.directory)
+        self.unwritten: OSError | None = None
         self.on_row: Callable[[Row], None] = lambda row: None
         self.on_round: Callable[[str, int, int], None] = lambda name, number, total: None
 
@@ -61,7 +63,11 @@ class Session:
     def add(self, row: Row) -> None:
         """Stamps the row with its provenance and writes it."""
         row.provenance = row_format.provenance(self.settings.device, self.settings.commit)
-        self.file.append(row)
+        try:
+            self.file.append(row)
+        except OSError as error:
+            self.unwritten = error
+            raise
         self.on_row(row)
 
     def draw(self) -> list[Path]:

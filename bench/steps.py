@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pyfused import files
+
 # Seconds between asking a command to stop and the next, harsher request.
 # xdist waits ten seconds for its workers before it sums up.
 _AFTER_INTERRUPT, _AFTER_TERMINATE = 14.0, 2.0
@@ -177,9 +179,8 @@ class Runner:
 
     def _write(self) -> None:
         text = json.dumps(self._facts | {"steps": [dataclasses.asdict(item) for item in self.outcomes]}, indent=1)
-        partial = self.record.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(self.record)
+        with files.replacing(self.record) as partial:
+            partial.write_text(text + "\n")
 
     def table(self) -> str:
         """A line for each step."""

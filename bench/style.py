@@ -15,12 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from pyfused import files
 from pyfused.bench.rows import Row
 
 # Light to dark page: what is drawn in the first is shown in the second where the reader's scheme is dark.
 INK, GRID = "#1f2329", "#d3d8de"
 # Of every figure, in inches.
 WIDTH = 9.6
+# Characters of a name in a figure.
+_LONGEST = 96
 _DARK = {INK: "#e4e8ee", GRID: "#3a424c"}
 _STYLE = {
     "text.color": INK,
@@ -36,6 +39,8 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.hashsalt": "pyfused",
+    # A "$" in a row's name is one.
+    "text.parse_math": False,
 }
 # Contender -> colour and marker, the same in every figure; readable on white and on black.
 _CONTENDERS = {
@@ -75,7 +80,8 @@ class Picture:
     def save(self, directory: Path) -> Path:
         """Writes <name>.png, on white."""
         path = directory / f"{self.name}.png"
-        self.figure.savefig(path, dpi=150, facecolor="white")
+        with files.replacing(path) as partial:
+            self.figure.savefig(partial, dpi=150, facecolor="white", format="png")
         return path
 
     @property
@@ -141,9 +147,14 @@ def short_name(row: Row) -> str:
 
 
 def shape_name(row: Row) -> str:
-    """The same without the dtype."""
+    """The same without the dtype, as long as a figure has room for."""
     words = [word for word in short_name(row).split() if word != row.facts.get("dtype")]
-    return " ".join(words).replace("->", "→")
+    return fitting(" ".join(words).replace("->", "→"))
+
+
+def fitting(text: str) -> str:
+    """``text``, its middle left out where it would push a figure's axes off the page."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[1 - _LONGEST // 2 :]}"
 
 
 def panes(count: int, height: float) -> tuple[Figure, list[Axes]]:

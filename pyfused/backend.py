@@ -72,7 +72,8 @@ def _registered() -> dict[str, frozenset[str]]:
 
 
 def _default_backend() -> str:
-    name = os.environ.get("PYFUSED_BACKEND", "auto")
+    # An empty variable is how many shells and job files unset one.
+    name = os.environ.get("PYFUSED_BACKEND") or "auto"
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"PYFUSED_BACKEND must be one of {(*BACKENDS, 'auto')}, got {name!r}")
     return name

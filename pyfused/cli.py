@@ -43,12 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.function(arguments)
     except KeyboardInterrupt:
         return 2
+    except OSError as error:
+        # A full disk, a folder that may not be written to.
+        print(f"pyfused {arguments.command}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyfused", description=pyfused.__doc__)
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     info = commands.add_parser("info", help="versions, devices, and each backend with the reason if it is missing")
     info.set_defaults(function=_info)
@@ -118,12 +122,10 @@ def _device(text: str) -> torch.device:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    from pyfused.kernels.launch import SHARED_MEMORY
-
-    known = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_MEMORY}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
-    return known[text]
+    major, _, minor = text.partition(".")
+    if not major.isdecimal() or not minor.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected major.minor, such as 9.0, got {text!r}")
+    return int(major), int(minor)
 
 
 def _positive(text: str) -> int:
@@ -245,6 +247,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     from pyfused.bench import tune
 
     if arguments.show is not None:
+        from pyfused.kernels.launch import SHARED_MEMORY
+
+        if arguments.show not in SHARED_MEMORY:
+            known, given = (", ".join(f"{a}.{b}" for a, b in some) for some in (SHARED_MEMORY, [arguments.show]))
+            print(f"pyfused tune: --show must be one of {known}, got {given}", file=sys.stderr)
+            return 2
         return tune.show(arguments.show, arguments.select)
     return tune.run(arguments.device, arguments.seconds, arguments.select, arguments.output, arguments.commit)
 

@@ -106,7 +106,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
         An `Explanation`: ``.calls``, ``.saved_bytes``; it prints as a table.
 
     Raises:
-        TypeError: ``model_or_function`` cannot be called.
+        TypeError: ``model_or_function`` cannot be called, or has a module made by torch.jit in it.
         Exception: whatever the call itself raises.
 
     Example:
@@ -116,13 +116,24 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
         raise TypeError(
             f"explain: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
         )
+    model = observe.module_of(model_or_function)
+    scripted = [
+        type(inside).__name__
+        for inside in (model.modules() if model is not None else ())
+        if isinstance(inside, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise TypeError(
+            f"explain: model_or_function must be Python, which can be watched, got a {scripted[0]}; explain the module "
+            "that it was made from"
+        )
     explanation = Explanation()
     path: list[str] = []
 
     def observer(operator: str, **facts: Any) -> None:
         explanation.calls.append(_DESCRIBE[operator](path[-1] if path else "", operator, facts))
 
-    with torch.no_grad(), _path_tracked(observe.module_of(model_or_function), path):
+    with torch.no_grad(), _path_tracked(model, path):
         observe.observers.append(observer)
         try:
             observe.undisturbed(model_or_function, example_inputs, kwargs)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyfused import files
 from pyfused.costs import costs
 
 PATH = Path(__file__).parent / "kernels" / "measured.json"
@@ -135,20 +137,34 @@ def read(path: Path = PATH) -> list[Row]:
     """
     try:
         items = json.loads(path.read_text())
-        return [Row(**item | {"capability": tuple(item["capability"])}) for item in items]
+        rows = [Row(**item | {"capability": tuple(item["capability"])}) for item in items]
+        # Also what a table makes of them: the sizes that the costs need, times that have a logarithm.
+        Table(rows)
+        return rows
     except FileNotFoundError:
         return []
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a list of rows with the fields of pyfused.measured.Row: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} must hold a list of rows with the fields of pyfused.measured.Row, got {wrong}"
+        ) from None
 
 
 def write(rows: Iterable[Row], path: Path = PATH) -> None:
     """Writes a file that is whole at every moment, one row a line, in an order of its own."""
     lines = sorted(json.dumps(asdict(row)) for row in rows)
-    partial = path.with_suffix(".partial")
-    partial.write_text("[" + ",".join(f"\n {line}" for line in lines) + "\n]\n")
-    partial.replace(path)
+    with files.replacing(path) as partial:
+        partial.write_text("[" + ",".join(f"\n {line}" for line in lines) + "\n]\n")
+
+
+def load(path: Path = PATH) -> Table:
+    """The table of a file's rows; of none, with a warning, where the file is damaged: arithmetic decides then."""
+    try:
+        return Table(read(path))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"pyfused: what `pyfused tune` measured is left out: {error}", stacklevel=2)
+        return Table()
 
 
 # Read once: traced code must see a constant.
-TABLE = Table(read())
+TABLE = load()

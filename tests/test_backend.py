@@ -254,6 +254,7 @@ print(choose("auto", cpu, torch.float32, "lora_linear", {}))
 
 
 def test_environment_with_an_unknown_backend():
+    assert _fresh("import pyfused; print(pyfused.backend.DEFAULT_BACKEND)", PYFUSED_BACKEND="").stdout == "auto\n"
     run = _fresh("import pyfused", PYFUSED_BACKEND="fast")
     assert run.returncode != 0
     assert "ValueError: PYFUSED_BACKEND must be one of" in run.stderr

@@ -68,7 +68,7 @@ def test_version(capsys):
     [
         ([], "arguments are required: command"),
         (["benchmark"], "invalid choice: 'benchmark'"),
-        (["tune", "--show", "7.5"], "expected one of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, got '7.5'"),
+        (["tune", "--show", "hopper"], "expected major.minor, such as 9.0, got 'hopper'"),
         (["bench", "--device", "tpu"], "expected cpu, cuda or cuda:N, got 'tpu'"),
         (["check", "--device", "mps"], "expected cpu, cuda or cuda:N, got 'mps'"),
         (["check", "--device", "cuda:99"], "'cuda:99' is not there"),
@@ -83,6 +83,33 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_tune_names_a_capability_that_it_does_not_know(capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["tune", "--show", "7.5"]) == 2
+    expected = "pyfused tune: --show must be one of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, got 7.5"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["tune", "--show", "9.0"], "triton"),
+        (["tune"], "rich"),
+        (["bench"], "pytest_benchmark"),
+        (["report", "."], "matplotlib"),
+    ],
+)
+def test_a_command_without_what_it_needs_says_so_in_one_sentence(arguments, missing, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == missing else found(name, *rest))
+    # As where it is not installed.
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"pyfused {arguments[0]} needs {missing.replace('_', '-')}; pip install")
 
 
 def test_bench_names_a_path_that_does_not_exist(capsys, tmp_path):

@@ -19,7 +19,8 @@ host = pytest.mark.host
 # Component -> what else of pyfused it may import. "face" is `pyfused` itself: the names that users import.
 MAY_IMPORT: dict[str, set[str]] = {
     "costs": set(),
-    "measured": {"costs"},
+    "files": set(),
+    "measured": {"costs", "files"},
     "preference": {"costs", "measured"},
     "backend": {"preference"},
     "observe": set(),
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {
         "face",
         "measured",
+        "files",
         "preference",
         "observe",
         "backend",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import html.parser
+import os
 import re
 import types
 from pathlib import Path
@@ -111,8 +113,26 @@ def _changed(found: list[Row], name: str, **fields) -> list[Row]:
         ('[{"name": "a", "kind": "operator", "measured": 3}]', "row 0: expected measured to be str, got 3"),
         (
             '[{"name": "a", "kind": "operator", "measured": "b", "seconds": {"pyfused": "1 s"}}]',
-            "row 0: expected seconds['pyfused'] to be a number, got '1 s'",
+            "row 0: expected seconds['pyfused'] to be a number from 0 on, got '1 s'",
         ),
+        (
+            '[{"name": "a", "kind": "operator", "measured": "b", "seconds": {"pyfused": -1}}]',
+            "row 0: expected seconds['pyfused'] to be a number from 0 on, got -1",
+        ),
+        (
+            '[{"name": "a", "kind": "operator", "measured": "b", "seconds": {"pyfused": true}}]',
+            "row 0: expected seconds['pyfused'] to be a number from 0 on, got True",
+        ),
+        (
+            '[{"name": "a", "kind": "machine", "measured": "copy", "seconds": {"copy": 1}}]',
+            "row 0: expected facts['flops'] to be a number, got None",
+        ),
+        (
+            '[{"name": "a", "kind": "traffic", "measured": "b", "facts": {"read_bytes": "many"}}]',
+            "row 0: expected facts['read_bytes'] to be a number, got 'many'",
+        ),
+        ('[{"name": "a\\u0000b", "kind": "operator", "measured": "b"}]', "row 0: expected name to be printable text"),
+        ("[" * 100_000, "no JSON"),
     ],
 )
 @pytest.mark.parametrize("named", ["directory", "file"])
@@ -132,6 +152,47 @@ def test_the_output_is_a_directory(tmp_path, capsys):
     directory = _written([_row("mine")], tmp_path)
     assert cli.main(["report", str(directory), "--output", str(directory / "rows.json")]) == 2
     assert f"--output must be a directory, got {str(directory / 'rows.json')!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e308])
+@pytest.mark.parametrize("name", ["seconds", "ratios"])
+def test_what_is_no_time_is_shown_as_none(value, name, tmp_path, capsys):
+    rows = [*_rows(), _row("lora_linear 1x1->1 r1 float32", **{name: {"pyfused": 0.01, "eager": value}})]
+    directory = _written(rows, tmp_path)
+    assert cli.main(["report", str(directory)]) == 0
+    page = (directory / "report" / "index.html").read_text()
+    assert f"its {name} were recorded as {value}" in page
+
+
+@pytest.mark.parametrize("name", ["costs $5 and $x^", "lora_linear $\\frac", "a_very_long_name " * 300, "<b>&amp;"])
+def test_any_name_is_drawn(name, tmp_path, capsys):
+    directory = _written(
+        [*_machine(), _row(name), _row(name, kind="training", loss={"pyfused": [1.0, float("nan")]})], tmp_path
+    )
+    assert cli.main(["report", str(directory)]) == 0
+    assert (directory / "report" / "ratios.png").stat().st_size > 0
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    directory = _written(_rows(), tmp_path)
+    assert cli.main(["report", str(directory)]) == 0
+    before = {file.name: file.read_bytes() for file in (directory / "report").iterdir()}
+    written = Path.write_text
+
+    def full(path, text, **options):
+        if "index.html" in path.name:
+            written(path, text[:100], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    capsys.readouterr()
+    assert cli.main(["report", str(directory)]) == 2
+    page = directory / "report" / "index.html"
+    assert capsys.readouterr().err == f"pyfused report: {page}: No space left on device\n"
+    after = {file.name: file.read_bytes() for file in (directory / "report").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["index.html"] == before["index.html"]
 
 
 def test_a_report_needs_its_packages(monkeypatch, capsys):

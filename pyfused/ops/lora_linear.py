@@ -124,7 +124,9 @@ class _LoRALinear(torch.autograd.Function):
             )
         if need_weight:
             with torch.autocast(dy.device.type, enabled=False):
-                dw = torch.einsum("bln,blk->nk", dy, x).to(ctx.weight_dtype)
+                # Not einsum, which has no batching rule for is_grads_batched.
+                rows = dy.reshape(-1, dy.shape[-1]).t()
+                dw = torch.mm(rows, x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
         if need_bias:
             dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
         return (
