@@ -202,16 +202,20 @@ def _describe_cross_attention_residual(module: str, operator: str, facts: dict) 
     x, dtype, chosen, plan = (facts[name] for name in ("x", "dtype", "backend", "plan"))
     heads, tokens, width = (facts[name] for name in ("heads", "tokens", "head_dim"))
     (batch, length, channels), inner = x.shape, heads * width
-    m, contexts = batch * length, facts["context_batch"]
+    m, contexts, given = batch * length, facts["context_batch"], facts["projections"]
+    wide = torch.promote_types(dtype, torch.float32)
     if plan == "standard":
         # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
         kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
-        saved = kept * dtype.itemsize + m * heads * torch.float32.itemsize
+        saved = kept * dtype.itemsize + m * heads * wide.itemsize
     else:
         # E, c and F are inputs of the call's core, not of the call; K and V are what they are made of.
-        saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + torch.float32.itemsize)
-        saved += contexts * tokens * 2 * inner * dtype.itemsize
+        saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + wide.itemsize)
+        saved += contexts * tokens * 2 * inner * wide.itemsize
         saved += m * heads * tokens * dtype.itemsize * (plan == "absorbed")
+        # They are made in float32, of what is cast to it.
+        absorbed = (given.q_weight, given.q_bias, given.out_weight)
+        saved += sum(p.numel() * wide.itemsize for p in absorbed if p is not None and p.dtype.itemsize < wide.itemsize)
     return OperatorCall(
         module=module,
         operator=operator,

@@ -129,6 +129,7 @@ def inject_lora(
     _set_by_pattern("rank", rank, _RANK, sites)
     _set_by_pattern("alpha", alpha, _ALPHA, sites)
     surgery.check_parameters(_CALLER, model)
+    notes += _tied(model, sites)
 
     settings = {"dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
     built = [(site, _wrap(site, qkv, notes, settings)) for site in sites]
@@ -308,6 +309,28 @@ def _set_by_pattern(name: str, value: Any, default: Any, sites: list[_Site]) -> 
                 f"{_CALLER}: {name} must name modules that are adapted, got {target!r}, which selects none; "
                 f"{surgery.near(target, known)}"
             )
+
+
+def _tied(model: nn.Module, sites: list[_Site]) -> list[str]:
+    """What is said of adapted weights that another module holds too."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(path)
+    notes = []
+    for site in sites:
+        others = {
+            other
+            for parameter in site.layer.module._parameters.values()
+            for other in holders.get(id(parameter), ())
+            if parameter is not None and other != site.layer.path
+        }
+        if others:
+            notes.append(
+                f"{site.layer.path} shares its weight with {', '.join(sorted(others))}, which gets no LoRA by that; "
+                "merging gives it a weight of its own"
+            )
+    return notes
 
 
 def _refuse_dead(model: nn.Module, example_inputs: Any) -> None:

@@ -260,13 +260,17 @@ def test_a_package_that_cannot_be_imported_is_an_error(package):
 # ---- whole runs
 
 
+# One thread: two that wait for each other beside the other tests' work make a call ten times as long.
+OPTIONS = ["HEAD", "--device", "cpu", "--threads", "1", "--seconds", "0.1"]
+
+
 @pytest.fixture
 def main(package, monkeypatch):
     """The command line as the copy in ``package`` has it, with two pairs of processes."""
     monkeypatch.setattr(compare, "ROOT", package)
     monkeypatch.setattr(compare, "PAIRS", 2)
     handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *arguments: compare.main(["HEAD", "--device", "cpu", "--seconds", "0.1", *arguments])
+    yield lambda *arguments: compare.main([*OPTIONS, *arguments])
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -284,7 +288,7 @@ def test_a_head_that_sleeps_has_lost_and_what_is_new_has_no_base(package, main, 
     text = init.read_text()
     init.write_text(f"{text}\ndel projection_residual\n")
     _git(package, "commit", "--quiet", "-a", "-m", "no projection_residual yet")
-    slow = "lambda *args, **options: time.sleep(5e-4) or quick(*args, **options)"
+    slow = "lambda *args, **options: time.sleep(3e-3) or quick(*args, **options)"
     init.write_text(f"{text}\nimport time\n\nquick, lora_linear = lora_linear, {slow}\n")
     status = main("-k", "16x64->64")
     output = capfd.readouterr().out

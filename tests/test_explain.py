@@ -129,11 +129,13 @@ def _saved_beyond(inputs, function) -> int:
     return sum(saved.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("context_batch", [1, 2])
 @pytest.mark.parametrize(("weight", "norm_match"), [("channels", False), (None, False), (None, True)])
 @pytest.mark.parametrize("plan", CROSS_ATTENTION_PLANS)
-def test_what_cross_attention_saves_is_what_autograd_saves(plan, weight, norm_match, context_batch):
-    leaves = leaves_of(draw(2, 13, 3, 24, 2, 5, context_channels=7, context_batch=context_batch, weight=weight))
+def test_what_cross_attention_saves_is_what_autograd_saves(plan, weight, norm_match, context_batch, dtype):
+    drawn = draw(2, 13, 3, 24, 2, 5, dtype, context_channels=7, context_batch=context_batch, weight=weight)
+    leaves = leaves_of(drawn)
     options = {"num_heads": 2, "norm_match": norm_match, "plan": plan, "backend": "portable"}
 
     def call():

@@ -162,6 +162,16 @@ class TestNothingSilent:
         assert 'train=("head",)' in text
         assert {row.kind: row.parameters for row in report.left}["Embedding"] == 40
 
+    def test_a_tied_weight_is_noted(self):
+        model = nn.ModuleDict(
+            {"embed": nn.Embedding(8, 8), "proj": nn.Linear(8, 8), "out": nn.Linear(8, 8, bias=False)}
+        )
+        model["out"].weight = model["embed"].weight
+        report = inject_lora(model, rank=2)
+        expected = "out shares its weight with embed, which gets no LoRA by that; merging gives it a weight of its own"
+        assert report.notes == (expected,)
+        assert inject_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=2).notes == ()
+
     def test_quantised_layers_are_listed(self):
         class Linear8bit(nn.Module):
             def __init__(self) -> None:
@@ -379,6 +389,22 @@ class TestPackedAttention:
 
         with pytest.raises(ValueError, match="scaled_cosine must be False"):
             inject_lora(nn.Sequential(Attention(16, 4, scaled_cosine=True)))
+
+
+@pytest.mark.parametrize("made", [TestConv1D.made, lambda: TestPackedAttention.made()[0]], ids=["Conv1D", "packed"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_same_bits_in_every_mode(made, autocast):
+    model = made()
+    width = next(iter(model.parameters())).shape[-1] if isinstance(model[0], third_party.LoRAProjections) else 5
+    x = torch.randn(2, 7, width)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    results = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        for function in (model, compiled):
+            with mode(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+                results.append(function(x).detach().clone())
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 class TestAllOrNothing:

@@ -243,7 +243,7 @@ def attend(
         observe.notify(
             _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, sizes=sizes,
             kernels=operator, x=x, dtype=dtype, heads=projections.num_heads, tokens=prepared.tokens,
-            head_dim=projections.head_dim, context_batch=len(prepared.keys),
+            head_dim=projections.head_dim, context_batch=len(prepared.keys), projections=projections,
             keeps_projection=keeps_projection("identity", norm_match, gate is not None and gate.requires_grad),
         )  # fmt: skip
     if prepared.plan == "standard":

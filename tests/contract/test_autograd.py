@@ -9,6 +9,7 @@ from operators import (
     OPERATORS,
     call,
     close,
+    every_backend_of_it,
     every_call,
     every_variant,
     given,
@@ -146,6 +147,20 @@ def test_strided_cotangents(operator, backend, plan, dy):
         _step(function, tensors, COTANGENTS[dy])[1].values(), _step(function, tensors, dense)[1].values(), strict=True
     ):
         torch.testing.assert_close(strided, expected, **close(plain_dtype(backend)))
+
+
+@every_backend_of_it
+def test_batched_cotangents(operator, backend, plan):
+    function, tensors = call(operator, backend, plan)
+    leaves = leaves_of(tensors)
+    y = function(**leaves)
+    dys = torch.stack([cotangent(y), 2.0 * cotangent(y)])
+    batched = torch.autograd.grad(y, given(leaves), dys, is_grads_batched=True, retain_graph=True)
+    for dy, *gradients in zip(dys, *batched, strict=True):
+        for gradient, expected in zip(
+            gradients, torch.autograd.grad(y, given(leaves), dy, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(gradient, expected, **close(plain_dtype(backend)))
 
 
 @every_call
