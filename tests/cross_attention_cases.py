@@ -19,8 +19,9 @@ from pyfused.reference.adapter_residual import ACTIVATIONS
 from pyfused.reference.cross_attention_residual import attention_probabilities
 
 ABSORBED = PLANS[:2]
-every_plan = planned({"portable": PLANS, "triton": PLANS})
-every_absorbed_plan = planned({"portable": ABSORBED, "triton": ABSORBED})
+EVERY = {"portable": PLANS, "triton": PLANS}
+EVERY_ABSORBED = {"portable": ABSORBED, "triton": ABSORBED}
+every_plan, every_absorbed_plan = planned(EVERY), planned(EVERY_ABSORBED)
 # For tests in a dtype that the backend takes: `plain_dtype`.
 every_raw_plan = planned({"portable": ABSORBED, "triton": ABSORBED, "cuda": ABSORBED})
 # Every argument that gets a gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -42,6 +43,22 @@ def planned(plans: Mapping[str, Sequence[str]]) -> pytest.MarkDecorator:
         for plan in names
     ]
     return pytest.mark.parametrize(("backend", "plan"), cases)
+
+
+def rotated(plans: Mapping[str, Sequence[str]], **axes: Sequence) -> pytest.MarkDecorator:
+    """Every plan of every backend with values of the axes: all products on the portable backend; on the others, which
+    an interpreter or the emulator serves, as few as hold every value of each axis."""
+    cases = []
+    for backend, names in plans.items():
+        for shift, plan in enumerate(names):
+            products = list(itertools.product(*axes.values()))
+            if backend != "portable":
+                count = max(map(len, axes.values()))
+                products = [tuple(axis[(i + shift) % len(axis)] for axis in axes.values()) for i in range(count)]
+            for values in products:
+                name = "-".join((backend, plan, *map(str, values)))
+                cases.append(pytest.param(backend, plan, *values, marks=skips(backend), id=name))
+    return pytest.mark.parametrize(("backend", "plan", *axes), cases)
 
 
 def seed(value: int = 0x1234_5678_9ABC) -> Tensor:

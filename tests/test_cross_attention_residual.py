@@ -6,8 +6,17 @@ import itertools
 
 import pytest
 import torch
-from cross_attention_cases import ABSORBED, check, draw, every_absorbed_plan, every_plan, padding
-from operator_cases import DEVICE, LAYOUTS, cast, leaves_of, run, seed
+from cross_attention_cases import (
+    ABSORBED,
+    EVERY,
+    EVERY_ABSORBED,
+    check,
+    draw,
+    every_absorbed_plan,
+    every_plan,
+    padding,
+)
+from operator_cases import DEVICE, LAYOUTS, cast, leaves_of, rotated, run, seed
 from oracle import cotangent, randn
 
 import pyfused
@@ -56,7 +65,7 @@ def _grid():
     """Every (plan, T, H), each (plan, T) in every dtype; the rest rotates."""
     for n, (plan, tokens, heads) in enumerate(itertools.product(PLANS, TOKENS, HEADS)):
         # What does not fit the time of a test takes a shorter L.
-        lengths = [length for length in LENGTHS if length * tokens * heads <= 1 << 20]
+        lengths = [length for length in LENGTHS if length * tokens * heads <= 1 << 18]
         length = lengths[(n + n // 4) % len(lengths)]
         dtype, width = DTYPES[(n + n // 4 + n // 24) % 4], WIDTHS[(n + n // 3) % 3]
         name = f"{plan}-T{tokens}-H{heads}-d{width}-L{length}-{str(dtype)[6:]}"
@@ -78,19 +87,18 @@ COLUMNS = ((3, 5), (1, 16), (12, 3), (2, 1), (5, 8))
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("tokens", "heads"), COLUMNS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@every_plan
-def test_several_tiles_and_a_tail(backend, plan, dtype, tokens, heads):
+@rotated(EVERY, columns=COLUMNS, dtype=DTYPES[:3])
+def test_several_tiles_and_a_tail(backend, plan, dtype, columns):
+    tokens, heads = columns
     n = COLUMNS.index((tokens, heads)) + 5 * DTYPES.index(dtype) + 15 * PLANS.index(plan)
     _check(2, 37, tokens, heads, 24, backend, plan, n, dtype=dtype, channels=41, context_channels=28)
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("mask", [None, "each", "shared"])
-@every_absorbed_plan
-def test_options_beside_each_other(backend, plan, mask, p, norm_match):
+@rotated(
+    EVERY_ABSORBED, mask=(None, "each", "shared"), match=((0.3, True), (0.0, True), (0.3, False), (0.0, False))
+)  # fmt: skip
+def test_options_beside_each_other(backend, plan, mask, match):
+    p, norm_match = match
     weight = WEIGHTS[((None, "each", "shared").index(mask) + norm_match + (p > 0.0)) % 3]
     tensors = draw(3, 35, 3, 36, 4, 8, weight=weight, context_batch=3 if mask == "shared" else 1)
     check(
@@ -99,9 +107,7 @@ def test_options_beside_each_other(backend, plan, mask, p, norm_match):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_plan
+@rotated(EVERY, dtype=DTYPES[1:3], norm_match=(False, True))
 def test_float32_projections_beside_16_bits(backend, plan, dtype, norm_match):
     length = 700 if backend == "portable" else 40
     tensors = draw(2, length, 3, 36, 4, 16, dtype, projections=torch.float32, weight="channels")
@@ -110,12 +116,8 @@ def test_float32_projections_beside_16_bits(backend, plan, dtype, norm_match):
     assert results["dq_weight"].dtype == results["dout_bias"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("logits", [0.01, 2.0, 10.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_plan
+@rotated(EVERY, dtype=DTYPES[:3], logits=(10.0, 0.01, 2.0))
 def test_logits_of_any_size(backend, plan, dtype, logits):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("no kernel takes float64")
     tensors = draw(2, 40, 6, 36, 4, 16, dtype, logits=logits)
     q, k = tensors["x"] @ tensors["q_weight"].T, tensors["context"] @ tensors["k_weight"].T
     size = (q[..., :16].double() @ k[..., :16].double().mT / 4).std().item()
@@ -179,9 +181,7 @@ def test_offsets_beyond_32_bits(backend, plan, tmp_path):
     check(tensors, backend, plan, num_heads=2, norm_match=True)
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@every_plan
+@rotated(EVERY, dtype=DTYPES[:3], norm_match=(True, False))
 def test_a_sample_without_any_key_gets_out_bias_alone(backend, plan, dtype, norm_match):
     tensors = draw(3, 35, 5, 36, 4, 8, dtype, weight="scalar", context_batch=1)
     mask = padding(3, 5)
@@ -205,9 +205,7 @@ def test_a_sample_without_any_key_gets_out_bias_alone(backend, plan, dtype, norm
     assert torch.equal(gradients[0][2], dy[2])
 
 
-@pytest.mark.parametrize("zero", ["x", "attention"])
-@pytest.mark.parametrize("eps", [0.0, 1e-6])
-@every_plan
+@rotated(EVERY, zero=("x", "attention"), eps=(0.0, 1e-6))
 def test_a_norm_of_zero_has_gradient_zero(backend, plan, eps, zero):
     tensors = draw(2, 35, 3, 20, 4, 8, absent=("out_bias",) if zero == "attention" else (), weight="scalar")
     if zero == "x":
@@ -262,10 +260,9 @@ def test_dropout_without_a_seed_follows_torchs_generator_and_is_the_same_in_back
     assert not torch.equal(again, ys[0])
 
 
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize(("tokens", "heads"), [(1, 3), (3, 5), (7, 6)])
-@every_plan
-def test_plans_agree(backend, plan, tokens, heads, norm_match):
+@rotated(EVERY, columns=((1, 3), (3, 5), (7, 6)), norm_match=(True, False))
+def test_plans_agree(backend, plan, columns, norm_match):
+    tokens, heads = columns
     tensors = draw(2, 35, tokens, 36, heads, 8, context_channels=20)
     options = {"num_heads": heads, "norm_match": norm_match, "key_padding_mask": padding(2, tokens)}
     expected = run(pyfused.cross_attention_residual, tensors, plan="standard", backend="portable", **options)

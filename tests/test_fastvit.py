@@ -111,7 +111,7 @@ class TestBlock:
         assert_within(actual, plain, oracle, dtype)
 
     @both
-    @pytest.mark.parametrize(("channels", "size"), [(48, 7), (76, 7), (80, 5), (32, 1), (64, 14)])
+    @pytest.mark.parametrize(("channels", "size"), [(48, 7), (76, 5), (80, 4), (32, 1)])
     def test_odd_channels_and_sizes(self, kind, channels, size):
         if kind == "AttentionBlock" and channels % 32:
             channels = 32 * (channels // 32)
@@ -433,10 +433,10 @@ class TestModel:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.05)
-        x, labels = randn(8, 3, 64, 64, dtype=torch.float64), torch.arange(8)
+        x, labels = randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
         losses = []
         model.train()
-        for _ in range(4):
+        for _ in range(3):
             loss = F.cross_entropy(model(x), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -262,7 +262,7 @@ def test_gradcheck(norm_match, activation):
             norm_match=norm_match, eps=(0.0, 0.1)[n % 2], backend="portable",
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(function, tuple(leaves_of(given).values()))
+    assert torch.autograd.gradcheck(function, tuple(leaves_of(given).values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("norm_match", [False, True])

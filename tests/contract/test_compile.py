@@ -84,8 +84,9 @@ def test_images_of_other_sizes_do_not_recompile(function, draw):
     assert counter.frame_count <= 2
 
 
-@every_portable_call
+@pytest.mark.parametrize(("operator", "backend", "plan"), [("lora_linear", "portable", "blas")])
 def test_dynamic_from_the_first_call(operator, backend, plan):
+    """Of one operator: to a compiler the others' schemas are no different."""
     function, tensors = call(operator, backend, plan)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=fresh_compiler("aot_eager"))
     _assert_alike(compiled, function, tensors, plain_dtype(backend))

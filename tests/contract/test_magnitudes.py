@@ -45,6 +45,13 @@ CALLS = {
 }
 
 
+def _magnitudes(backend, dtype, i):
+    """Interpreted or emulated kernels meet the ends: both in float16, one in turn in bfloat16, which has the range."""
+    if backend == "portable":
+        return MAGNITUDES
+    return MAGNITUDES[::2] if dtype == torch.float16 else (MAGNITUDES[2 * (i % 2)],)
+
+
 def _times(tensor, magnitude):
     return (tensor.double() * magnitude).to(tensor.dtype)
 
@@ -57,8 +64,8 @@ def test_each_tensor_at_each_magnitude(operator, backend, plan, dtype):
     broken = []
     for drawn, options in CALLS[operator]:
         tensors = drawn(dtype)
-        for name in (*(name for name, value in tensors.items() if value is not None), "dy"):
-            for magnitude in MAGNITUDES if backend == "portable" else (MAGNITUDES[0], MAGNITUDES[-1]):
+        for i, name in enumerate((*(name for name, value in tensors.items() if value is not None), "dy")):
+            for magnitude in _magnitudes(backend, dtype, i):
                 changed = tensors if name == "dy" else tensors | {name: _times(tensors[name], magnitude)}
                 upstream = (lambda y, m=magnitude: _times(cotangent(y), m)) if name == "dy" else cotangent
                 try:
