@@ -16,11 +16,15 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: as the body, or the disk, does; its file name is ``path``.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    # Of a link, what it leads to.
+    place = path.resolve()
+    partial = place.with_name(f"{place.name}.partial")
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(place)
     except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +82,8 @@ def inject_lora(
             or vdim of its own is always split.
         freeze: whether everything in ``model`` stops training but the LoRA parameters and ``train``. What an earlier
             call of this package set to train goes on training. Default True.
-        train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",). Modules there
-            get no LoRA.
+        train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",). Modules and
+            weights there get no LoRA.
         exclude: dotted paths, from ``model``, of modules where nothing is adapted.
         lora_dtype: of the LoRA parameters. Default: float32 for float16 and bfloat16 weights, else the weight's.
         freeze_batchnorm: with ``freeze``, a BatchNorm that has nothing to train stays in eval mode, also when the
@@ -96,9 +97,9 @@ def inject_lora(
     Raises:
         TypeError: an argument has the wrong type, a name selects a module that cannot carry LoRA, or ``lora_dtype`` is
             neither a weight's dtype nor float32 over a narrower one.
-        ValueError: a name or path selects nothing (near names are listed) or what carries LoRA already, a setting is
-            out of range, ``model`` is PEFT's or sharded, a parameter of it is uninitialized or made under
-            inference_mode, or LoRA did not run on ``example_inputs``.
+        ValueError: a name or path selects nothing (near names are listed), what carries LoRA already or what is
+            compiled by itself, a setting is out of range, ``model`` is PEFT's, sharded or in DistributedDataParallel, a
+            parameter of it is uninitialized or made under inference_mode, or LoRA did not run on ``example_inputs``.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; "all-linear" as in PEFT.
     """
@@ -125,7 +126,8 @@ def inject_lora(
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     surgery.resolve(_CALLER, "exclude", exclude, modules.union(*(layer.names() for layer in layers)))
     notes: list[str] = []
-    sites, why = _find_sites(model, layers, targets, train, exclude, notes)
+    whole = {id(parameter) for parameter in trained}
+    sites, why = _find_sites(model, layers, targets, train, exclude, whole, notes)
     _set_by_pattern("rank", rank, _RANK, sites)
     _set_by_pattern("alpha", alpha, _ALPHA, sites)
     surgery.check_parameters(_CALLER, model)
@@ -184,14 +186,15 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], check_se
     Raises:
         TypeError: an argument has the wrong type, or a tensor is not a dense floating one.
         ValueError: names are missing or unknown, shapes or settings differ, settings are missing, or ``model`` is
-            sharded.
+            sharded or on device meta.
     """
     caller = "load_lora_state_dict"
     own, settings = _own_state(caller, model)
-    checkpoint.load(
-        caller, model, own, settings, _SETTINGS, state, check_settings,
-        lambda tensors: model.load_state_dict(tensors, strict=False),
-    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for _, module in _lora_modules(caller, model):
+            # What is merged is merged anew.
+            stack.enter_context(module.held(merged=False))
+        checkpoint.load(caller, model, own, settings, _SETTINGS, state, check_settings)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
@@ -220,9 +223,9 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
     with surgery.all_or_nothing() as change:
         for place, module in plain:
             change.replace(place, module)
-            for host, _ in place.spots:
-                if isinstance(host, third_party.CallingPool | third_party.CallingQKV):
-                    change.as_base(host)
+        for inside in list(model.modules()):
+            if isinstance(inside, third_party.CallingPool | third_party.CallingQKV | surgery.DenseEncoder):
+                change.as_base(inside)
         surgery.release_batchnorms(model, change)
 
 
@@ -235,9 +238,10 @@ def _find_sites(
     targets: tuple[str, ...],
     train: tuple[str, ...],
     exclude: tuple[str, ...],
+    whole: set[int],
     notes: list[str],
 ) -> tuple[list[_Site], dict[int, str]]:
-    """The sites, and by id of a module why another is none."""
+    """The sites, and by id of a module why another is none; ``whole`` are the parameters that train whole, by id."""
     sites: list[_Site] = []
     why: dict[int, str] = {}
     matched: set[str] = set()
@@ -265,7 +269,10 @@ def _find_sites(
             raise layer.refusal
         parts = set().union(*hits.values())
         parts -= set().union(*(own for name, own in layer.names().items() if surgery.under(name, (*train, *exclude))))
-        if parts:
+        parts -= {part for part in parts if any(id(weight) in whole for weight in layer.weights(part))}
+        if not parts:
+            why[id(layer.module)] = "trains whole: in train"
+        else:
             sites.append(_Site(layer, parts, {}, {}))
             if len(layer.place.paths) > 1:
                 notes.append(f"one module stands at {', '.join(layer.place.paths)}: adapted once, for all of them")
@@ -386,7 +393,7 @@ def _keep_dense(model: nn.Module, change: surgery.Change) -> list[str]:
         if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
             continue
         if any(isinstance(child, LoRAModule) for child in module.modules()):
-            change.set(module, "use_nested_tensor", False)
+            change.as_variant(module, surgery.DenseEncoder)
             dense += 1
     return [f"{dense} nn.TransformerEncoder no longer use nested tensors"] if dense else []
 

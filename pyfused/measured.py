@@ -140,6 +140,9 @@ def read(path: Path = PATH) -> list[Row]:
         rows = [Row(**item | {"capability": tuple(item["capability"])}) for item in items]
         # Also what a table makes of them: the sizes that the costs need, times that have a logarithm.
         Table(rows)
+        for row in rows:
+            if not isinstance(row.rows, int) or row.rows < 1:
+                raise ValueError(f"rows must be a whole number from 1 on, got {row.rows!r}")
         return rows
     except FileNotFoundError:
         return []

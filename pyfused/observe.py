@@ -29,27 +29,42 @@ def module_of(function: Callable) -> nn.Module | None:
 
 
 def undisturbed(function: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """``function(*args, **kwargs)``, after which its module is as it was.
+    """``function(*args, **kwargs)``, after which its module is as it was; see `state_kept`."""
+    with state_kept(module_of(function), args, kwargs):
+        return function(*args, **kwargs)
 
-    Its buffers (a BatchNorm's running statistics in train mode) are copies during the call, and torch's random
-    generators are put back. What was compiled with `torch.compile` runs eagerly.
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Afterwards the buffers of ``model`` (a BatchNorm's running statistics) and torch's generators are as before.
+
+    What was compiled with `torch.compile` runs eagerly meanwhile.
     """
-    runner = _Runner(function)
-    buffers = {name: buffer.clone() for name, buffer in runner.named_buffers()}
+    modules = [] if model is None else list(model.modules())
+    held = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
+    tensors = [*args, *kwargs.values(), *([] if model is None else model.parameters())]
+    devices = sorted({tensor.device.index for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda})
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_random_state_kept(runner, args, kwargs))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         # Compiled code would run without calling observers; nothing is compiled before Dynamo is imported.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        return torch.func.functional_call(runner, buffers, tuple(args), dict(kwargs))
+        # Copies take the writes: what a graph in progress has saved of the buffers must not change.
+        copies = {id(buffer): buffer.clone() for _, _, buffer in held}
+        try:
+            for module, name, buffer in held:
+                module._buffers[name] = copies[id(buffer)]
+            yield
+        finally:
+            for module, name, buffer in held:
+                module._buffers[name] = buffer
 
 
 def never_called(
     function: Callable, wanted: Callable[[nn.Module], bool], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[str]:
     """The paths of the ``wanted`` modules that do not run in one call without gradients."""
-    model = module_of(function)
-    with torch.no_grad(), calls_watched(model, wanted) as waiting:
+    with torch.no_grad(), calls_watched(module_of(function), wanted) as waiting:
         undisturbed(function, args, kwargs)
     return list(waiting.values())
 
@@ -69,24 +84,3 @@ def calls_watched(model: nn.Module | None, wanted: Callable[[nn.Module], bool]) 
 def _forget(modules: dict[nn.Module, str], module: nn.Module) -> None:
     # What a hook returns would replace the module's input.
     modules.pop(module, None)
-
-
-class _Runner(nn.Module):
-    """A callable together with the module it belongs to, so that its buffers can be replaced for one call."""
-
-    def __init__(self, function: Callable) -> None:
-        super().__init__()
-        self.target = module_of(function)
-        # A list hides a module from nn.Module's registration: it is already here as ``target``.
-        self._function = [function]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function[0](*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _random_state_kept(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    tensors = [*model.parameters(), *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))]
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pyfused import BottleneckAdapter, LoRALinear, ScaledCrossAttention, inject_lora
 from pyfused.diagnostics import CheckReport, check
@@ -265,6 +266,8 @@ class TestBadInput:
         model, optimizer, x = adapted()
         with pytest.raises(ValueError, match="optimizer needs loss_fn"):
             check(model, x, optimizer=optimizer)
+        with pytest.raises(ValueError, match="optimizer must step without a closure, got LBFGS"):
+            check(model, x, loss_fn=loss_of, optimizer=torch.optim.LBFGS(model.head.parameters()))
         with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got str"):
             check(model, x, loss_fn=loss_of, optimizer="adam")
 
@@ -274,3 +277,77 @@ class TestBadInput:
             check(model, x, loss_fn=lambda y: 1.0)
         with pytest.raises(ValueError, match=r"loss_fn must return a scalar, got shape \(2, 3\)"):
             check(model, x, loss_fn=lambda y: y)
+
+
+class TestNoTrace:
+    """What a step could leave behind, besides the model's own parameters and gradients."""
+
+    def test_recomputed_batchnorms(self):
+        class Recomputed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm, self.proj = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+            def forward(self, x):
+                return checkpoint(lambda y: self.proj(self.norm(y)), x, use_reentrant=False)
+
+        model = Recomputed().train()
+        inject_lora(model, rank=2, freeze_batchnorm=False)
+        before = copy.deepcopy(model.norm.state_dict())
+        assert check(model, torch.randn(4, 8), loss_fn=loss_of).passed
+        assert all(torch.equal(value, before[name]) for name, value in model.norm.state_dict().items())
+
+    def test_a_buffer_that_is_replaced(self):
+        class Counts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.proj = nn.Linear(8, 8)
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x):
+                self.calls = self.calls + 1
+                return self.proj(x)
+
+        model = Counts()
+        inject_lora(model, rank=2)
+        buffer = model.calls
+        check(model, torch.randn(4, 8))
+        assert model.calls is buffer
+        assert buffer == 0
+
+    def test_the_loss(self):
+        model, _, x = adapted()
+        criterion = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *criterion.parameters()])
+        weight, generator = criterion.weight.detach().clone(), torch.get_rng_state()
+        x.requires_grad_()
+
+        def loss(y):
+            return criterion(y + torch.randn_like(y)).square().mean()
+
+        assert check(model, x, loss_fn=loss, optimizer=optimizer).passed
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert criterion.weight.grad is None
+        assert x.grad is None
+        assert torch.equal(criterion.weight, weight)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_under_another_grad_mode(self, mode):
+        model, optimizer, x = adapted()
+        with mode():
+            assert check(model, x, loss_fn=loss_of, optimizer=optimizer).passed
+
+
+def test_odd_models():
+    model, _, x = adapted()
+    model.register_parameter("scale", nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False))
+    assert check(model, x).passed
+    nn.utils.parametrize.register_parametrization(model.block.mlp[0], "weight", nn.Identity())
+    assert check(model, x).passed
+
+
+def test_a_head_that_carries_lora_alone_is_frozen():
+    torch.manual_seed(0)
+    model = Model()
+    inject_lora(model, ["mlp", "head"], rank=2)
+    assert verdict(check(model, torch.randn(2, 4, 8)), "head") == "warn"

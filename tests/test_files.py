@@ -49,6 +49,20 @@ class TestReplacing:
             partial.write_text("new")
         assert raised.value.filename == str(path)
 
+    def test_a_link_leads_to_what_is_replaced(self, tmp_path):
+        target, link = tmp_path / "a.json", tmp_path / "link.json"
+        target.write_text("old")
+        link.symlink_to(target)
+        with files.replacing(link) as partial:
+            partial.write_text("new")
+        assert link.is_symlink()
+        assert target.read_text() == "new"
+
+    def test_another_files_error_keeps_its_name(self, tmp_path):
+        with pytest.raises(FileNotFoundError) as raised, files.replacing(tmp_path / "a.json"):
+            (tmp_path / "input.txt").read_text()
+        assert raised.value.filename == str(tmp_path / "input.txt")
+
 
 class TestMeasured:
     @pytest.mark.parametrize(
@@ -57,6 +71,7 @@ class TestMeasured:
             "", "[", "{}", "[1]", "3", "null", "[" * 100_000, json.dumps([ROW | {"sizes": {"K": 1}}]),
             json.dumps([ROW | {"capability": 3}]), json.dumps([ROW | {"found": {"triton": 0.0, "cuda": 1.0}}]),
             json.dumps([ROW | {"found": {"triton": "fast", "cuda": 1.0}}]), json.dumps([ROW | {"speed": 1}]),
+            json.dumps([ROW | {"rows": "5"}]),
             json.dumps([{key: value for key, value in ROW.items() if key != "rows"}]),
         ],
     )  # fmt: skip

@@ -225,7 +225,28 @@ class ReadsItself(nn.Module):
         return self.fc(F.linear(x, self.proj.weight, self.proj.bias))
 
 
+class ReadsAttention(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.attn, self.fc, self.name = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), name
+
+
+class ReadsInProj(ReadsAttention):
+    def forward(self, x):
+        return self.fc(F.linear(x, self.attn.in_proj_weight)[..., :8])
+
+
+class ReadsOutProj(ReadsAttention):
+    def forward(self, x):
+        return self.fc(F.linear(x, self.attn.out_proj.weight))
+
+
 class TestNothingDead:
+    @pytest.mark.parametrize("host", [ReadsInProj, ReadsOutProj])
+    def test_an_attention_whose_weights_are_read(self, host):
+        report = inject_lora(nn.Sequential(host("attn")), rank=2)
+        assert [row.path for row in report.rows] == ["0.fc"]
+
     def test_a_layer_whose_weight_is_read_is_refused_by_name(self):
         model = nn.Sequential(ReadsItself())
         before = snapshot(model)
@@ -407,6 +428,157 @@ def test_the_same_bits_in_every_mode(made, autocast):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+class TestCompiled:
+    """What was compiled goes on running what it was compiled of: nothing is put in its place without a word."""
+
+    def test_a_layer_with_its_own_compile(self):
+        model = Tower()
+        model.mlp[0].compile(backend="eager")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"expected a Linear that is not compiled.*compile it afterwards"):
+            inject_lora(model, rank=2)
+        assert snapshot(model) == before
+        assert inject_lora(model, rank=2, exclude=["mlp.0"]).total == 3
+
+    def test_taking_out_a_layer_with_its_own_compile(self):
+        model = Tower()
+        inject_lora(model, rank=2)
+        model.mlp[0].compile(backend="eager")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="that is not compiled"):
+            remove_lora(model)
+        assert snapshot(model) == before
+
+    def test_a_layer_in_torch_compile(self):
+        model = Tower()
+        model.mlp[0] = torch.compile(model.mlp[0], backend="eager")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"torch.compile made a module of this Linear"):
+            inject_lora(model, rank=2)
+        assert snapshot(model) == before
+
+    def test_blocks_of_fastvit(self):
+        pytest.importorskip("timm")
+        from models_setup import fastvit
+
+        from pyfused.models import add_adapters, remove_adapters
+
+        model = fastvit("fastvit_t8")
+        block = model.stages[0].blocks[0]
+        block.compile(backend="eager")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"expected a RepMixerBlock that is not compiled"):
+            add_adapters(model)
+        assert snapshot(model) == before
+        block._compiled_call_impl = None
+        add_adapters(model)
+        model.stages[0].blocks[0].compile(backend="eager")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"that is not compiled"):
+            remove_adapters(model)
+        assert snapshot(model) == before
+
+    def test_a_block_in_torch_compile_and_a_whole_model(self):
+        model, x = Tower().eval(), torch.randn(2, 4, 8)
+        model.mlp = torch.compile(model.mlp, backend="eager")
+        compiled = torch.compile(model, backend="eager")
+        expected = compiled(x)
+        report = inject_lora(compiled, rank=2)
+        assert {row.path for row in report.rows} == {
+            f"_orig_mod.{name}" for name in ("attn.in_proj", "attn.out_proj", "mlp._orig_mod.0", "mlp._orig_mod.2")
+        }
+        torch.testing.assert_close(compiled(x), expected)
+        wake(model)
+        y = compiled(x)
+        assert (y - expected).abs().max() > 1e-3
+        y.sum().backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
+
+
+class TestHeadsInside:
+    def test_of_a_model_in_a_wrapper(self):
+        transformers = pytest.importorskip("transformers")
+        bert = transformers.BertForSequenceClassification(
+            transformers.BertConfig(
+                vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+            )
+        )
+        wrapper = nn.Module()
+        wrapper.lm = bert
+        report = inject_lora(wrapper, rank=2)
+        assert not any("classifier" in row.path for row in report.rows)
+        assert any("lm.classifier" in row.paths for row in report.left)
+
+    def test_of_a_language_model_in_a_wrapper(self):
+        transformers = pytest.importorskip("transformers")
+        wrapper = nn.Module()
+        wrapper.lm = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+            )
+        )
+        report = inject_lora(wrapper, rank=2)
+        assert not any("lm_head" in row.path for row in report.rows)
+
+
+class TestTrainedWeights:
+    @pytest.mark.parametrize("name", ["mlp.0.weight", "attn.in_proj_weight", "attn.out_proj.weight"])
+    def test_a_weight_that_trains_whole_gets_no_lora(self, name):
+        model = Tower()
+        report = inject_lora(model, rank=2, train=[name])
+        adapted = name.replace("_weight", "").replace(".weight", "")
+        assert adapted not in {row.path for row in report.rows}
+        assert report.total == 3
+        assert model.get_parameter(name).requires_grad
+
+    def test_a_bias_that_trains_does_not_matter(self):
+        assert inject_lora(Tower(), rank=2, train=["mlp.0.bias"]).total == 4
+
+    def test_a_tied_weight_that_trains(self):
+        model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "out": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+        model["out"].weight = model["embed"].weight
+        report = inject_lora(model, rank=2, train=["embed"])
+        assert [row.path for row in report.rows] == ["proj"]
+        assert {row.why for row in report.left if "out" in row.paths} == {"trains whole: in train"}
+
+
+class TestTakingOut:
+    def test_norms_stay_held_while_another_adapter_is_there(self):
+        pytest.importorskip("timm")
+        from models_setup import fastvit
+
+        from pyfused.models import add_adapters, remove_adapters
+
+        for first, second in ((remove_lora, remove_adapters), (remove_adapters, remove_lora)):
+            model = fastvit("fastvit_t8")
+            add_adapters(model)
+            inject_lora(model, "fc1", rank=2)
+            norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+            first(model)
+            assert not any(norm.training for norm in model.train().modules() if isinstance(norm, nn.BatchNorm2d))
+            second(model)
+            assert all(norm.training for norm in norms)
+
+    def test_nested_tensors_come_back(self):
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+        assert encoder.use_nested_tensor
+        inject_lora(encoder, rank=2)
+        for other in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+            assert not other.use_nested_tensor
+        remove_lora(encoder)
+        assert encoder.use_nested_tensor
+        assert type(encoder) is nn.TransformerEncoder
+
+    @pytest.mark.parametrize("merge", [True, False])
+    def test_under_inference_mode(self, merge):
+        model = Tower()
+        inject_lora(model, rank=2)
+        with torch.inference_mode():
+            remove_lora(model, merge=merge)
+        assert not any(p.is_inference() for p in model.parameters())
+        assert inject_lora(model, rank=2).total == 4
+
+
 class TestAllOrNothing:
     def test_a_parent_that_refuses_the_new_module(self):
         class Picky(nn.Module):
@@ -501,6 +673,12 @@ class TestRefusedModels:
         model = nn.Sequential(Tower(), FSDPModule())
         with pytest.raises(ValueError, match=r"model must not be sharded, got the FSDPModule '1'; inject first"):
             inject_lora(model)
+
+    def test_distributed_data_parallel(self):
+        wrapper = nn.Sequential(nn.Linear(4, 4))
+        wrapper.__class__ = type("DDP", (nn.Sequential, nn.parallel.DistributedDataParallel), {})
+        with pytest.raises(ValueError, match=r"must not be in DistributedDataParallel yet.*inject first, and wrap"):
+            inject_lora(wrapper)
 
     def test_dtensor(self):
         distributed = pytest.importorskip("torch.distributed")
@@ -643,6 +821,27 @@ class TestCheckpoints:
         for target in (torch.compile(part), inside, whole):
             load_lora_state_dict(target, zeros)
             assert not any(value.any() for name, value in lora_state_dict(target).items() if name != "lora_settings")
+
+    def test_a_model_on_meta_is_refused(self):
+        with torch.device("meta"):
+            model = Tower()
+        inject_lora(model, rank=2, alpha=4)
+        with pytest.raises(ValueError, match=r"model must hold values, got .* on device meta; call to_empty\(\) first"):
+            load_lora_state_dict(model, lora_state_dict(self.made()))
+
+    def test_a_merged_model_merges_anew(self):
+        model, other, x = self.made().eval(), self.made().eval(), torch.randn(2, 4, 8)
+        state = {
+            name: value if name == "lora_settings" else 2.0 * value for name, value in lora_state_dict(other).items()
+        }
+        for module in model.modules():
+            if hasattr(module, "merge"):
+                module.merge()
+        before = model(x)
+        load_lora_state_dict(model, state)
+        load_lora_state_dict(other, state)
+        assert (model(x) - before).abs().max() > 1e-4
+        torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
 
     def test_16_bit_copies_load(self):
         model, state = self.made(), lora_state_dict(self.made())

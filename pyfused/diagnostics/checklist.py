@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pyfused.modules import LoRAModule
 from pyfused.modules.table import table
 from pyfused.modules.targets import heads_of, layers_of
 from pyfused.modules.wide import KeepsWide
-from pyfused.observe import calls_watched, module_of, undisturbed
+from pyfused.observe import calls_watched, module_of, state_kept
 
 _CALLER = "check"
 # LoRA's learning rate for Adam; how many times more or less is still usual.
@@ -107,7 +108,7 @@ def check(
 
     Raises:
         TypeError: an argument has the wrong type, or the loss is no tensor.
-        ValueError: ``optimizer`` without ``loss_fn``, or the loss is not a scalar.
+        ValueError: ``optimizer`` without ``loss_fn``, or one that steps by a closure, or the loss is not a scalar.
     """
     module = module_of(model)
     if module is None:
@@ -120,12 +121,20 @@ def check(
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         args, kwargs = (), dict(inputs[0])
 
+    closure = None if optimizer is None else inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"{_CALLER}: optimizer must step without a closure, got {type(optimizer).__name__}")
+
     adapters = _Adapters(module)
     rows = [*_standing(module, adapters)]
     trained = set(adapters.alive.values())
-    with calls_watched(module, lambda inside: inside in trained) as waiting, _gradients_kept(module):
-        with torch.set_grad_enabled(loss_fn is not None):
-            output = undisturbed(model, args, kwargs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(loss_fn is not None))
+        stack.enter_context(state_kept(module, args, kwargs))
+        stack.enter_context(_gradients_kept([module.parameters(), _held_by(optimizer), (*args, *kwargs.values())]))
+        waiting = stack.enter_context(calls_watched(module, lambda inside: inside in trained))
+        output = model(*args, **kwargs)
         if trained:
             dead = list(waiting.values())
             rows.append(_all("called", adapters.alive, dead, "ran", "were never called, so they would never train"))
@@ -199,7 +208,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _finite(name: str, tensors: Mapping[str, Tensor]) -> CheckRow:
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    # What is narrower than 16 bits has no test of its own.
+    wide = {key: t.detach().float() if t.dtype.itemsize == 1 else t.detach() for key, t in tensors.items()}
+    bad = [key for key, tensor in wide.items() if not torch.isfinite(tensor).all()]
     return _all(name, tensors, bad, "tensors are finite", "hold NaN or inf")
 
 
@@ -251,7 +262,10 @@ def _attention(model: nn.Module) -> Iterator[CheckRow]:
 
 
 def _head(model: nn.Module) -> Iterator[CheckRow]:
-    parameters = {path: list(model.get_submodule(path).parameters()) for path in sorted(set(heads_of(model).values()))}
+    parameters = {
+        path: [p for name, p in model.get_submodule(path).named_parameters() if "lora_" not in name]
+        for path in sorted(set(heads_of(model).values()))
+    }
     frozen = [path for path, own in parameters.items() if own and not any(p.requires_grad for p in own)]
     if frozen:
         finding = (
@@ -268,7 +282,7 @@ def _frozen(adapters: _Adapters) -> CheckRow:
         for path, module in adapters.modules.items()
         if isinstance(module, LoRAModule)
         for name in module._weight_names(module)
-        if module.get_parameter(name).requires_grad
+        if (weight := module._parameters.get(name)) is not None and weight.requires_grad
     ]
     if under:
         return CheckRow("backbone frozen", "fail", f"{len(under)} weights train under their own LoRA: {_some(under)}")
@@ -350,10 +364,15 @@ def _after_step(optimizer: torch.optim.Optimizer, adapters: _Adapters) -> Iterat
         )
 
 
+def _held_by(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+
 @contextlib.contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients meanwhile, and with their own again afterwards."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _gradients_kept(tensors: Iterable[Iterable[Any]]) -> Iterator[None]:
+    """The leaves among ``tensors`` without gradients meanwhile, and with their own again afterwards."""
+    leaves = {id(t): t for some in tensors for t in some if isinstance(t, Tensor) and t.is_leaf}
+    before = [(leaf, leaf.grad) for leaf in leaves.values()]
     for parameter, _ in before:
         parameter.grad = None
     try:
@@ -366,7 +385,7 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _step_undone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """What a step changes, parameters and the optimizer's state, as it was afterwards."""
-    values = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    values = [(p, p.detach().clone()) for p in _held_by(optimizer)]
     state = {parameter: copy.deepcopy(held) for parameter, held in optimizer.state.items()}
     settings = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:

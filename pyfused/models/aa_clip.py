@@ -292,9 +292,8 @@ class AdaptedCLIP(nn.Module):
             ValueError: names are missing or unknown, or shapes or settings differ, or settings are missing.
         """
         checkpoint.load(
-            "load_adapter_state_dict", self, self._own_parameters(), self._settings(), _SETTINGS, state, check_settings,
-            lambda tensors: self.load_state_dict(tensors, strict=False),
-        )  # fmt: skip
+            "load_adapter_state_dict", self, self._own_parameters(), self._settings(), _SETTINGS, state, check_settings
+        )
 
     def _own_parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("clip.")}

@@ -7,7 +7,7 @@ in a tensor of bytes. The files are another room's matter.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,11 +69,8 @@ def load(
     key: str,
     state: Mapping[str, Tensor],
     check_settings: bool,
-    copy: Callable[[dict[str, Tensor]], object],
 ) -> None:
-    """Check ``state`` as a whole against the model's ``own`` tensors and their settings, then ``copy`` it.
-
-    ``copy`` gets the tensors by the model's own names, which those of a compiled model are not.
+    """Check ``state`` as a whole against the model's ``own`` tensors and their settings, then copy it into them.
 
     Raises:
         TypeError, ValueError: what is wrong with the state. The model is as it was.
@@ -102,6 +99,9 @@ def load(
     ]
     if differing:
         raise ValueError(f"{caller}: state must have the model's shapes: {'; '.join(differing[:5])}")
+    on_meta = [name for name, tensor in own.items() if tensor.is_meta]
+    if on_meta:
+        raise ValueError(f"{caller}: model must hold values, got {on_meta[0]} on device meta; call to_empty() first")
     shard = sharded(model)
     if shard is not None:
         raise ValueError(
@@ -115,4 +115,6 @@ def load(
             f"{caller}: state must hold the settings of its modules as {key!r}, got none: whether its numbers mean "
             "here what they meant there is not known; check_settings=False takes them as they are"
         )
-    copy({names[name]: value for name, value in given.items()})
+    with torch.no_grad():
+        for name, value in given.items():
+            own[names[name]].copy_(value)

@@ -67,7 +67,15 @@ def take_over(module: nn.Module, base: nn.Module) -> None:
     """Give a new ``module`` what ``base`` has: dictionaries and sets of its own, and what they hold shared.
 
     What is bound to ``base`` is bound to ``module``: its own methods kept as attributes, and hooks of its state dict.
+
+    Raises:
+        ValueError: ``base`` was compiled by its own ``compile()``, which would go on running it.
     """
+    if getattr(base, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__}: expected a {type(base).__name__} that is not compiled, got one that its "
+            "compile() goes on running; change the model first, and compile it afterwards"
+        )
     for name, value in base.__dict__.items():
         if isinstance(value, dict | set):
             value = copy.copy(value)
@@ -251,16 +259,16 @@ class LoRAModule(KeepsWide):
         self.refuse_sharded("merging")
         self._merge()
 
-    @torch.no_grad()
     def _merge(self) -> None:
         if self._base_weights:
             return
-        deltas = self._deltas()
-        for name, delta in deltas.items():
-            base = self.get_parameter(name)
-            merged = base.to(torch.promote_types(base.dtype, delta.dtype)).add(delta.view_as(base)).to(base.dtype)
-            self._base_weights[name] = base
-            self._parameters[name] = nn.Parameter(merged, requires_grad=False)
+        # Normal tensors, whoever asks: what is merged for inference may be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, delta in self._deltas().items():
+                base = self.get_parameter(name)
+                merged = base.to(torch.promote_types(base.dtype, delta.dtype)).add(delta.view_as(base)).to(base.dtype)
+                self._base_weights[name] = base
+                self._parameters[name] = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit. Does nothing when not merged."""
@@ -294,7 +302,7 @@ class LoRAModule(KeepsWide):
         self.refuse_replaced_forward("to_base()")
         self.refuse_computed("to_base()")
         self.refuse_sharded("to_base()")
-        with self._held(merged=merge):
+        with torch.inference_mode(False), self.held(merged=merge):
             module: nn.Module = object.__new__(self._base_class)
             take_over(module, self)
             for name, base in self._base_weights.items():
@@ -313,7 +321,7 @@ class LoRAModule(KeepsWide):
     # ---- state
 
     @contextlib.contextmanager
-    def _held(self, merged: bool) -> Iterator[None]:
+    def held(self, merged: bool) -> Iterator[None]:
         """This module's own weights merged or not for a while, then as they were."""
         before = bool(self._base_weights)
         (LoRAModule._merge if merged else LoRAModule.unmerge)(self)
@@ -326,11 +334,11 @@ class LoRAModule(KeepsWide):
         return self.own_lora_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with self._held(merged=False):
+        with self.held(merged=False):
             return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._held(merged=False):
+        with self.held(merged=False):
             super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

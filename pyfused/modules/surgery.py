@@ -90,8 +90,13 @@ def sharded(model: nn.Module) -> str | None:
 
 
 def check_whole(caller: str, model: nn.Module) -> None:
-    """Refuse a model that PEFT has changed, or that is sharded: LoRA goes in before either."""
+    """Refuse a model that PEFT has changed, or that is sharded or wrapped for it: LoRA goes in before any of them."""
     for path, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{caller}: model must not be in DistributedDataParallel yet, got {path or 'model'!r}: it would not "
+                "reduce the gradients of parameters that come later; inject first, and wrap the injected model"
+            )
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
                 f"{caller}: model must not be PEFT's, got {path or 'model'!r}, a {type(module).__module__}."
@@ -158,8 +163,17 @@ class Change:
         setattr(owner, name, value)
 
     def replace(self, place: Place, module: nn.Module) -> None:
-        """``module`` wherever ``place`` is."""
+        """``module`` wherever ``place`` is.
+
+        Raises:
+            ValueError: it is what `torch.compile` made a module of.
+        """
         for parent, name in place.spots:
+            if type(parent).__name__ == "OptimizedModule":
+                raise ValueError(
+                    f"{place.paths[0]}: torch.compile made a module of this {type(place.module).__name__}, which goes "
+                    "on running it; change the model first, and compile it afterwards"
+                )
             # Not by setattr, which a parent may refuse.
             self._undo.callback(parent._modules.__setitem__, name, place.module)
             setattr(parent, name, module)
@@ -258,6 +272,17 @@ class _NotABatchNorm(type):
         return [base for base in super().mro() if base is not _BatchNorm]
 
 
+class DenseEncoder(Variant):
+    """An nn.TransformerEncoder that makes no nested tensors of padded batches, which no layer of this package takes."""
+
+    prefix = "Dense"
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """torch's switch."""
+        return False
+
+
 class FrozenNorm(Variant):
     """A norm that is in eval mode for good."""
 
@@ -292,7 +317,10 @@ def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = ())
 
 
 def release_batchnorms(model: nn.Module, change: Change) -> None:
-    """What `hold_batchnorms` holds back under ``train()``."""
+    """What `hold_batchnorms` holds back under ``train()``, unless something of this package is left that needs it."""
+    if any(isinstance(module, KeepsWide) for module in model.modules()):
+        return
     for module in model.modules():
         if isinstance(module, FrozenNorm):
             change.as_base(module)
+            change.set(module, "training", model.training)

@@ -113,6 +113,12 @@ class Layer:
         named = [parts for name, parts in self.names().items() if f".{name}".endswith(f".{target}")]
         return set().union(*named)
 
+    def weights(self, part: str) -> list[nn.Parameter | None]:
+        """The weights that a low-rank term of ``part`` would stand beside."""
+        if self.kind == "attention" and part == "out_proj":
+            return [self.module.get_submodule("out_proj")._parameters.get("weight")]
+        return [self.module._parameters.get(name) for name in wrapper_of(self.module)._weight_names(self.module)]
+
     def _is(self, keyword: str) -> bool:
         if keyword == "conv1x1":
             return self.kind == "conv1x1"
@@ -123,7 +129,7 @@ class Layer:
 
 def layers_of(model: nn.Module, caller: str) -> list[Layer]:
     """Every layer of ``model`` that LoRA has a form for, whether or not it can carry it."""
-    heads, embedding = heads_of(model), _output_embedding(model)
+    heads, embeddings = heads_of(model), _output_embeddings(model)
     layers = []
     for place in places(model):
         module, wrapper = place.module, wrapper_of(place.module)
@@ -134,7 +140,7 @@ def layers_of(model: nn.Module, caller: str) -> list[Layer]:
             _check(f"{caller}: {layer.path}", place, wrapper)
         except (TypeError, ValueError) as error:
             layer.refusal = error
-        if module is embedding:
+        if id(module) in embeddings:
             layer.reserved = "a language model's output embedding"
         elif id(module) in heads:
             layer.reserved = f'a classifier head; a fresh one trains whole: train=("{heads[id(module)]}",)'
@@ -166,31 +172,37 @@ def _check(caller: str, place: surgery.Place, wrapper: Any) -> None:
             )
 
 
-def _output_embedding(model: nn.Module) -> object:
-    """A language model's output embedding, as transformers has it; None where there is none."""
-    try:
-        method: Any = model.get_output_embeddings
-        return method()
-    except Exception:
-        # No such method, or one that says so by raising.
-        return None
+def _output_embeddings(model: nn.Module) -> set[int]:
+    """Ids of the output embeddings of the language models in ``model``, as transformers has them."""
+    found: set[int] = set()
+    for module in model.modules():
+        method: Any = getattr(module, "get_output_embeddings", None)
+        if callable(method):
+            # One that has none may say so by raising.
+            with contextlib.suppress(Exception):
+                found.add(id(method()))
+    return found
 
 
 def heads_of(model: nn.Module) -> dict[int, str]:
     """Id of each module inside a classifier head -> the head's path: timm's by its own word, else by a child's name."""
     heads: list[object] = []
+    # What torch.compile returns is a module around the model.
+    root = getattr(model, "_orig_mod", model)
     for module in model.modules():
         classifier: Any = getattr(module, "get_classifier", None)
         if callable(classifier):
             with contextlib.suppress(Exception):
                 heads.append(classifier())
-    children = list(model.named_children())
-    for name, child in children:
-        # A single layer, or what a model of transformers or torchvision calls so; "fc" may be any layer but the last.
-        theirs = type(model).__module__.partition(".")[0] in ("transformers", "torchvision")
-        single = isinstance(child, nn.Linear) and (name != "fc" or child is children[-1][1])
-        if (theirs and name in (*_HEADS, "heads")) or (single and name in _HEADS):
-            heads.append(child)
+        children = list(module.named_children())
+        packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
+        # What a whole model of transformers or torchvision calls so, wherever it stands.
+        if "torchvision" in packages or ("transformers" in packages and hasattr(module, "get_output_embeddings")):
+            heads += [child for name, child in children if name in (*_HEADS, "heads")]
+        elif module is root:
+            # A single layer; "fc" may be any layer but the last.
+            single = [(name, child) for name, child in children if isinstance(child, nn.Linear) and name in _HEADS]
+            heads += [child for name, child in single if name != "fc" or child is children[-1][1]]
     flat = [part for head in heads for part in (head if isinstance(head, tuple | list) else [head])]
     wanted = {id(head) for head in flat if isinstance(head, nn.Module)}
     found: dict[int, str] = {}

@@ -237,6 +237,7 @@ def calling(host: nn.Module, name: str) -> type[Variant] | None:
 
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+_WEIGHTS = ("weight", "in_proj_weight")
 # What of a weight says nothing about its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
 
@@ -264,10 +265,16 @@ def _uses(code: types.CodeType, name: str) -> Iterator[tuple[dis.Instruction, di
 
 
 def _reads(code: types.CodeType, name: str) -> bool:
-    return any(
-        then.opname in _LOADS and then.argval == "weight" and not (after.opname in _LOADS and after.argval in _FACTS)
-        for then, after in _uses(code, name)
-    )
+    for then, after in _uses(code, name):
+        if then.opname not in _LOADS:
+            continue
+        fact = after.opname in _LOADS and after.argval in _FACTS
+        if then.argval in _WEIGHTS and not fact:
+            return True
+        # An attention's own layer.
+        if then.argval == "out_proj" and after.opname in _LOADS and after.argval == "weight":
+            return True
+    return False
 
 
 def _calls(code: types.CodeType, name: str) -> bool:
