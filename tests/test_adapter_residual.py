@@ -37,7 +37,7 @@ def _grid():
     cases = [(7, i, j, layout) for layout in FORMATS for i in range(7) for j in range(7)]
     cases += [
         (side, i, (2 * i + side + shift) % 7, FORMATS[(i + shift) % 3])
-        for side in SIDES[1:] for shift in (0, 3) for i in range(7)
+        for side in SIDES[1:] for shift in (0, 3) for i in range(7) if (side != 56 or shift)
     ]  # fmt: skip
     for n, (side, i, j, layout) in enumerate(cases):
         h, c = HIDDEN[i], CHANNELS[j]
@@ -61,7 +61,7 @@ def _grid():
 
 @pytest.mark.parametrize(("side", "hidden", "channels", "options"), list(_grid()))
 def test_portable_grid(side, hidden, channels, options):
-    shape, channel_dim = image(side, channels, options["layout"], batch=1 if side == 56 else 3)
+    shape, channel_dim = image(side, channels, options["layout"], batch=3 if side == 7 else 1)
     check_drawn(shape, channel_dim, hidden, "portable", options)
 
 

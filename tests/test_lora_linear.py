@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_linear_cases import check, draw, every_plan
+from lora_linear_cases import PLANS, check, draw, every_plan
 from operator_cases import (
     DEVICE,
     IMAGES,
@@ -12,6 +12,7 @@ from operator_cases import (
     cast,
     every_backend,
     plain_dtype,
+    rotated,
     seed,
 )
 
@@ -42,10 +43,9 @@ def test_portable_grid(m, k, n, r, dtype, p, bias):
 
 # M, K and N each several tiles of the interpreter's configuration and a tail.
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("r", "p"), [(1, 0.3), (3, 0.0), (16, 0.3), (20, 0.0), (20, 0.3)])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@every_plan
-def test_several_tiles_and_a_tail(backend, plan, dtype, r, p):
+@rotated(PLANS, rank=((1, 0.3), (3, 0.0), (16, 0.3), (20, 0.0), (20, 0.3)), dtype=KERNEL_DTYPES)
+def test_several_tiles_and_a_tail(backend, plan, rank, dtype):
+    r, p = rank
     if backend == "cuda" and dtype == torch.float32:
         pytest.skip("its kernels take float16 and bfloat16")
     check(draw((70, 50), 90, r, dtype, bias=r != 3), backend, plan, dropout_p=p, seed=seed())

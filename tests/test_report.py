@@ -154,10 +154,10 @@ def test_the_output_is_a_directory(tmp_path, capsys):
     assert f"--output must be a directory, got {str(directory / 'rows.json')!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e308])
-@pytest.mark.parametrize("name", ["seconds", "ratios"])
+@pytest.mark.parametrize(("name", "value"), [("seconds", 0.0), ("seconds", 1e308), ("ratios", float("nan"))])
 def test_what_is_no_time_is_shown_as_none(value, name, tmp_path, capsys):
-    rows = [*_rows(), _row("lora_linear 1x1->1 r1 float32", **{name: {"pyfused": 0.01, "eager": value}})]
+    numbers = {name: {"pyfused": 0.01, "eager": value}}
+    rows = [*_machine(), _row("mine"), _row("lora_linear 1x1->1 r1 float32", **numbers)]
     directory = _written(rows, tmp_path)
     assert cli.main(["report", str(directory)]) == 0
     page = (directory / "report" / "index.html").read_text()
@@ -174,7 +174,7 @@ def test_any_name_is_drawn(name, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, monkeypatch, capsys):
-    directory = _written(_rows(), tmp_path)
+    directory = _written([*_machine(), _row("mine")], tmp_path)
     assert cli.main(["report", str(directory)]) == 0
     before = {file.name: file.read_bytes() for file in (directory / "report").iterdir()}
     written = Path.write_text

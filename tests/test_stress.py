@@ -41,9 +41,9 @@ def served_by(monkeypatch) -> Callable[[str], None]:
     return serve
 
 
-# ---- 5,000 training steps
+# ---- thousands of training steps
 
-STEPS, WARM_UP = 1250, 250
+STEPS, WARM_UP = 800, 160
 # (B, L), and so the shapes that anything keyed on shapes meets.
 SHAPES = ((2, 7), (1, 12), (3, 5), (2, 3))
 C = 16

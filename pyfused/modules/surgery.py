@@ -136,19 +136,19 @@ class Place:
 def places(model: nn.Module, whole: Callable[[nn.Module], bool]) -> list[Place]:
     """Every module of ``model`` once; not those inside a module that is ``whole``, which is replaced as one."""
     found: dict[int, Place] = {id(model): Place(model, [""], [])}
-
-    def walk(parent: nn.Module, path: str) -> None:
-        if whole(parent):
-            return
-        for name, child in parent._modules.items():
-            if child is not None:
-                place = found.setdefault(id(child), Place(child, [], []))
-                place.paths.append(f"{path}.{name}" if path else name)
-                place.spots.append((parent, name))
-                walk(child, place.paths[-1])
-
-    walk(model, "")
+    _walk(model, "", whole, found)
     return list(found.values())
+
+
+def _walk(parent: nn.Module, path: str, whole: Callable[[nn.Module], bool], found: dict[int, Place]) -> None:
+    if whole(parent):
+        return
+    for name, child in parent._modules.items():
+        if child is not None:
+            place = found.setdefault(id(child), Place(child, [], []))
+            place.paths.append(f"{path}.{name}" if path else name)
+            place.spots.append((parent, name))
+            _walk(child, place.paths[-1], whole, found)
 
 
 class Change:

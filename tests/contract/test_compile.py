@@ -56,7 +56,7 @@ def test_inductor_equals_eager(operator, backend, plan):
     _assert_alike(compiled, function, tensors, plain_dtype(backend))
 
 
-@every_backend_of_it
+@every_portable_call
 def test_dynamic_rows_do_not_recompile(operator, backend, plan):
     function, _ = call(operator, backend, plan)
     counter = CompileCounterWithBackend(fresh_compiler("aot_eager"))

@@ -320,10 +320,8 @@ OPEN_CLIP: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "attentional pool": (32, lambda: _clip(attentional_pool=True, attn_pooler_heads=4)),
     "block_type custom": (32, lambda: _clip(block_type="custom", **_ATTENTION)),
     "SigLIP": (
-        224,
-        lambda: _timm_tower(
-            "vit_tiny_patch16_224", 224, "avg", "none", 192, no_causal_mask=True, proj_bias=True, pool_type="last"
-        ),
+        160,
+        lambda: _timm_tower("test_vit", 160, "avg", "none", 64, no_causal_mask=True, proj_bias=True, pool_type="last"),
     ),
     "EVA": (224, lambda: _timm_tower("eva02_tiny_patch14_224", 224, "token", None, 192)),
     "CoCa": (32, _coca),
