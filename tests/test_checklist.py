@@ -186,6 +186,16 @@ def test_a_gradient_that_does_not_arrive():
     assert verdict(report, "a step moves every adapter") == "fail"
 
 
+def test_a_gradient_of_zeros_is_none():
+    model, _, x = adapted()
+    model.block.mlp[2].register_forward_hook(lambda module, args, y: 0.0 * y)
+    report = check(
+        model, x, loss_fn=lambda y: loss_of(y) + y.sum(), optimizer=torch.optim.SGD(model.parameters(), 1e-2)
+    )
+    assert finding(report, "gradients reach every adapter").startswith("4 of 4 have none, or zeros alone")
+    assert verdict(report, "a step moves every adapter") == "fail"
+
+
 def test_a_loss_without_a_gradient():
     model, _, x = adapted()
     report = check(model, x, loss_fn=lambda y: y.detach().sum())

@@ -18,13 +18,15 @@ ROW = {
 
 class TestReplacing:
     def test_what_was_written_takes_the_place(self, tmp_path):
-        path = tmp_path / "a.json"
+        path, before = tmp_path / "a.json", tmp_path / "b.json"
         path.write_text("old")
+        before.hardlink_to(path)
         with files.replacing(path) as partial:
             partial.write_text("new")
             assert path.read_text() == "old"
         assert path.read_text() == "new"
-        assert list(tmp_path.iterdir()) == [path]
+        assert before.read_text() == "old", "not written over, but replaced"
+        assert set(tmp_path.iterdir()) == {path, before}
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no"), OSError(errno.ENOSPC, "full")])
     def test_where_it_fails_nothing_has_happened(self, error, tmp_path):

@@ -366,6 +366,10 @@ class TestPackedAttention:
 
         torch.manual_seed(0)
         model = nn.Sequential(Attention(16, 4, **settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Scales of 1 and biases of 0 would hide what is done with them.
+                parameter.add_(0.2 * torch.randn(parameter.shape))
         base = copy.deepcopy(model)
         inject_lora(model, rank=2, qkv=qkv)
         return model, base
