@@ -546,6 +546,13 @@ class TestTrainedWeights:
         assert {row.why for row in report.left if "out" in row.paths} == {"trains whole: in train"}
 
 
+@pytest.mark.parametrize("module", [LoRALinear(8, 8, rank=2), BottleneckAdapter(8)], ids=lambda m: type(m).__name__)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_is_refused_in_words(module):
+    with pytest.raises(RuntimeError, match=f"{type(module).__name__}: torch.jit.script cannot compile it"):
+        torch.jit.script(nn.Sequential(nn.Linear(8, 8), module))
+
+
 class TestTakingOut:
     def test_norms_stay_held_while_another_adapter_is_there(self):
         pytest.importorskip("timm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,13 @@ class KeepsWide(nn.Module):
     def _wide_names(self) -> Iterable[str]:
         """The names of those parameters."""
         return [name for name, parameter in self._parameters.items() if parameter is not None]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Asked for by `torch.jit.script`, whose language has no words for what an operator call does."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it; use torch.export or torch.jit.trace, or "
+            "script what remove_lora(model) leaves"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with kept_wide([(self, name) for name in self._wide_names()]):
