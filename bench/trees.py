@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,30 @@ def checkout(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pyfused-base-") as scratch:
         tree = Path(scratch, "tree")
         # Not `git worktree`: whenever the run is cut short, nothing of it may stay in this repository.
-        subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", ROOT, tree], check=True)
-        subprocess.run(["git", "-C", tree, "checkout", "--quiet", "--detach", commit], check=True)
+        _git("clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(tree))
+        _git("-C", str(tree), "checkout", "--quiet", "--detach", commit)
         bench = tree / "pyfused" / "bench"
         bench.unlink(missing_ok=True)
         bench.symlink_to(ROOT / "bench")
         yield tree
+
+
+def _git(*arguments: str) -> None:
+    """Runs git; when that is cut short, nothing of it is left that still writes: it starts processes of its own."""
+    with subprocess.Popen(["git", *arguments], start_new_session=True) as process:
+        try:
+            process.wait()
+        except BaseException:
+            deadline = time.monotonic() + 5.0
+            # Until the last of the group has gone.
+            with contextlib.suppress(ProcessLookupError):
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.poll()
+                    time.sleep(0.01)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def build_kernels(tree: Path) -> None:

@@ -33,12 +33,9 @@ DROPS = (None, "some", "kept", "all")
 
 
 def _grid():
-    """Every (h, C) on 7 x 7 positions in every format, every h and C on the larger; the rest rotates at odd paces."""
-    cases = [(7, i, j, layout) for layout in FORMATS for i in range(7) for j in range(7)]
-    cases += [
-        (side, i, (2 * i + side + shift) % 7, FORMATS[(i + shift) % 3])
-        for side in SIDES[1:] for shift in (0, 3) for i in range(7) if (side != 56 or shift)
-    ]  # fmt: skip
+    """Every (h, C) on 7 x 7 positions, every h and C on the larger; format and the rest rotate at odd paces."""
+    cases = [(7, i, j, FORMATS[(i + 2 * j) % 3]) for i in range(7) for j in range(7)]
+    cases += [(side, i, (2 * i + side) % 7, FORMATS[i % 3]) for side in SIDES[1:] for i in range(7)]
     for n, (side, i, j, layout) in enumerate(cases):
         h, c = HIDDEN[i], CHANNELS[j]
         z_dtype = DTYPES[(n + n // 28) % 4]
