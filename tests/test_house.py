@@ -214,13 +214,16 @@ print("done")
 @host
 def test_import_takes_no_longer_than_torch_and_300_ms():
     code = """
-import time, torch
+import time
 start = time.perf_counter()
+import torch
+middle = time.perf_counter()
 import pyfused
-print(time.perf_counter() - start)
+print(middle - start, time.perf_counter() - middle)
 """
-    # The best of a few: the machine may be busy with other tests.
-    assert min(float(fresh(code)) for _ in range(3)) < 0.3
+    # The best of a few: the machine may be busy with other tests, of which torch, 1 s on a quiet one, tells how much.
+    runs = [tuple(map(float, fresh(code).split())) for _ in range(3)]
+    assert any(own < 0.3 * max(1.0, torchs) for torchs, own in runs), runs
 
 
 def test_allocations_are_poisoned():
