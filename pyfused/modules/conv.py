@@ -59,13 +59,11 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
                 range.
         """
-        module = cls._adopt("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
-        height, width = conv.kernel_size
-        module._add_pair("", conv.out_channels, conv.in_channels * height * width, conv.weight, lora_dtype)
-        module.reset_lora_parameters()
-        if freeze:
-            module._freeze_base()
-        return module
+        return cls._adopt_with_pair("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+
+    def _widths(self) -> tuple[int, int]:
+        height, width = self.kernel_size
+        return self.out_channels, self.in_channels * height * width
 
     def _deltas(self) -> dict[str, Tensor]:
         if self.groups != 1:

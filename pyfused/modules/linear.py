@@ -80,12 +80,12 @@ class LoRALinear(LoRAModule, nn.Linear):
             ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
                 range.
         """
-        module = cls._adopt("LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
-        module._add_pair("", linear.weight.shape[0], linear.weight.shape[1], linear.weight, lora_dtype)
-        module.reset_lora_parameters()
-        if freeze:
-            module._freeze_base()
-        return module
+        return cls._adopt_with_pair(
+            "LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype, freeze
+        )
+
+    def _widths(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
 
     def _deltas(self) -> dict[str, Tensor]:
         return {"weight": self._delta(self.lora_a, self.lora_b)}

@@ -125,6 +125,30 @@ class LoRAModule(KeepsWide):
         module._configure(rank, alpha, dropout, use_rslora, type(base))
         return module
 
+    @classmethod
+    def _adopt_with_pair(
+        cls,
+        caller: str,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        lora_dtype: torch.dtype | None,
+        freeze: bool,
+    ) -> Self:
+        """`_adopt`, with one pair of low-rank parameters beside ``weight``."""
+        module = cls._adopt(caller, base, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+        module._add_pair("", *module._widths(), module.get_parameter("weight"), lora_dtype)
+        module.reset_lora_parameters()
+        if freeze:
+            module._freeze_base()
+        return module
+
+    def _widths(self) -> tuple[int, int]:
+        """(N, K) of the one pair."""
+        raise NotImplementedError
+
     def _configure(
         self, rank: int, alpha: float, dropout: float, use_rslora: bool, base_class: type[nn.Module]
     ) -> None:

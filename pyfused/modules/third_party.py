@@ -87,12 +87,12 @@ class _Conv1D(LoRAModule):
         freeze: bool = True,
     ) -> Self:
         """On ``conv1d``'s own parameters; settings and errors as those of `LoRALinear.from_linear`."""
-        module = cls._adopt("LoRAConv1D.from_conv1d", conv1d, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
-        module._add_pair("", module.weight.shape[1], module.weight.shape[0], module.weight, lora_dtype)
-        module.reset_lora_parameters()
-        if freeze:
-            module._freeze_base()
-        return module
+        return cls._adopt_with_pair(
+            "LoRAConv1D.from_conv1d", conv1d, rank, alpha, dropout, use_rslora, lora_dtype, freeze
+        )
+
+    def _widths(self) -> tuple[int, int]:
+        return self.weight.shape[1], self.weight.shape[0]
 
     def _deltas(self) -> dict[str, Tensor]:
         return {"weight": self._delta(self.lora_a, self.lora_b).t()}

@@ -92,6 +92,10 @@ _SEQUENCE = {
 }  # fmt: skip
 _GPT = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 _CONV = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_labels": 5}
+_SWIN = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4,
+    "num_labels": 5,
+}  # fmt: skip
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # Name -> (model class, configuration class, settings, "tokens", or the size of the images).
@@ -216,29 +220,13 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str | int]] = {
     "swin": (
         "SwinForImageClassification",
         "SwinConfig",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 1],
-            "num_heads": [2, 4],
-            "window_size": 4,
-            "num_labels": 5,
-        },
+        _SWIN,
         32,
     ),
     "swinv2": (
         "Swinv2ForImageClassification",
         "Swinv2Config",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 1],
-            "num_heads": [2, 4],
-            "window_size": 4,
-            "num_labels": 5,
-        },
+        _SWIN,
         32,
     ),
     "convnext": ("ConvNextForImageClassification", "ConvNextConfig", _CONV, 32),
