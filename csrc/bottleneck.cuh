@@ -303,11 +303,8 @@ __device__ inline void copy_rows(const Rows& from, const Rows& to, const Tile& t
   }
 }
 
-/// Square root of the largest |gate|, for the whole block; 1 where all are 0 or next to it, or there is none.
-__device__ inline float gate_root(const Vector& gate, int channels, float* scratch) {
-  if (gate.data == nullptr) return 1.0f;
-  float largest = 0.0f;
-  for (int c = threadIdx.x; c < channels; c += blockDim.x) largest = fmaxf(largest, fabsf(load_vector(gate, c)));
+/// The largest of the threads' numbers, for the whole block; `scratch` has a number for each warp.
+__device__ inline float block_max(float largest, float* scratch) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
@@ -315,6 +312,15 @@ __device__ inline float gate_root(const Vector& gate, int channels, float* scrat
   if (threadIdx.x % kWarp == 0) store_shared(scratch + threadIdx.x / kWarp, largest);
   __syncthreads();
   for (int warp = 0; warp < blockDim.x / kWarp; ++warp) largest = fmaxf(largest, load_shared(scratch + warp));
+  return largest;
+}
+
+/// Square root of the largest |gate|, for the whole block; 1 where all are 0 or next to it, or there is none.
+__device__ inline float gate_root(const Vector& gate, int channels, float* scratch) {
+  if (gate.data == nullptr) return 1.0f;
+  float largest = 0.0f;
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) largest = fmaxf(largest, fabsf(load_vector(gate, c)));
+  largest = block_max(largest, scratch);
   return largest < 1e-30f ? 1.0f : sqrtf(largest);
 }
 

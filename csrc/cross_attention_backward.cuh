@@ -144,13 +144,7 @@ constexpr int kWeighBytes = 4 * (2 * kWeighedRows + 2 * (kWeighThreads / kWarp))
 __device__ inline float largest_of(const float* numbers, int count, float* scratch) {
   float largest = 0.0f;
   for (int i = threadIdx.x; i < count; i += blockDim.x) largest = fmaxf(largest, load_global(numbers + i));
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
-  }
-  if (threadIdx.x % kWarp == 0) store_shared(scratch + threadIdx.x / kWarp, largest);
-  __syncthreads();
-  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) largest = fmaxf(largest, load_shared(scratch + warp));
+  largest = block_max(largest, scratch);
   return largest == 0.0f ? 1.0f : largest;
 }
 
