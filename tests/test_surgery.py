@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pyfused import (
     BottleneckAdapter,
     LoRAConv2d,
     LoRALinear,
+    LoRAModule,
     LoRAMultiheadAttention,
     inject_lora,
     load_lora_state_dict,
@@ -430,6 +433,93 @@ def test_the_same_bits_in_every_mode(made, autocast):
             with mode(), torch.autocast("cpu", autocast, enabled=autocast is not None):
                 results.append(function(x).detach().clone())
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+class TestCasts:
+    """A model that is cast after the injection computes as one that was cast before it, and trains the same way."""
+
+    @staticmethod
+    def made(cast, order):
+        transformers = pytest.importorskip("transformers")
+        attention = pytest.importorskip("open_clip.transformer").Attention
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Unflatten(1, (1, 8)),
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Conv2d(2, 1, 1),
+            nn.Flatten(1, 2),
+            nn.Linear(8, 8),
+            nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True),
+            transformers.pytorch_utils.Conv1D(8, 8),
+            attention(8, 2),
+        )
+        if order == "before":
+            cast(model)
+        torch.manual_seed(1)
+        inject_lora(model, ("all-linear", "1", "2"), rank=2)
+        wake(model)
+        if order == "after":
+            cast(model)
+        return model
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("way", ["half() and the like", "to", "part by part"])
+    def test_of_every_kind(self, dtype, way):
+        def cast(model):
+            for part in model.children() if way == "part by part" else [model]:
+                part.to(dtype) if way == "to" else getattr(part, str(dtype).removeprefix("torch."), part.half)()
+
+        before, after = (self.made(cast, order) for order in ("before", "after"))
+        assert {type(m).__name__ for m in after.modules() if isinstance(m, LoRAModule)} == {
+            "LoRALinear", "LoRAConv2d", "LoRAMultiheadAttention", "LoRAConv1D", "LoRAPackedAttention",
+        }  # fmt: skip
+        for name, parameter in after.named_parameters():
+            assert parameter.dtype == (torch.float32 if "lora_" in name else dtype), name
+            assert torch.equal(parameter, before.get_parameter(name)), name
+        x = torch.randn(4, 8, 8, dtype=dtype)
+        assert torch.equal(before(x), after(x))
+        # Gradients of float16 parameters are what GradScaler refuses to unscale.
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        trained = {name: p for name, p in after.named_parameters() if p.requires_grad}
+        start = {name: p.detach().clone() for name, p in trained.items()}
+        optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+        scaler.scale(after(x).float().square().mean()).backward()
+        after.to(dtype)
+        assert {p.grad.dtype for p in trained.values()} == {torch.float32}
+        scaler.step(optimizer)
+        assert not [name for name, p in trained.items() if torch.equal(p, start[name])]
+
+    def test_wider_casts_are_followed(self):
+        model = self.made(nn.Module.double, "after")
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+        assert {p.dtype for name, p in model.half().named_parameters() if "lora_" in name} == {torch.float32}
+
+
+class TestBoundMethods:
+    """A method that a layer keeps as an attribute belongs to the module that takes the layer's place."""
+
+    @pytest.mark.parametrize(
+        ("kind", "sizes"), [(nn.Linear, (8, 8)), (nn.Conv2d, (8, 8, 1)), (nn.MultiheadAttention, (8, 2))]
+    )
+    def test_there_and_back(self, kind, sizes):
+        model = nn.ModuleList([kind(*sizes)])
+        model[0].described = model[0].extra_repr
+        model[0].names = types.MethodType(lambda module: type(module).__name__, model[0])
+        inject_lora(model, "conv1x1" if kind is nn.Conv2d else "all-linear", rank=2)
+        assert model[0].names() == type(model[0]).__name__ == f"LoRA{kind.__name__}"
+        assert model[0].described.__self__ is model[0]
+        remove_lora(model)
+        assert model[0].names() == kind.__name__
+        assert model[0].described.__self__ is model[0]
+
+    def test_hooks_of_the_state_dict(self):
+        model = nn.Sequential(nn.Linear(8, 8))
+        seen = []
+        model[0].register_load_state_dict_pre_hook(lambda module, *rest: seen.append(module))
+        inject_lora(model, rank=2)
+        gc.collect()
+        model.load_state_dict(model.state_dict())
+        assert seen == [model[0]]
 
 
 class TestCompiled:
