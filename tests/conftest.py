@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import types
@@ -84,6 +85,25 @@ def _cuda_kernels(request):
         reason = f"its kernels for {operator} have no test_{operator}_cuda.py yet"
     if reason is not None:
         pytest.skip(f"cuda: {reason}")
+
+
+def _check_overflow(check: bool) -> None:
+    with contextlib.suppress(ImportError):
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=check)
+
+
+# Holding each sum of integers against itself in 64 bits takes a third of an interpreted kernel's time.
+_check_overflow(False)
+
+
+@pytest.fixture
+def overflow_checked():
+    """Triton's interpreter refuses integers that overflow; for tests whose sizes could make one."""
+    _check_overflow(True)
+    yield
+    _check_overflow(False)
 
 
 @pytest.fixture

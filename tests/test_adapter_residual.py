@@ -207,6 +207,7 @@ def test_strided_parameters(backend, strided):
     check(tensors, backend, PLANS[len(strided) % 2], sample_scale=scale, dropout_p=0.3, seed=seed())
 
 
+@pytest.mark.usefixtures("overflow_checked")
 @pytest.mark.parametrize("layout", ["rows far apart", "columns far apart"])
 @every_backend
 def test_offsets_beyond_32_bits(backend, layout, tmp_path):

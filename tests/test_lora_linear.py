@@ -61,10 +61,10 @@ def test_smallest_shapes(backend, plan, m, k, n, r, p):
     check(draw((m, k), n, r, torch.float16), backend, plan, dropout_p=p, seed=seed())
 
 
-@pytest.mark.parametrize(("r", "p"), [(33, 0.0), (64, 0.3), (100, 0.3), (256, 0.0), (256, 0.3)])
+@pytest.mark.parametrize(("r", "p"), [(33, 0.0), (64, 0.3), (100, 0.0), (256, 0.3)])
 @every_plan
 def test_large_ranks(backend, plan, r, p):
-    tensors = draw((35, 18), 34, r, torch.bfloat16)
+    tensors = draw((19, 18), 34, r, torch.bfloat16)
     if plan == "one_launch" and r > 64:
         with pytest.raises(ValueError, match=f"plan 'one_launch' takes lora_a .* with R <= 64, got R = {r}"):
             pyfused.lora_linear(**tensors, backend=backend, plan=plan)
@@ -133,6 +133,7 @@ def test_strided_parameters(backend, plan, strided):
     check(tensors, backend, plan, dropout_p=0.3, seed=seed())
 
 
+@pytest.mark.usefixtures("overflow_checked")
 @pytest.mark.parametrize("layout", ["rows far apart", "columns far apart"])
 @every_backend
 def test_offsets_beyond_32_bits(backend, layout, tmp_path):

