@@ -149,7 +149,7 @@ def inject_lora(
         change.keep_training(model, trained)
         if freeze and freeze_batchnorm:
             notes += surgery.hold_batchnorms(model, change, train)
-        notes += _keep_dense(model, change)
+        notes += surgery.keep_dense(model, change)
         if example_inputs is not None:
             _refuse_dead(model, example_inputs)
     return lora_report(model, notes, left_alone(model, layers, why))
@@ -224,8 +224,10 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
         for place, module in plain:
             change.replace(place, module)
         for inside in list(model.modules()):
-            if isinstance(inside, third_party.CallingPool | third_party.CallingQKV | surgery.DenseEncoder):
-                change.as_base(inside)
+            for kind in (third_party.CallingPool, third_party.CallingQKV):
+                if isinstance(inside, kind):
+                    change.as_base(inside, kind)
+        surgery.release_dense(model, change)
         surgery.release_batchnorms(model, change)
 
 
@@ -384,18 +386,6 @@ def _wrap(site: _Site, qkv: str, notes: list[str], settings: dict) -> LoRAModule
 
 
 _MAKERS = {"linear": "from_linear", "conv1d": "from_conv1d", "conv1x1": "from_conv", "conv2d": "from_conv"}
-
-
-def _keep_dense(model: nn.Module, change: surgery.Change) -> list[str]:
-    """nn.TransformerEncoder must not turn padded batches into nested tensors: only its layers' fast path takes them."""
-    dense = 0
-    for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
-            continue
-        if any(isinstance(child, LoRAModule) for child in module.modules()):
-            change.as_variant(module, surgery.DenseEncoder)
-            dense += 1
-    return [f"{dense} nn.TransformerEncoder no longer use nested tensors"] if dense else []
 
 
 # ---- state

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyfused.models.report import AdapterReport, AdapterRow
 from pyfused.modules import BottleneckAdapter, ConvLoRA, surgery
 from pyfused.modules.adapter import check_settings, drop_path_scale
+from pyfused.modules.counts import count
 from pyfused.modules.lora import check_settings as check_lora_settings
 from pyfused.modules.lora import take_over
 from pyfused.modules.targets import places
@@ -377,15 +378,13 @@ def adapter_report(model: nn.Module, notes: Sequence[str] = ()) -> AdapterReport
                 rows.append(AdapterRow(prefix + name, kind, adapter.channels, adapter.hidden, _size(adapter)))
         elif isinstance(module, ConvLoRA):
             rows.append(AdapterRow(path, "ConvLoRA", module.channels, module.rank, _size(module)))
-    parameters = list(model.parameters())
     return AdapterReport(
+        **count(model),
         rows=tuple(rows),
         repmixer_blocks=kinds[RepMixerBlockAdapter],
         attention_blocks=kinds[AttentionBlockAdapter],
         stages=kinds[ConvLoRAStage],
         adapter_parameters=sum(row.parameters for row in rows),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters),
         notes=tuple(notes),
     )
 

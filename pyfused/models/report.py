@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from pyfused.modules.counts import Counts
 from pyfused.modules.table import table
 
 
@@ -20,17 +21,15 @@ class AdapterRow:
     parameters: int
 
 
-@dataclass(frozen=True)
-class AdapterReport:
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport(Counts):
     """What `add_adapters` did.
 
     Attributes:
         rows: one `AdapterRow` per adapter; a RepMixer block carries one, an attention block two, a stage one ConvLoRA.
         repmixer_blocks, attention_blocks, stages: adapted blocks of each kind, and stages with a ConvLoRA.
         adapter_parameters: elements of all parameters of the adapters and ConvLoRAs.
-        trainable_parameters: elements of all parameters that train.
-        total_parameters: elements of all parameters of the given model, adapters included; tied ones count once.
-        notes: what else was changed or left out, in words.
+        trainable_parameters, total_parameters, notes: see `Counts`.
     """
 
     rows: tuple[AdapterRow, ...]
@@ -38,19 +37,11 @@ class AdapterReport:
     attention_blocks: int
     stages: int
     adapter_parameters: int
-    trainable_parameters: int
-    total_parameters: int
-    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
         """Adapted blocks."""
         return self.repmixer_blocks + self.attention_blocks
-
-    @property
-    def trainable_percent(self) -> float:
-        """100 * trainable_parameters / total_parameters."""
-        return 100.0 * self.trainable_parameters / max(self.total_parameters, 1)
 
     def __str__(self) -> str:
         def alike(row: AdapterRow) -> tuple:
@@ -65,7 +56,6 @@ class AdapterReport:
             f"adapted blocks        {self.total} = {self.repmixer_blocks} RepMixer + {self.attention_blocks} attention"
             + (f", and {self.stages} stages with ConvLoRA" if self.stages else ""),
             f"adapter parameters    {self.adapter_parameters:,}",
-            f"trainable parameters  {self.trainable_parameters:,} of {self.total_parameters:,} "
-            f"({self.trainable_percent:.2f} %)",
+            *self._lines(),
         ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(lines)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyfused.modules.surgery import sharded
+from pyfused.modules.surgery import bar_fast_paths, dressed, plain_class, sharded
 from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 from pyfused.ops.lora_linear import MAX_RANK
@@ -56,11 +56,6 @@ def check_settings(
         raise TypeError(f"{caller}: lora_dtype must be None or one of {checks.FLOATING}, got {lora_dtype!r}")
     for name, value in flags.items():
         checks.flag(caller, name, value)
-
-
-def _bar_fast_paths(module: nn.Module, args: tuple) -> None:
-    """A forward pre-hook that does nothing: ``nn.TransformerEncoderLayer``'s inference path, which reads the weights of
-    its submodules and never calls them, declines as soon as one of them has a hook."""
 
 
 def take_over(module: nn.Module, base: nn.Module) -> None:
@@ -120,9 +115,10 @@ class LoRAModule(KeepsWide):
         """A ``cls`` that shares base's parameters and submodules, and copies its settings, hooks and mode."""
         check_settings(caller, rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, freeze=freeze)
         check_base(caller, base, cls)
-        module = object.__new__(cls)
+        plain, kinds = plain_class(type(base))
+        module = object.__new__(dressed(cls, kinds))
         take_over(module, base)
-        module._configure(rank, alpha, dropout, use_rslora, type(base))
+        module._configure(rank, alpha, dropout, use_rslora, plain)
         return module
 
     @classmethod
@@ -156,7 +152,7 @@ class LoRAModule(KeepsWide):
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self._base_weights: dict[str, nn.Parameter] = {}
         self._base_class = base_class
-        self.register_forward_pre_hook(_bar_fast_paths)
+        self.register_forward_pre_hook(bar_fast_paths)
 
     def _add_pair(
         self, prefix: str, out_features: int, in_features: int, like: Tensor, lora_dtype: torch.dtype | None
@@ -327,7 +323,7 @@ class LoRAModule(KeepsWide):
         self.refuse_computed("to_base()")
         self.refuse_sharded("to_base()")
         with torch.inference_mode(False), self.held(merged=merge):
-            module: nn.Module = object.__new__(self._base_class)
+            module: nn.Module = object.__new__(dressed(self._base_class, plain_class(type(self))[1]))
             take_over(module, self)
             for name, base in self._base_weights.items():
                 # A parameter of its own: this module, when it stays merged, keeps one that never trains.
@@ -338,7 +334,7 @@ class LoRAModule(KeepsWide):
         for name in self.own_lora_parameters():
             del module._parameters[name]
         for key, hook in self._forward_pre_hooks.items():
-            if hook is _bar_fast_paths:
+            if hook is bar_fast_paths:
                 del module._forward_pre_hooks[key]
         return module
 
@@ -405,8 +401,9 @@ def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
         raise ValueError(f"{caller}: expected a plain nn.{kind.__name__}, got a {type(base).__name__}: already wrapped")
     if not isinstance(base, kind):
         raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(base).__name__}")
-    named = f"{type(base).__module__}.{type(base).__qualname__}"
-    if type(base).forward is not kind.forward or "forward" in base.__dict__:
+    given, _ = plain_class(type(base))
+    named = f"{given.__module__}.{given.__qualname__}"
+    if given.forward is not kind.forward or "forward" in base.__dict__:
         raise TypeError(
             f"{caller}: expected an nn.{kind.__name__} with its own forward, got {named} "
             "with a forward that replaces it"
@@ -426,7 +423,7 @@ def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
             raise ValueError(f"{caller}: {name} must have elements, got shape {tuple(weight.shape)}")
         if weight.is_inference() or torch.is_inference_mode_enabled():
             raise ValueError(f"{caller}: {name} must be adapted, and made, outside torch.inference_mode()")
-    members = _own_members(type(base), kind)
+    members = _own_members(given, kind)
     if members:
         raise TypeError(
             f"{caller}: expected an nn.{kind.__name__} or a subclass without members of its own, got {named} with "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyfused.modules.attention import LoRAProjections
+from pyfused.modules.counts import Counts, count
 from pyfused.modules.linear import LoRALinear
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.table import table
@@ -28,24 +29,20 @@ class LoRARow:
     parameters: int
 
 
-@dataclass(frozen=True)
-class LoRAReport:
+@dataclass(frozen=True, kw_only=True)
+class LoRAReport(Counts):
     """What `inject_lora` did.
 
     Attributes:
         rows: one `LoRARow` per adapted module; an attention's in_proj and out_proj are one each, however q, k and v
             are paired.
-        lora_parameters: elements of all LoRA parameters. trainable_parameters: elements of all parameters that train.
-        total_parameters: elements of all parameters of the given module, LoRA included; tied ones count once.
-        notes: what else was changed, in words.
+        lora_parameters: elements of all LoRA parameters.
+        trainable_parameters, total_parameters, notes: see `Counts`.
         left: what carries no LoRA, by kind and reason.
     """
 
     rows: tuple[LoRARow, ...]
     lora_parameters: int
-    trainable_parameters: int
-    total_parameters: int
-    notes: tuple[str, ...] = ()
     left: tuple[LeftAlone, ...] = ()
 
     @property
@@ -63,29 +60,22 @@ class LoRAReport:
         """Adapted modules that belong to an MLP."""
         return sum(row.group == "mlp" for row in self.rows)
 
-    @property
-    def trainable_percent(self) -> float:
-        """100 * trainable_parameters / total_parameters."""
-        return 100.0 * self.trainable_parameters / max(self.total_parameters, 1)
-
     def __str__(self) -> str:
         def alike(row: LoRARow) -> tuple:
             return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path), row.kind, row.shape, row.rank, row.parameters
 
         rows = [("module", "kind", "weight", "rank", "count", "LoRA parameters")]
-        for (path, kind, shape, rank, parameters), count in Counter(map(alike, self.rows)).items():
+        for (path, kind, shape, rank, parameters), times in Counter(map(alike, self.rows)).items():
             size = " x ".join(map(str, shape))
-            rows.append((path, kind, size, str(rank), str(count), f"{count * parameters:,}"))
+            rows.append((path, kind, size, str(rank), str(times), f"{times * parameters:,}"))
         lines = table(rows, "<<<>>>")
         other = self.total - self.attention - self.mlp
         lines += [
             f"LoRA modules          {self.total} = {self.attention} attention + {self.mlp} MLP"
             + (f" + {other} other" if other else ""),
             f"LoRA parameters       {self.lora_parameters:,}",
-            f"trainable parameters  {self.trainable_parameters:,} of {self.total_parameters:,} "
-            f"({self.trainable_percent:.2f} %)",
+            *self._lines(),
         ]
-        lines += [f"note: {note}" for note in self.notes]
         if self.left:
             lines += ["", "left alone, and why"]
             left = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in self.left]
@@ -115,12 +105,10 @@ def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[Left
         if isinstance(out, LoRALinear):
             own = sum(p.numel() for p in out.own_lora_parameters().values())
             rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, own))
-    parameters = list(model.parameters())
     return LoRAReport(
+        **count(model),
         rows=tuple(rows),
         lora_parameters=sum(row.parameters for row in rows),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters),
         notes=tuple(notes),
         left=tuple(left),
     )

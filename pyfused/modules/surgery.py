@@ -110,6 +110,11 @@ def check_whole(caller: str, model: nn.Module) -> None:
         )
 
 
+def bar_fast_paths(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook that does nothing: ``nn.TransformerEncoderLayer``'s inference path, which reads the weights of
+    its submodules and never calls them, declines as soon as one of them has a hook."""
+
+
 # On a module: which of its own parameters this package was told to train whole. Copies and pickles carry it.
 _TOLD = "_told_to_train"
 
@@ -184,10 +189,11 @@ class Change:
             self._undo.callback(setattr, module, "__class__", type(module))
             module.__class__ = _variant(kind, type(module))
 
-    def as_base(self, module: Variant) -> None:
-        """Make ``module`` what it was."""
+    def as_base(self, module: Variant, kind: type[Variant]) -> None:
+        """Make ``module`` what it was before it became a ``kind``."""
+        plain, kinds = plain_class(type(module))
         self._undo.callback(setattr, module, "__class__", type(module))
-        module.__class__ = module.base_class  # type: ignore[assignment]
+        module.__class__ = dressed(plain, [other for other in kinds if not issubclass(other, kind)])
 
     def train(self, parameters: Iterable[nn.Parameter], trains: bool = True) -> None:
         """Set parameters to train or not."""
@@ -226,10 +232,10 @@ class Variant(nn.Module):
     """A module whose class was replaced by a subclass of it: behaviour that no copy, pickle or converter loses.
 
     Attributes:
-        base_class: what it was.
+        plain: what it was.
     """
 
-    base_class: type[nn.Module]
+    plain: type[nn.Module]
     prefix = "Variant"
     _kind: type[Variant]
 
@@ -239,11 +245,11 @@ class Variant(nn.Module):
 
     @classmethod
     def _members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        return {"_kind": cls, "base_class": base, "__module__": base.__module__}
+        return {"_kind": cls, "plain": base, "__module__": base.__module__}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_blank_variant, (self._kind, self.base_class), *reduced[2:])
+        return (_blank_variant, (self._kind, self.plain), *reduced[2:])
 
 
 _variants: dict[tuple[type[Variant], type[nn.Module]], Any] = {}
@@ -253,6 +259,22 @@ def _variant(kind: type[Variant], base: type[nn.Module]) -> Any:
     if (kind, base) not in _variants:
         _variants[kind, base] = kind._make(base)
     return _variants[kind, base]
+
+
+def plain_class(cls: type[nn.Module]) -> tuple[type[nn.Module], list[type[Variant]]]:
+    """The class under the variants of ``cls``, and their kinds, the outermost first."""
+    kinds = []
+    while issubclass(cls, Variant):
+        kinds.append(cls._kind)
+        cls = cls.plain
+    return cls, kinds
+
+
+def dressed(cls: type[nn.Module], kinds: Sequence[type[Variant]]) -> Any:
+    """``cls`` as those variants, the outermost first."""
+    for kind in reversed(kinds):
+        cls = _variant(kind, cls)
+    return cls
 
 
 def _blank_variant(kind: type[Variant], base: type[nn.Module]) -> Any:
@@ -281,6 +303,30 @@ class DenseEncoder(Variant):
     def use_nested_tensor(self) -> bool:
         """torch's switch."""
         return False
+
+
+def keep_dense(model: nn.Module, change: Change) -> list[str]:
+    """nn.TransformerEncoder must not turn padded batches into nested tensors: only its layers' fast path takes them.
+
+    Returns notes for a report.
+    """
+    dense = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and _holds_ours(module):
+            change.as_variant(module, DenseEncoder)
+            dense += 1
+    return [f"{dense} nn.TransformerEncoder no longer use nested tensors"] if dense else []
+
+
+def release_dense(model: nn.Module, change: Change) -> None:
+    """What `keep_dense` changed as it was, where nothing of this package is left in it."""
+    for module in model.modules():
+        if isinstance(module, DenseEncoder) and not _holds_ours(module):
+            change.as_base(module, DenseEncoder)
+
+
+def _holds_ours(module: nn.Module) -> bool:
+    return any(isinstance(inside, KeepsWide) for inside in module.modules())
 
 
 class FrozenNorm(Variant):
@@ -318,9 +364,9 @@ def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = ())
 
 def release_batchnorms(model: nn.Module, change: Change) -> None:
     """What `hold_batchnorms` holds back under ``train()``, unless something of this package is left that needs it."""
-    if any(isinstance(module, KeepsWide) for module in model.modules()):
+    if _holds_ours(model):
         return
     for module in model.modules():
         if isinstance(module, FrozenNorm):
-            change.as_base(module)
+            change.as_base(module, FrozenNorm)
             change.set(module, "training", model.training)

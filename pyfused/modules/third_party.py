@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyfused.modules.attention import LoRAProjections
 from pyfused.modules.lora import LoRAModule
-from pyfused.modules.surgery import Variant
+from pyfused.modules.surgery import Variant, plain_class
 from pyfused.ops.lora_linear import lora_linear
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def reads_weight(host: nn.Module, name: str) -> bool:
     if isinstance(host, nn.TransformerEncoderLayer):
         return False
     by_kernels = "mamba" in type(host).__name__.lower()
-    codes: tuple[types.CodeType, ...] = _reachable(type(host))  # type: ignore[arg-type]
+    codes: tuple[types.CodeType, ...] = _reachable(plain_class(type(host))[0])  # type: ignore[arg-type]
     return any(_reads(code, name) and (by_kernels or not _calls(code, name)) for code in codes)
 
 
