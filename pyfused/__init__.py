@@ -4,6 +4,16 @@ from pyfused import diagnostics, models
 from pyfused.backend import available_backends
 from pyfused.explain import explain
 from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from pyfused.methods import (
+    BitFitReport,
+    PrefixReport,
+    PrefixTuning,
+    Preset,
+    bitfit,
+    param_groups,
+    preset,
+    preset_for,
+)
 from pyfused.modules import (
     BottleneckAdapter,
     ConvLoRA,
@@ -19,6 +29,7 @@ from pyfused.ops import adapter_residual, cross_attention_residual, lora_linear,
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitFitReport",
     "BottleneckAdapter",
     "ConvLoRA",
     "LoRAConv2d",
@@ -26,10 +37,14 @@ __all__ = [
     "LoRAModule",
     "LoRAMultiheadAttention",
     "LoRAReport",
+    "PrefixReport",
+    "PrefixTuning",
+    "Preset",
     "ScaledCrossAttention",
     "__version__",
     "adapter_residual",
     "available_backends",
+    "bitfit",
     "cross_attention_residual",
     "diagnostics",
     "explain",
@@ -38,6 +53,9 @@ __all__ = [
     "lora_linear",
     "lora_state_dict",
     "models",
+    "param_groups",
+    "preset",
+    "preset_for",
     "projection_residual",
     "remove_lora",
 ]

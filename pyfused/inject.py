@@ -106,9 +106,7 @@ def inject_lora(
     for name in others:
         known = _OTHER_NAMES.get(name)
         raise TypeError(f"{_CALLER}: no argument {name!r}" + (f"; here it is {known}" if known else ""))
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be an nn.Module, got {type(model).__name__}")
-    surgery.check_whole(_CALLER, model)
+    surgery.check_model(_CALLER, model)
     for ranks, alphas in ((rank, _ALPHA), (_RANK, alpha)):
         for one_rank in ranks.values() if isinstance(ranks, Mapping) else (ranks,):
             for one_alpha in alphas.values() if isinstance(alphas, Mapping) else (alphas,):
@@ -117,14 +115,12 @@ def inject_lora(
                     use_rslora=use_rslora, freeze=freeze, freeze_batchnorm=freeze_batchnorm,
                 )  # fmt: skip
     checks.one_of(_CALLER, "qkv", qkv, ("joint", "split"))
-    train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
-    trained = surgery.trained_parameters(_CALLER, model, train)
     targets = surgery.names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
     layers = layers_of(model, _CALLER)
-    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    surgery.resolve(_CALLER, "exclude", exclude, modules.union(*(layer.names() for layer in layers)))
+    answers = {name for layer in layers for name in layer.names()}
+    train, exclude, trained = surgery.asked(_CALLER, model, train, exclude, answers)
     notes: list[str] = []
     whole = {id(parameter) for parameter in trained}
     sites, why = _find_sites(model, layers, targets, train, exclude, whole, notes)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfused.methods.groups import methods_of
+from pyfused.methods.presets import RATES
 from pyfused.modules import LoRAModule
 from pyfused.modules.table import table
 from pyfused.modules.targets import heads_of, layers_of
@@ -20,8 +22,8 @@ from pyfused.modules.wide import KeepsWide
 from pyfused.observe import calls_watched, module_of, state_kept
 
 _CALLER = "check"
-# LoRA's learning rate for Adam; how many times more or less is still usual.
-LORA_RATE, RATE_FACTOR = 2e-4, 10.0
+# How many times more or less than a method's learning rate is still usual, where the documents name one.
+RATED, RATE_FACTOR = ("lora", "bitfit", "prefix"), 10.0
 # A larger share of the parameters than this is no longer parameter-efficient.
 LARGE_SHARE = 0.5
 # At a layer-scale below this a new adapter behind it does nothing that training could see.
@@ -93,7 +95,7 @@ def check(
     Returns:
         A `CheckReport`; ``print`` it. Rows, where there is something to check:
 
-        - adapters: modules of this package are there.
+        - adapters: modules of this package are there, or biases that train alone.
         - called: each of them that trains ran. Fails where one did not: it would never train.
         - attention adapted: LoRA is in the attentions. Warns where it is in the rest alone.
         - backbone frozen: no weight trains under its own LoRA (fails), and what else trains is named.
@@ -101,10 +103,12 @@ def check(
         - head: a classifier head trains. Warns where it is frozen.
         - layer-scale: warns where an adapter stands behind one below 1e-4.
         - finite parameters, finite output, finite loss: fail at NaN and inf.
-        - gradients reach every adapter: fails where a LoRA's B, or the whole of another adapter, gets none or zeros.
+        - gradients reach every adapter: fails where a LoRA's B, the whole of another adapter, or all trained biases
+          of a block, get none or zeros.
         - gradient norm: of all that trains. Warns at 0 and above 1,000; fails where it is not finite.
         - optimizer holds what trains, a step moves every adapter: each B, or some of another adapter; fail.
-        - learning rate: warns where LoRA's is 10 times from 2e-4 in an optimizer of Adam's kind.
+        - learning rate: warns where it is 10 times from its method's, 2e-4 for LoRA, 1e-3 for BitFit, 5e-4 for a
+          prefix, in an optimizer of Adam's kind.
 
     Raises:
         TypeError: an argument has the wrong type, or the loss is no tensor.
@@ -152,8 +156,10 @@ class _Adapters:
     Attributes:
         modules: dotted path -> module.
         own: name -> parameter of theirs that trains.
+        methods: name -> the method of each parameter that trains.
         telling: name -> parameters of which a first backward must reach one: LoRA's B, A gets zeros while B is 0, and
-            whatever trains of another adapter, where again some may rightly get zeros.
+            whatever trains of another adapter, where again some may rightly get zeros; so with a block's biases.
+        biases: name -> bias that trains where nothing else of the model's does.
         others: name -> any other parameter that trains.
     """
 
@@ -176,7 +182,13 @@ class _Adapters:
                 self.telling |= pairs
             elif trained:
                 self.telling[path] = list(trained.values())
-        self.others = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+        self.methods = methods_of(model)
+        beside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+        self.biases = {name: p for name, p in beside.items() if self.methods[name] == "bitfit"}
+        self.others = {name: p for name, p in beside.items() if name not in self.biases}
+        for name, bias in self.biases.items():
+            # A key's bias alone gets zeros: softmax does not see it.
+            self.telling.setdefault("biases of " + ".".join(name.split(".")[:-2]), []).append(bias)
 
     @property
     def alive(self) -> dict[str, KeepsWide]:
@@ -192,7 +204,7 @@ class _Adapters:
     @property
     def trained(self) -> dict[str, Tensor]:
         """Whatever trains."""
-        return {**self.own, **self.others}
+        return {**self.own, **self.biases, **self.others}
 
 
 def _all(name: str, whole: Iterable[str], bad: list[str], done: str, wrong: str) -> CheckRow:
@@ -232,10 +244,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 def _standing(model: nn.Module, adapters: _Adapters) -> Iterator[CheckRow]:
     kinds = sorted({type(module).__name__ for module in adapters.modules.values()})
-    if not adapters.modules:
-        yield CheckRow("adapters", "fail", "the model has no module of this package")
-    else:
-        yield CheckRow("adapters", "pass", f"{len(adapters.modules)}: {', '.join(kinds)}")
+    found = [f"{len(adapters.modules)}: {', '.join(kinds)}"] if adapters.modules else []
+    found += [f"{len(adapters.biases)} biases train"] if adapters.biases else []
+    wrong = "the model has no module of this package, and no biases train alone"
+    yield CheckRow("adapters", "pass" if found else "fail", "; ".join(found) or wrong)
     yield from _attention(model)
     yield _frozen(adapters)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -352,16 +364,32 @@ def _after_step(optimizer: torch.optim.Optimizer, adapters: _Adapters) -> Iterat
         optimizer.step()
         still = [name for name, some in adapters.telling.items() if all(map(torch.equal, some, before[name]))]
     yield _all("a step moves every adapter", adapters.telling, still, "B or adapters moved", "did not move")
-    rates = {float(held[id(p)]["lr"]) for name, p in adapters.own.items() if name.endswith("lora_b") and id(p) in held}
-    if rates:
-        known = "adam" in type(optimizer).__name__.lower()
-        usual = all(LORA_RATE / RATE_FACTOR <= rate <= LORA_RATE * RATE_FACTOR for rate in rates)
-        listed = ", ".join(f"{rate:g}" for rate in sorted(rates))
-        yield CheckRow(
-            "learning rate",
-            "warn" if known and not usual else "pass",
-            f"{listed} for LoRA; its preset is {LORA_RATE:g}" + ("" if known else " with Adam"),
-        )
+    yield from _rates(optimizer, held, adapters)
+
+
+def _rates(
+    optimizer: torch.optim.Optimizer, held: dict[int, dict[str, Any]], adapters: _Adapters
+) -> Iterator[CheckRow]:
+    found = {
+        method: sorted({float(held[id(p)]["lr"]) for name, p in adapters.trained.items()
+                        if adapters.methods[name] == method and id(p) in held})
+        for method in RATED
+    }  # fmt: skip
+    used = {method: rates for method, rates in found.items() if rates}
+    if not used:
+        return
+    known = "adam" in type(optimizer).__name__.lower()
+    usual = all(
+        RATES[method] / RATE_FACTOR <= rate <= RATES[method] * RATE_FACTOR
+        for method, rates in used.items()
+        for rate in rates
+    )
+    told = [
+        f"{', '.join(f'{rate:g}' for rate in rates)} for {method}; its preset is {RATES[method]:g}"
+        for method, rates in used.items()
+    ]
+    finding = "; ".join(told) + ("" if known else " with Adam")
+    yield CheckRow("learning rate", "warn" if known and not usual else "pass", finding)
 
 
 def _held_by(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:

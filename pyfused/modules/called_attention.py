@@ -39,8 +39,8 @@ class CalledAttention(nn.MultiheadAttention):
             is_causal: a promise that attn_mask is causal. Default False.
 
         Returns:
-            The output, of query's shape, and the weights (B, L, S), (B, num_heads, L, S) when not averaged, without B
-            for unbatched input, or None.
+            The output, of query's shape, and the weights of the given keys, (B, L, S), (B, num_heads, L, S) when not
+            averaged, without B for unbatched input, or None.
 
         Raises:
             ValueError: shapes do not fit one another, or is_causal without attn_mask.
@@ -73,6 +73,7 @@ class CalledAttention(nn.MultiheadAttention):
             weights = F.dropout(weights, dropout_p)
             attended = weights @ v
             weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if virtual[0] is None else weights[..., : -virtual[0].shape[2]]
         else:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         from_heads = (0, 2, 1, 3) if self.batch_first or not batched else (2, 0, 1, 3)

@@ -63,6 +63,31 @@ def trained_parameters(caller: str, model: nn.Module, train: tuple[str, ...]) ->
     return list(chosen.values())
 
 
+def asked(
+    caller: str,
+    model: nn.Module,
+    train: str | Iterable[str],
+    exclude: str | Iterable[str],
+    known: Iterable[str] = (),
+) -> tuple[tuple[str, ...], tuple[str, ...], list[nn.Parameter]]:
+    """What a caller's ``train`` and ``exclude`` name, checked, and the parameters of ``train``.
+
+    ``exclude`` may name modules, and what else is ``known``.
+    """
+    train, exclude = names(caller, "train", train), names(caller, "exclude", exclude)
+    trained = trained_parameters(caller, model, train)
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    resolve(caller, "exclude", exclude, paths.union(known))
+    return train, exclude, trained
+
+
+def check_model(caller: str, model: object) -> None:
+    """Refuse what is no module, and what `check_whole` does."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
+    check_whole(caller, model)
+
+
 def check_parameters(caller: str, model: nn.Module) -> None:
     """Refuse parameters that cannot be counted, or told to train or not."""
     for name, parameter in model.named_parameters():
@@ -167,6 +192,17 @@ class Change:
         self._undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
+    def add(self, owner: nn.Module, name: str, value: object) -> None:
+        """``owner.name = value``, a module or a plain attribute that ``owner`` has not."""
+        self._undo.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+    def drop(self, owner: nn.Module, name: str) -> None:
+        """``del owner.name``, where it is there."""
+        if name in owner._modules or name in owner.__dict__:
+            self._undo.callback(setattr, owner, name, getattr(owner, name))
+            delattr(owner, name)
+
     def replace(self, place: Place, module: nn.Module) -> None:
         """``module`` wherever ``place`` is.
 
@@ -249,7 +285,7 @@ class Variant(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_blank_variant, (self._kind, self.plain), *reduced[2:])
+        return (_blank, plain_class(type(self)), *reduced[2:])
 
 
 _variants: dict[tuple[type[Variant], type[nn.Module]], Any] = {}
@@ -277,9 +313,9 @@ def dressed(cls: type[nn.Module], kinds: Sequence[type[Variant]]) -> Any:
     return cls
 
 
-def _blank_variant(kind: type[Variant], base: type[nn.Module]) -> Any:
+def _blank(plain: type[nn.Module], kinds: Sequence[type[Variant]]) -> Any:
     """For copies and pickles, which cannot look up a class that is made."""
-    cls = _variant(kind, base)
+    cls = dressed(plain, kinds)
     return cls.__new__(cls)
 
 

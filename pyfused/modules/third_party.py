@@ -252,7 +252,7 @@ def reads_weight(host: nn.Module, name: str) -> bool:
     if isinstance(host, nn.TransformerEncoderLayer):
         return False
     by_kernels = "mamba" in type(host).__name__.lower()
-    codes: tuple[types.CodeType, ...] = _reachable(plain_class(type(host))[0])  # type: ignore[arg-type]
+    codes: tuple[types.CodeType, ...] = reachable(plain_class(type(host))[0])  # type: ignore[arg-type]
     return any(_reads(code, name) and (by_kernels or not _calls(code, name)) for code in codes)
 
 
@@ -282,7 +282,7 @@ def _calls(code: types.CodeType, name: str) -> bool:
 
 
 @functools.cache
-def _reachable(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
+def reachable(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
     """The compiled code of ``forward`` and of the methods and properties that it names, and they in turn."""
     found: dict[str, list[types.CodeType]] = {}
     waiting = ["forward"]

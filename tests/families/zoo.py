@@ -299,7 +299,10 @@ def _coca() -> nn.Module:
 
     text = {**_OC_TEXT, "embed_cls": True, "output_tokens": True}
     image = {**_OC_IMAGE, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True}
-    return CoCa(embed_dim=64, multimodal_cfg=_OC_TEXT, text_cfg=text, vision_cfg=image)
+    model = CoCa(embed_dim=64, multimodal_cfg=_OC_TEXT, text_cfg=text, vision_cfg=image)
+    # open_clip leaves the memory of this one as it was.
+    nn.init.normal_(model.text_decoder.text_projection, std=0.05)
+    return model
 
 
 OPEN_CLIP: dict[str, tuple[int, Callable[[], nn.Module]]] = {

@@ -1,0 +1,275 @@
+"""Prefix tuning: learned tokens that every attention of a model sees, or that go through it with the input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfused.modules import checkpoint, surgery, virtual_tokens
+from pyfused.modules.counts import Counts, count
+from pyfused.modules.table import table
+from pyfused.modules.virtual_tokens import VirtualTokens
+from pyfused.ops import checks
+
+_CALLER = "PrefixTuning"
+# The entry of a checkpoint that holds the settings.
+_SETTINGS = "prefix_settings"
+# Towers that tokens can go through with the input, (module, name) -> where their blocks are.
+_TOWERS = {
+    ("timm.models.vision_transformer", "VisionTransformer"): "blocks",
+    ("open_clip.transformer", "VisionTransformer"): "transformer.resblocks",
+}
+
+
+@dataclass(frozen=True)
+class PrefixRow:
+    """Virtual tokens of one module: its dotted path, its class, tokens n, their width, and their parameters."""
+
+    path: str
+    kind: str
+    tokens: int
+    width: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixReport(Counts):
+    """What `PrefixTuning` did.
+
+    Attributes:
+        rows: one `PrefixRow` per attention, or one for the sequence.
+        trainable_parameters, total_parameters, notes: see `pyfused.modules.counts.Counts`.
+    """
+
+    rows: tuple[PrefixRow, ...]
+
+    @property
+    def prefix_parameters(self) -> int:
+        """Elements of all parameters of virtual tokens."""
+        return sum(row.parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        alike = Counter((row.kind, row.tokens, row.width, row.parameters) for row in self.rows)
+        rows = [("module", "tokens", "width", "count", "parameters")]
+        for (kind, tokens, width, size), times in alike.items():
+            rows.append((kind, str(tokens), str(width), str(times), f"{times * size:,}"))
+        lines = table(rows, "<>>>>")
+        lines += [f"prefix parameters     {self.prefix_parameters:,} in {len(self.rows)} modules", *self._lines()]
+        return "\n".join(lines)
+
+
+class PrefixTuning:
+    """Give ``model`` virtual tokens, in place, and freeze the rest.
+
+    Deep (the default): every attention gets n learned keys and values of its own, which all its queries see beside the
+    given ones: y = softmax(q [K, P_k]^T) [V, P_v]. They have no position and no mask hides them. Attentions are every
+    nn.MultiheadAttention and every module whose forward calls ``scaled_dot_product_attention``: timm's, open_clip's and
+    transformers'. Shallow: n learned tokens join the input sequence before the first block and leave it after the last.
+
+    All or nothing: when this raises, the model is as it was. The tokens are parameters of the model, in submodules
+    named ``virtual_tokens``, so that its own state dict, copies and pickles hold them. What an earlier call of this
+    package set to train, LoRA say, goes on training, and LoRA may come later as well. The output changes at once, by
+    little: tokens start at a standard deviation of 0.02.
+
+    Args:
+        model: any module with attentions, on any device, e.g. ``clip.visual`` for one tower.
+        num_virtual_tokens: n, at least 1. Default 10.
+        deep: keys and values in every attention (the default), or tokens in the sequence, for timm's and open_clip's
+            VisionTransformer.
+        prefix_projection: whether the tokens go through two linear layers with tanh between them, of width 512, which
+            train too. Default False.
+        dropout: probability of zeroing an element of the tokens in training, in [0, 1). Default 0.
+        freeze: whether everything else stops training but ``train``. Default True.
+        train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",).
+        exclude: dotted paths, from ``model``, of modules whose attentions get no tokens; deep alone.
+        freeze_batchnorm: with ``freeze``, a BatchNorm that has nothing to train stays in eval mode, also when the model
+            is put in training mode. Default True.
+
+    Attributes:
+        model: the model. report: a `PrefixReport`; ``print`` it.
+
+    Raises:
+        TypeError: an argument has the wrong type, or a shallow prefix for a tower of another kind.
+        ValueError: no attention can carry tokens (the reasons are listed), one has some already, a path names nothing,
+            a setting is out of range, ``model`` is PEFT's, sharded or in DistributedDataParallel, or a parameter of it
+            is uninitialized or made under inference_mode.
+
+    Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021 (deep); Jia et al.,
+    "Visual Prompt Tuning", 2022 (shallow: VPT-Shallow).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_virtual_tokens: int = 10,
+        deep: bool = True,
+        prefix_projection: bool = False,
+        dropout: float = 0.0,
+        freeze: bool = True,
+        train: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        freeze_batchnorm: bool = True,
+    ) -> None:
+        surgery.check_model(_CALLER, model)
+        if not isinstance(num_virtual_tokens, int) or isinstance(num_virtual_tokens, bool):
+            raise TypeError(f"{_CALLER}: num_virtual_tokens must be an int, got {type(num_virtual_tokens).__name__}")
+        if num_virtual_tokens < 1:
+            raise ValueError(f"{_CALLER}: num_virtual_tokens must be at least 1, got {num_virtual_tokens}")
+        flags = {"deep": deep, "prefix_projection": prefix_projection, "freeze": freeze}
+        for name, flag in {**flags, "freeze_batchnorm": freeze_batchnorm}.items():
+            checks.flag(_CALLER, name, flag)
+        checks.probability(_CALLER, "dropout", dropout)
+        train, exclude, trained = surgery.asked(_CALLER, model, train, exclude)
+        surgery.check_parameters(_CALLER, model)
+        for path, module in model.named_modules():
+            if isinstance(module, VirtualTokens):
+                raise ValueError(f"{_CALLER}: model must have no virtual tokens yet, got {path!r}; remove() them first")
+        if not deep and exclude:
+            raise ValueError(f"{_CALLER}: exclude must be empty where deep is False, got {exclude!r}")
+
+        def tokens(sets: int, width: int, like: nn.Module) -> VirtualTokens:
+            weight = next(p for p in like.parameters() if p.is_floating_point())
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return VirtualTokens(
+                sets, num_virtual_tokens, width, prefix_projection, dropout, weight.device, dtype
+            ).train(like.training)  # fmt: skip
+
+        kept = surgery.trained_before(model)
+        with surgery.all_or_nothing() as change:
+            if deep:
+                attentions, notes = _attentions(model, exclude)
+                for attention in attentions:
+                    heads, width = virtual_tokens.heads_of(attention)
+                    virtual_tokens.put_in(change, attention, tokens(2, heads * width, attention))
+            else:
+                blocks, axis, width = _blocks(model)
+                notes = []
+                virtual_tokens.put_before(change, blocks, axis, tokens(1, width, blocks[0]))
+            if freeze:
+                own = [
+                    p for module in model.modules() if isinstance(module, VirtualTokens) for p in module.parameters()
+                ]
+                change.freeze(model, [*kept, *own])
+            change.keep_training(model, trained)
+            if freeze and freeze_batchnorm:
+                notes += surgery.hold_batchnorms(model, change, train)
+            notes += surgery.keep_dense(model, change)
+        self.model = model
+        self.report = _report(model, notes)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The virtual tokens by their full names, and their settings: what a prefix checkpoint holds.
+
+        The tensors are detached and share memory with the model. "prefix_settings" is JSON in a tensor of bytes.
+
+        Raises:
+            ValueError: the tokens were removed.
+        """
+        own, settings = _own_state("PrefixTuning.state_dict", self.model)
+        state = {checkpoint.plain_name(name): tensor for name, tensor in own.items()}
+        return state | {_SETTINGS: checkpoint.packed_settings(settings)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
+        """Copy a checkpoint, as `state_dict` gives it, into the model; all or nothing.
+
+        Args:
+            state: the checkpoint.
+            check_settings: whether the settings of the checkpoint must be there. Where they are there they must be the
+                model's in either case. Default True.
+
+        Raises:
+            TypeError: an argument has the wrong type, or a tensor is not a dense floating one.
+            ValueError: names are missing or unknown, shapes or settings differ, settings are missing, the model is
+                sharded or on device meta, or the tokens were removed.
+        """
+        caller = "PrefixTuning.load_state_dict"
+        own, settings = _own_state(caller, self.model)
+        checkpoint.load(caller, self.model, own, settings, _SETTINGS, state, check_settings)
+
+    def remove(self) -> None:
+        """Take the virtual tokens out. What was frozen stays frozen, and what trained trains. All or nothing.
+
+        Raises:
+            ValueError: the tokens were removed already.
+        """
+        _own_state("PrefixTuning.remove", self.model)
+        with surgery.all_or_nothing() as change:
+            for module in list(self.model.modules()):
+                virtual_tokens.take_out(change, module)
+            surgery.release_dense(self.model, change)
+            surgery.release_batchnorms(self.model, change)
+
+
+def _attentions(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[nn.Module], list[str]]:
+    """The attentions that get tokens, and notes about those that do not."""
+    found: list[nn.Module] = []
+    why: Counter[tuple[str, str]] = Counter()
+    everywhere = model.named_modules(remove_duplicate=False)
+    aside = {id(module) for path, module in everywhere if surgery.under(path, exclude)}
+    for module in model.modules():
+        meant = virtual_tokens.is_attention(module) or virtual_tokens.seems_attention(module)
+        if not meant or id(module) in aside:
+            continue
+        reason = virtual_tokens.refusal(module)
+        if reason is None:
+            found.append(module)
+        else:
+            why[type(module).__name__, reason] += 1
+    notes = [f"{times} {kind} got no virtual tokens: {reason}" for (kind, reason), times in why.items()]
+    if not found:
+        raise ValueError(
+            f"{_CALLER}: model must have attentions outside exclude, nn.MultiheadAttention or modules whose forward "
+            f"calls scaled_dot_product_attention, got a {type(model).__name__} with none{_because(notes)}"
+        )
+    return found, notes
+
+
+def _because(notes: list[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _blocks(model: nn.Module) -> tuple[Any, int, int]:
+    """The blocks of a tower, the axis along which the sequence lies in them, and its width."""
+    for module, name in ((base.__module__, base.__qualname__) for base in type(model).__mro__):
+        if (module, name) in _TOWERS:
+            blocks: Any = model.get_submodule(_TOWERS[module, name])
+            if not len(blocks) or any("forward" in block.__dict__ for block in (blocks[0], blocks[-1])):
+                raise ValueError(f"{_CALLER}: model must have blocks with a forward of their own, got a {name} without")
+            norm = next(layer for layer in blocks[0].modules() if isinstance(layer, nn.LayerNorm))
+            batch_first = getattr(getattr(model, "transformer", None), "batch_first", True)
+            return blocks, 1 if batch_first else 0, norm.normalized_shape[0]
+    raise TypeError(
+        f"{_CALLER}: model must be timm's or open_clip's VisionTransformer where deep is False, got "
+        f"{type(model).__module__}.{type(model).__name__}"
+    )
+
+
+def _virtual(model: nn.Module) -> Iterator[tuple[str, VirtualTokens]]:
+    # Once, also where two blocks share them.
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, VirtualTokens))
+
+
+def _own_state(caller: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    state: dict[str, Tensor] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for path, module in _virtual(model):
+        state |= {f"{path}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        settings[checkpoint.plain_name(path)] = module.settings()
+    if not state:
+        raise ValueError(f"{caller}: model must have virtual tokens, got a {type(model).__name__} with none left")
+    return state, settings
+
+
+def _report(model: nn.Module, notes: list[str]) -> PrefixReport:
+    rows = []
+    for path, module in _virtual(model):
+        owner = path.rpartition(".")[0]
+        kind = surgery.plain_class(type(model.get_submodule(owner)))[0].__name__
+        size = sum(parameter.numel() for parameter in module.parameters())
+        rows.append(PrefixRow(owner, kind, module.count, module.width, size))
+    return PrefixReport(**count(model), notes=tuple(notes), rows=tuple(rows))
