@@ -63,7 +63,7 @@ class TestClipTable:
         assert "48 = 24 attention + 24 MLP" in text
         assert "2,359,296 of 90,208,512 (2.62 %)" in text
         assert [line.split() for line in text.splitlines() if "in_proj" in line] == [
-            ["transformer.resblocks.*.attn.in_proj", "in_proj", "2304", "x", "768", "16", "12", "589,824"]
+            ["transformer.resblocks.*.attn.in_proj", "in_proj", "2304", "x", "768", "16", "32", "12", "589,824"]
         ]
 
     def test_one_step_moves_every_b_and_every_parameter_acts(self):

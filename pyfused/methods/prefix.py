@@ -116,10 +116,7 @@ class PrefixTuning:
         freeze_batchnorm: bool = True,
     ) -> None:
         surgery.check_model(_CALLER, model)
-        if not isinstance(num_virtual_tokens, int) or isinstance(num_virtual_tokens, bool):
-            raise TypeError(f"{_CALLER}: num_virtual_tokens must be an int, got {type(num_virtual_tokens).__name__}")
-        if num_virtual_tokens < 1:
-            raise ValueError(f"{_CALLER}: num_virtual_tokens must be at least 1, got {num_virtual_tokens}")
+        checks.integer(_CALLER, "num_virtual_tokens", num_virtual_tokens, 1)
         flags = {"deep": deep, "prefix_projection": prefix_projection, "freeze": freeze}
         for name, flag in {**flags, "freeze_batchnorm": freeze_batchnorm}.items():
             checks.flag(_CALLER, name, flag)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pyfused.modules.surgery import near
+from pyfused.ops import checks
 
 # Of Adam's kind. LoRA, BitFit and prefix as the document on CLIP has them, adapters as AA-CLIP's of images; what trains
 # whole beside them takes LoRA's, the document having one rate for all.
@@ -36,7 +37,7 @@ class Preset:
         return {"rank": self.rank, "alpha": self.alpha, "target_modules": self.target_modules}
 
 
-_PRESETS = {
+PRESETS = {
     made.name: made
     for made in (
         Preset("simple", 8, 16.0, "attention", 2e-4),
@@ -60,9 +61,9 @@ def preset(name: str) -> Preset:
     """
     if not isinstance(name, str):
         raise TypeError(f"preset: name must be a string, got {type(name).__name__}")
-    if name not in _PRESETS:
-        raise ValueError(f"preset: name must be one of {', '.join(_PRESETS)}, got {name!r}; {near(name, _PRESETS)}")
-    return _PRESETS[name]
+    if name not in PRESETS:
+        raise ValueError(f"preset: name must be one of {', '.join(PRESETS)}, got {name!r}; {near(name, PRESETS)}")
+    return PRESETS[name]
 
 
 def preset_for(num_classes: int) -> Preset:
@@ -72,9 +73,6 @@ def preset_for(num_classes: int) -> Preset:
         TypeError: ``num_classes`` is not an int.
         ValueError: it is less than 2.
     """
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise TypeError(f"preset_for: num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes < 2:
-        raise ValueError(f"preset_for: num_classes must be at least 2, got {num_classes}")
+    checks.integer("preset_for", "num_classes", num_classes, 2)
     fitting = (name for name, most in _CLASSES.items() if num_classes <= most)
     return preset(next(fitting, "very-complex"))

@@ -100,7 +100,7 @@ class BottleneckAdapter(KeepsWide):
             "BottleneckAdapter", reduction, hidden, activation, skip, dropout, init_std, dtype,
             bias=bias, per_channel=per_channel,
         )  # fmt: skip
-        _check_width("BottleneckAdapter", "channels", channels)
+        checks.integer("BottleneckAdapter", "channels", channels, 1)
         if layer_scale is not None:
             checks.finite("BottleneckAdapter", "layer_scale", layer_scale)
         checks.finite("BottleneckAdapter", "drop_path", drop_path)
@@ -215,7 +215,7 @@ class BottleneckAdapter(KeepsWide):
         cls, channels: int, reduction: float | None, default: float, activation: str, settings: dict[str, Any]
     ) -> Self:
         check_settings("BottleneckAdapter", reduction, settings.get("hidden"))
-        _check_width("BottleneckAdapter", "channels", channels)
+        checks.integer("BottleneckAdapter", "channels", channels, 1)
         hidden = _hidden(channels, reduction, settings.get("hidden"), default, 1)
         return cls(channels, **{"activation": activation} | settings | {"hidden": hidden})
 
@@ -318,7 +318,7 @@ def check_settings(
         if reduction <= 0:
             raise ValueError(f"{caller}: reduction must be positive, got {reduction}")
     if hidden is not None:
-        _check_width(caller, "hidden", hidden)
+        checks.integer(caller, "hidden", hidden, 1)
         if reduction is not None:
             raise ValueError(
                 f"{caller}: reduction must be None where hidden is given, got reduction = {reduction} and "
@@ -335,10 +335,3 @@ def check_settings(
             raise ValueError(f"{caller}: init_std must be at least 0, got {init_std}")
     if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"{caller}: dtype must be one of {checks.FLOATING}, got {dtype!r}")
-
-
-def _check_width(caller: str, argument: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {argument} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{caller}: {argument} must be at least 1, got {value}")

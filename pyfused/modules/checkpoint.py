@@ -30,7 +30,7 @@ def packed_settings(settings: Mapping[str, Mapping[str, Any]]) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _read_settings(caller: str, key: str, packed: object) -> dict[str, dict[str, Any]]:
+def read_settings(caller: str, key: str, packed: object) -> dict[str, dict[str, Any]]:
     try:
         if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
             raise ValueError("not a tensor of bytes")
@@ -109,7 +109,7 @@ def load(
             "torch.distributed.checkpoint.state_dict.set_model_state_dict whole tensors (full_state_dict=True)"
         )
     if packed is not None:
-        _check_settings(caller, settings, _read_settings(caller, key, packed))
+        _check_settings(caller, settings, read_settings(caller, key, packed))
     elif check_settings:
         raise ValueError(
             f"{caller}: state must hold the settings of its modules as {key!r}, got none: whether its numbers mean "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyfused.modules.lora import check_settings
 from pyfused.modules.wide import KeepsWide
+from pyfused.ops import checks
 
 
 class ConvLoRA(KeepsWide):
@@ -45,11 +46,8 @@ class ConvLoRA(KeepsWide):
     ) -> None:
         super().__init__()
         check_settings("ConvLoRA", rank, alpha, 0.0, dtype)
-        for argument, value in (("channels", channels), ("kernel_size", kernel_size)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"ConvLoRA: {argument} must be an int, got {type(value).__name__}")
-        if channels < 1:
-            raise ValueError(f"ConvLoRA: channels must be at least 1, got {channels}")
+        checks.integer("ConvLoRA", "channels", channels, 1)
+        checks.integer("ConvLoRA", "kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"ConvLoRA: kernel_size must be odd and positive, got {kernel_size}")
         self.channels, self.rank, self.alpha, self.kernel_size = channels, rank, float(alpha), kernel_size

@@ -27,6 +27,9 @@ class Counts:
         """100 * trainable_parameters / total_parameters."""
         return 100.0 * self.trainable_parameters / max(self.total_parameters, 1)
 
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
     def _lines(self) -> list[str]:
         return [
             f"trainable parameters  {self.trainable_parameters:,} of {self.total_parameters:,} "

@@ -143,12 +143,8 @@ class ScaledCrossAttention(KeepsWide):
         super().__init__()
         sizes = {"query_dim": query_dim, "context_dim": context_dim, "num_heads": num_heads, "head_dim": head_dim}
         for argument, value in sizes.items():
-            if value is None and argument == "head_dim":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{_NAME}: {argument} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{_NAME}: {argument} must be at least 1, got {value}")
+            if value is not None or argument != "head_dim":
+                checks.integer(_NAME, argument, value, 1)
         if head_dim is None and query_dim % num_heads:
             raise ValueError(
                 f"{_NAME}: num_heads must divide query_dim = {query_dim} where head_dim is None, got {num_heads}"

@@ -44,8 +44,7 @@ def check_settings(
         TypeError: a setting has the wrong type, ``lora_dtype`` is no floating dtype, or one of ``flags`` no bool.
         ValueError: rank not in 1..256, alpha not finite and positive, or dropout not in [0, 1).
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"{caller}: rank must be an int, got {type(rank).__name__}")
+    checks.integer(caller, "rank", rank)
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{caller}: rank must be in 1..{MAX_RANK}, got {rank}")
     checks.finite(caller, "alpha", alpha)

@@ -19,13 +19,14 @@ from pyfused.modules.targets import LeftAlone, group_of, kind_of, places
 
 @dataclass(frozen=True)
 class LoRARow:
-    """One adapted module: its dotted path, kind, group, base weight's (N, K), and LoRA parameter count."""
+    """One adapted module: its dotted path, kind, group, base weight's (N, K), rank, alpha, and LoRA parameter count."""
 
     path: str
     kind: str
     group: str
     shape: tuple[int, ...]
     rank: int
+    alpha: float
     parameters: int
 
 
@@ -62,13 +63,14 @@ class LoRAReport(Counts):
 
     def __str__(self) -> str:
         def alike(row: LoRARow) -> tuple:
-            return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path), row.kind, row.shape, row.rank, row.parameters
+            path = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path)
+            return path, row.kind, row.shape, row.rank, row.alpha, row.parameters
 
-        rows = [("module", "kind", "weight", "rank", "count", "LoRA parameters")]
-        for (path, kind, shape, rank, parameters), times in Counter(map(alike, self.rows)).items():
+        rows = [("module", "kind", "weight", "rank", "alpha", "count", "LoRA parameters")]
+        for (path, kind, shape, rank, alpha, parameters), times in Counter(map(alike, self.rows)).items():
             size = " x ".join(map(str, shape))
-            rows.append((path, kind, size, str(rank), str(times), f"{times * parameters:,}"))
-        lines = table(rows, "<<<>>>")
+            rows.append((path, kind, size, str(rank), f"{alpha:g}", str(times), f"{times * parameters:,}"))
+        lines = table(rows, "<<<>>>>")
         other = self.total - self.attention - self.mlp
         lines += [
             f"LoRA modules          {self.total} = {self.attention} attention + {self.mlp} MLP"
@@ -96,15 +98,17 @@ def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[Left
             shape = tuple(module.get_parameter("weight").shape)
             # transformers' Conv1D holds its weight transposed.
             shape = shape[::-1] if kind == "conv1d" else shape
-            rows.append(LoRARow(path, kind, group_of(path), shape, module.rank, own))
+            rows.append(LoRARow(path, kind, group_of(path), shape, module.rank, module.alpha, own))
             continue
         width, prefix = module.embed_dim, f"{path}." if path else ""
         if module.qkv is not None:
-            rows.append(LoRARow(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module.rank, own))
+            rows.append(
+                LoRARow(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module.rank, module.alpha, own)
+            )
         out = module.out_proj
         if isinstance(out, LoRALinear):
             own = sum(p.numel() for p in out.own_lora_parameters().values())
-            rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, own))
+            rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, out.alpha, own))
     return LoRAReport(
         **count(model),
         rows=tuple(rows),

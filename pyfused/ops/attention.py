@@ -142,8 +142,7 @@ def check_projections(name: str, projections: Projections) -> None:
         checks.dtype(name, argument, tensor, checks.FLOATING)
         checks.same_device(name, argument, tensor, projections.q_weight.device, "q_weight")
     heads = projections.num_heads
-    if not isinstance(heads, int) or isinstance(heads, bool):
-        raise TypeError(f"{name}: num_heads must be an int, got {type(heads).__name__}")
+    checks.integer(name, "num_heads", heads)
     q_weight, k_weight = projections.q_weight, projections.k_weight
     for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:

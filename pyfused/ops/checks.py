@@ -25,6 +25,14 @@ def tensor(operator: str, name: str, value: object) -> None:
         raise TypeError(f"{operator}: {name} must be a dense tensor, of layout torch.strided, got {kind}")
 
 
+def integer(operator: str, name: str, value: object, least: int | None = None) -> None:
+    """A Python int, of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{operator}: {name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{operator}: {name} must be at least {least}, got {value}")
+
+
 def shape(operator: str, name: str, value: torch.Tensor, expected: tuple[int, ...], letters: str) -> None:
     if value.shape != expected:
         raise ValueError(f"{operator}: {name} must have shape {letters} = {expected}, got {tuple(value.shape)}")
