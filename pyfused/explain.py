@@ -46,13 +46,29 @@ class OperatorCall:
 
 
 @dataclass(frozen=True)
+class PlainPart:
+    """What a module of pyfused leaves to plain torch.
+
+    Attributes:
+        module: path of the module, "" for the one that was explained.
+        what: the part, in words.
+        why: why no operator serves it.
+    """
+
+    module: str
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns: the operator calls in the order they were made.
+    """What `explain` returns: the operator calls in the order they were made, and what went beside them.
 
     ``print`` shows them as a table, with calls that differ only in numbers of their paths on one line.
     """
 
     calls: list[OperatorCall] = field(default_factory=list)
+    plain: list[PlainPart] = field(default_factory=list)
 
     @property
     def saved_bytes(self) -> int:
@@ -87,6 +103,7 @@ class Explanation:
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines += ["", f"{len(self.calls)} calls; a training step saves {_bytes(self.saved_bytes)} beyond their inputs"]
         lines += [f"[{number}] {'; '.join(why)}" for why, number in notes.items()]
+        lines += [f"plain torch: {part.module or '-'}: {part.what}: {part.why}" for part in self.plain]
         return "\n".join(lines)
 
 
@@ -103,7 +120,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
             ``torch.autocast`` to see what autocast gives.
 
     Returns:
-        An `Explanation`: ``.calls``, ``.saved_bytes``; it prints as a table.
+        An `Explanation`: ``.calls``, ``.plain``, ``.saved_bytes``; it prints as a table.
 
     Raises:
         TypeError: ``model_or_function`` cannot be called, or has a module made by torch.jit in it.
@@ -131,7 +148,11 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
     path: list[str] = []
 
     def observer(operator: str, **facts: Any) -> None:
-        explanation.calls.append(_DESCRIBE[operator](path[-1] if path else "", operator, facts))
+        module = path[-1] if path else ""
+        if operator == observe.PLAIN:
+            explanation.plain.append(PlainPart(module, **facts))
+        else:
+            explanation.calls.append(_DESCRIBE[operator](module, operator, facts))
 
     with torch.no_grad(), _path_tracked(model, path):
         observe.observers.append(observer)

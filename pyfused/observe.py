@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 # Each is told which backend and plan an operator call gets. Empty in normal running.
 observers: list[Callable[..., None]] = []
+# In an operator's place: what a module leaves to plain torch, with ``what`` and ``why``.
+PLAIN = "plain"
 
 
 def notify(operator: str, **facts: Any) -> None:

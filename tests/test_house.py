@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inject": {"modules", "ops", "observe"},
     "methods": {"modules", "ops"},
     "explain": {"backend", "observe", "preference"},
-    "models": {"modules", "ops"},
+    "models": {"modules", "ops", "observe"},
     "diagnostics": {"methods", "modules", "ops", "observe"},
     "integrations": {"modules", "ops", "inject"},
     "face": {"backend", "ops", "modules", "models", "diagnostics", "inject", "explain", "methods"},

@@ -41,7 +41,7 @@ class AdapterBlend(KeepsWide):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_count("AdapterBlend", "channels", channels, 1)
+        checks.integer("AdapterBlend", "channels", channels, 1)
         checks.finite("AdapterBlend", "weight", weight)
         self.channels, self.weight = channels, float(weight)
         self.adapter_weight = _weight("AdapterBlend", channels, channels, device, dtype)
@@ -96,8 +96,8 @@ class SimpleProj(KeepsWide):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_count("SimpleProj", "in_features", in_features, 1)
-        check_count("SimpleProj", "out_features", out_features, 1)
+        checks.integer("SimpleProj", "in_features", in_features, 1)
+        checks.integer("SimpleProj", "out_features", out_features, 1)
         checks.flag("SimpleProj", "relu", relu)
         self.in_features, self.out_features, self.relu = in_features, out_features, relu
         self.weight = _weight("SimpleProj", out_features, in_features, device, dtype)
@@ -182,14 +182,6 @@ class TextCrossAttention(ScaledCrossAttention):
             query_dim, context_dim, num_heads, head_dim, weight, learnable_weight, norm_match, normalize_context,
             dropout, zero_init, context_reduce=context_reduce, **settings,
         )  # fmt: skip
-
-
-def check_count(caller: str, argument: str, value: int, least: int) -> None:
-    """An int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {argument} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{caller}: {argument} must be at least {least}, got {value}")
 
 
 def _weight(

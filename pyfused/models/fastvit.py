@@ -269,7 +269,8 @@ def add_adapters(
             earlier call of this package set to train goes on training. Default True.
         train: dotted paths, from ``model``, of modules or parameters that train whole, e.g. ("head",). Blocks and
             stages there get no adapters.
-        exclude: dotted paths, from ``model``, of modules where nothing is adapted.
+        exclude: dotted paths, from ``model``, of modules where nothing is adapted. All blocks of a stage may be left
+            out: with ``conv_lora_rank`` the stage then gets its ConvLoRA alone.
         train_layer_scale: whether the layer-scales of the adapted branches train. Default False.
         freeze_batchnorm: with ``freeze``, a BatchNorm that has nothing to train stays in eval mode, also when the
             model is put in training mode. Default True: one forward in training mode would move its running mean,
@@ -297,7 +298,7 @@ def add_adapters(
     train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
     trained = surgery.trained_parameters(_CALLER, model, train)
     surgery.resolve(_CALLER, "exclude", exclude, {path for path, _ in model.named_modules(remove_duplicate=False)})
-    blocks, stages = _find(model, (*train, *exclude))
+    blocks, stages = _find(model, (*train, *exclude), conv_lora_rank is not None)
     surgery.check_parameters(_CALLER, model)
     built: list[tuple[surgery.Place, nn.Module]] = []
     if conv_lora_rank is not None:
@@ -392,8 +393,10 @@ def adapter_report(model: nn.Module, notes: Sequence[str] = ()) -> AdapterReport
 # ---- finding
 
 
-def _find(model: nn.Module, left_out: tuple[str, ...]) -> tuple[list[surgery.Place], list[surgery.Place]]:
-    """(blocks, stages) to adapt."""
+def _find(
+    model: nn.Module, left_out: tuple[str, ...], conv_lora: bool
+) -> tuple[list[surgery.Place], list[surgery.Place]]:
+    """(blocks, stages) to adapt; ``conv_lora``: stages alone will do."""
     blocks: list[surgery.Place] = []
     stages: list[surgery.Place] = []
     wrapped = 0
@@ -414,7 +417,7 @@ def _find(model: nn.Module, left_out: tuple[str, ...]) -> tuple[list[surgery.Pla
             continue
         _check_block(f"{_CALLER}: {paths[0]}", module, _kind(module))
         blocks.append(place)
-    if not blocks:
+    if not blocks and not (conv_lora and stages):
         classes = {type(module).__name__ for module in model.modules()}
         near = dict.fromkeys(surgery.close("RepMixerBlock", classes) + surgery.close("AttentionBlock", classes))
         carried = f" ({wrapped} blocks carry adapters already)" if wrapped else ""
