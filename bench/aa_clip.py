@@ -18,15 +18,16 @@ class SecondStage(nn.Module):
     """Images (B, 3, H, W) -> the mean of all projected patches, (B, text width).
 
     Args:
-        model: its text adapters and their cross-attention, which take no part, are frozen.
+        model: its stage 1 and its projection for whole images, which take no part, are frozen.
         context: (1, T, text width), of the same kind for all images.
     """
 
     def __init__(self, model: AdaptedCLIP, context: Tensor) -> None:
         super().__init__()
         self.model = model
+        model.set_stage(2)
         # Softmax does not see k_bias, whose gradient is zero but for rounding.
-        for part in (model.text_adapters, model.text_cross_attention, model.image_cross_attention.k_bias):
+        for part in (model.detection_projection, model.image_cross_attention.k_bias):
             part.requires_grad_(False)
         self.register_buffer("context", context)
 
@@ -47,8 +48,8 @@ def second_stage(name: str, image_size: int, classes: int) -> training.Classifie
     torch.manual_seed(0)
     clip = open_clip.create_model(name, pretrained=None, force_image_size=image_size)
     model = AdaptedCLIP(clip, dropout=0.0)
-    tokens = model.encode_text(torch.randint(clip.vocab_size, (_PROMPTS, clip.context_length))).tokens
-    return training.Classifier(SecondStage(model, tokens.flatten(0, 1)[None]), tokens.shape[-1], classes)
+    context = model.text_context(torch.randint(clip.vocab_size, (_PROMPTS, clip.context_length)))
+    return training.Classifier(SecondStage(model, context), context.shape[-1], classes)
 
 
 def deviations(model: training.Classifier, images: Tensor, labels: Tensor) -> list[parity.Deviation]:

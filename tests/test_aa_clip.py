@@ -1,64 +1,18 @@
-"""AA-CLIP on open_clip's models: systems.md, section 2, counts and formulas, both stages and the loop between them."""
+"""AA-CLIP on open_clip's models: systems.md, section 2, parts by their formulas, counts, the original, refusals."""
 
 from __future__ import annotations
-
-import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from aa_clip_cases import adapted, inputs, open_clip, small_clip
 from models_setup import fastvit
 from oracle import randn
 from torch import nn
 
-from pyfused import inject_lora
-from pyfused.bench.training import reference_operators
 from pyfused.models import AdaptedCLIP, AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
-from pyfused.modules import ScaledCrossAttention
-
-open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 
 IMAGE_COUNT, TEXT_COUNT = 2_755_840, 2_362_368
-
-
-def small_clip(kind: str = "CLIP", vision: dict | None = None, text: dict | None = None) -> nn.Module:
-    """4 layers of width 64 for images of 48x48 (9 patches), 3 of width 48 for 8 tokens; nothing at a start value."""
-    vision = {"image_size": 48, "layers": 4, "width": 64, "head_width": 32, "patch_size": 16} | (vision or {})
-    text = {"context_length": 8, "vocab_size": 50, "width": 48, "heads": 2, "layers": 3, "eos_id": 49} | (text or {})
-    model = getattr(open_clip, kind)(embed_dim=32, vision_cfg=vision, text_cfg=text)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model
-
-
-def adapted(clip: nn.Module | None = None, **settings) -> AdaptedCLIP:
-    """An `AdaptedCLIP` in eval mode whose biases are not zero and whose attention is not uniform."""
-    model = AdaptedCLIP(small_clip() if clip is None else clip, **({"num_heads": 2, "head_dim": 24} | settings))
-    with torch.no_grad():
-        for cross in (model.image_cross_attention, model.text_cross_attention):
-            for name, parameter in cross.named_parameters():
-                if name in ("q_weight", "k_weight"):
-                    parameter.mul_(3.0)
-                elif name.endswith("bias"):
-                    parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def inputs(dtype: torch.dtype = torch.float32, images: int = 3, prompts: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(1, 49, (prompts, 8), generator=torch.Generator().manual_seed(1))
-    tokens[:, 5] = 49
-    return randn(images, 3, 48, 48, dtype=dtype), tokens
-
-
-def grads(output, model: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The gradient of every parameter of ``model`` that trains, for fixed cotangents of all tensors in ``output``."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    flat = [tensor for part in output for tensor in (part if isinstance(part, list) else [part])]
-    total = sum((value * randn(*value.shape, dtype=value.dtype, seed=7)).sum() for value in flat)
-    return dict(zip(named, torch.autograd.grad(total, list(named.values()), allow_unused=True), strict=True))
 
 
 class TestParts:
@@ -171,20 +125,30 @@ class TestShapes:
             counts[row.kind] = counts.get(row.kind, 0) + row.parameters
         assert counts == {
             "AdapterBlend": 6 * 1024**2 + 3 * 768**2,
-            "SimpleProj": 4 * 1024 * 768,
+            "SimpleProj": 4 * 1024 * 768 + 1024 * 768 + 768 * 768,
             "ImageCrossAttention": IMAGE_COUNT,
             "TextCrossAttention": TEXT_COUNT,
         }
-        assert model.report().trainable_parameters == sum(counts.values()) == 16_324_864
-        assert model.report().total_parameters == total + 16_324_864
-        levels, image, text = model(torch.empty(2, 3, 518, 518, device="meta"), torch.zeros(16, 77).long().to("meta"))
+        assert model.report().trainable_parameters == sum(counts.values()) == 17_701_120
+        assert model.report().total_parameters == total + 17_701_120
+        images, tokens = torch.empty(2, 3, 518, 518, device="meta"), torch.zeros(16, 77).long().to("meta")
+        levels, detection, text = model(images, tokens)
         assert [level.shape for level in levels] == [(2, 1369, 768)] * 4
-        assert (image.shape, text.shape) == ((2, 768), (16, 768))
+        assert (detection.shape, text.shape) == ((2, 768), (16, 768))
+        assert model.encode_text_intermediate(tokens).shape == (16, 77, 768)
+        assert model.text_context(tokens).shape == (1, 1232, 768)
+        assert model.encode_class(tokens[:6], tokens[6:]).shape == (768, 2)
+        for behind in (False, True):
+            assert [level.shape for level in model.image_context(images, behind)] == [(2, 1369, 768)] * 4
+        assert [sum(p.numel() for p in model.set_stage(stage)) for stage in (1, 2)] == [4_721_664, 12_979_456]
+        assert [sum(p.numel() for p in model.set_stage(stage, False)) for stage in (1, 2)] == [
+            4 * 768**2, 6 * 1024**2 + 5 * 1024 * 768,
+        ]  # fmt: skip
 
     def test_report_prints_a_row_for_each_module(self):
         model = adapted()
         lines = str(model.report()).splitlines()
-        assert len(lines) == 2 + 4 + 3 + 4 + 2 + 1
+        assert len(lines) == 2 + 4 + 3 + 4 + 2 + 2 + 1
         assert lines[2].split() == ["image_adapters.0", "AdapterBlend", "64", "64", "4,096"]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert lines[-1].startswith(f"trainable parameters  {trained:,} of ")
@@ -205,6 +169,7 @@ class TestShapes:
         levels = model.encode_image(inputs(torch.float64)[0]).levels
         for level, projection, patches in zip((2, 4), model.projections, levels, strict=True):
             expected = F.linear(model.clip.visual.ln_post(seen[level])[:, 1:], projection.weight)
+            expected = expected / expected.norm(dim=-1, keepdim=True)
             torch.testing.assert_close(patches, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -222,6 +187,19 @@ CLIPS = {
 }  # fmt: skip
 
 
+class OwnProjection(nn.Module):
+    """The text tower's own projection, where AA-CLIP has another."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.projection = getattr(clip, "text", clip).text_projection
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.projection is None:
+            return x
+        return self.projection(x) if isinstance(self.projection, nn.Linear) else x @ self.projection
+
+
 class TestOriginal:
     @pytest.mark.parametrize("name", CLIPS)
     @torch.no_grad()
@@ -230,9 +208,11 @@ class TestOriginal:
         images, tokens = inputs()
         image, text = clip.encode_image(images), clip.encode_text(tokens)
         model = adapted(clip, image_weight=0.0, text_weight=0.0).train()
+        model.text_projection = OwnProjection(clip)
         assert torch.equal(model.encode_image(images).pooled, image)
         assert torch.equal(model.encode_text(tokens).pooled, text)
         model = adapted(clip)
+        model.text_projection = OwnProjection(clip)
         assert (model.encode_image(images).pooled - image).abs().max() > 1e-3
         assert (model.encode_text(tokens).pooled - text).abs().max() > 1e-3
 
@@ -259,228 +239,6 @@ class TestOriginal:
         assert not any(p.requires_grad for p in clip.parameters())
 
 
-class TestStages:
-    def by_hand(self, model: AdaptedCLIP, x, blocks, mask, cross, adapters, context) -> list[torch.Tensor]:
-        """What leaves each layer, by plain torch and the cross-attention module."""
-        streams = []
-        for index, block in enumerate(blocks):
-            x = block(x, attn_mask=mask)
-            if index == 0:
-                x = cross(x, context)
-            if index < len(adapters):
-                a = F.leaky_relu(x @ adapters[index].adapter_weight.T)
-                w = adapters[index].weight
-                x = (1 - w) * x + w * a * (x.norm(dim=-1) / a.norm(dim=-1))[..., None]
-            streams.append(x)
-        return streams
-
-    def test_image_stage(self):
-        model, (images, _) = adapted(image_layers=2).double(), inputs(torch.float64)
-        context = randn(1, 11, 48, dtype=torch.float64)
-        visual = model.clip.visual
-        streams = self.by_hand(
-            model, visual._embeds(images), visual.transformer.resblocks, None, model.image_cross_attention,
-            model.image_adapters, context,
-        )  # fmt: skip
-        expected = (
-            visual.ln_post(streams[-1])[:, 0] @ visual.proj,
-            [
-                (visual.ln_post(stream) @ projection.weight.T)[:, 1:]
-                for stream, projection in zip(streams, model.projections, strict=True)
-            ],
-        )
-        actual = tuple(model.encode_image(images, context))
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        found, wanted = grads(actual, model), grads(expected, model)
-        for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-9, msg=name)
-
-    def test_text_stage(self):
-        model, (_, tokens) = adapted(text_layers=2).double(), inputs(torch.float64)
-        context = randn(4, 9, 48, dtype=torch.float64)
-        clip = model.clip
-        x = clip.token_embedding(tokens) + clip.positional_embedding
-        *_, last = self.by_hand(
-            model, x, clip.transformer.resblocks, clip.attn_mask, model.text_cross_attention, model.text_adapters,
-            context.mean(0, keepdim=True),
-        )  # fmt: skip
-        features, hidden = model.encode_text(tokens, context)
-        torch.testing.assert_close(hidden, clip.ln_final(last), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(features, hidden[:, 5] @ clip.text_projection, rtol=1e-10, atol=1e-10)
-
-    def test_order(self):
-        model, (images, tokens) = adapted(image_layers=2, text_layers=1), inputs()
-        calls: list[str] = []
-        for name, module in model.named_modules():
-            if isinstance(module, AdapterBlend | ScaledCrossAttention) or name.split(".")[-2:-1] == ["resblocks"]:
-                module.register_forward_hook(lambda *_, name=name: calls.append(name))
-        model.encode_image(images, randn(1, 2, 48))
-        blocks = [f"clip.visual.transformer.resblocks.{index}" for index in range(4)]
-        first = [blocks[0], "image_cross_attention", "image_adapters.0", blocks[1], "image_adapters.1", *blocks[2:]]
-        assert calls == first
-        calls.clear()
-        model.encode_text(tokens, randn(1, 2, 48))
-        blocks = [f"clip.transformer.resblocks.{index}" for index in range(3)]
-        assert calls == [blocks[0], "text_cross_attention", "text_adapters.0", *blocks[1:]]
-        calls.clear()
-        model.encode_image(images)
-        model.encode_text(tokens)
-        assert not any("cross" in name for name in calls)
-
-    def test_gradients_of_each_stage(self):
-        model, (images, tokens) = adapted().train(), inputs()
-        image_side = ("image_adapters.", "projections.", "image_cross_attention.")
-        found = grads(model.encode_image(images, randn(1, 11, 48)), model)
-        assert {name for name, grad in found.items() if grad is not None} == {
-            name for name in found if name.startswith(image_side)
-        }
-        found = grads(model.encode_text(tokens, randn(2, 9, 48)), model)
-        assert {name for name, grad in found.items() if grad is not None} == {
-            name for name in found if name.startswith("text_")
-        }
-
-    def test_feedback_reaches_all_that_trains_and_nothing_frozen(self):
-        model, (images, tokens) = adapted().train().double(), inputs(torch.float64)
-        levels, image, text = model(images, tokens)
-        (sum(level.square().sum() for level in levels) + (image @ text.T).square().sum()).backward()
-        for name, parameter in model.named_parameters():
-            if name.startswith("clip."):
-                assert parameter.grad is None, name
-            elif name.endswith("k_bias"):
-                # Softmax is blind to a shift of all logits.
-                assert parameter.grad.abs().max() < 1e-9, name
-            else:
-                assert parameter.grad.abs().max() > 1e-6, name
-
-    def test_feedback_is_its_steps(self):
-        model, (images, tokens) = adapted(), inputs()
-        levels = model.encode_image(images).levels
-        for rounds in (1, 2):
-            text, hidden = model.encode_text(tokens, sum(levels) / len(levels))
-            image, levels = model.encode_image(images, hidden.reshape(1, 40, 48))
-            found = model.feedback(images, tokens, rounds)
-            assert [level.shape for level in found.levels] == [(3, 9, 48)] * 4
-            assert (found.image.shape, found.text.shape) == ((3, 32), (5, 32))
-            torch.testing.assert_close([*found.levels, *found[1:]], [*levels, image, text])
-        once = model.feedback(images, tokens)
-        assert (once.text - text).abs().max() > 1e-6
-        assert (once.image - image).abs().max() > 1e-6
-
-    @pytest.mark.parametrize("settings", [{}, {"learnable_weight": True, "per_channel": True}])
-    def test_fused_equals_reference(self, settings):
-        model, (images, tokens) = adapted(cross_weight=0.4, **settings).double(), inputs(torch.float64)
-        actual = model(images, tokens, rounds=2)
-        with reference_operators():
-            expected = model(images, tokens, rounds=2)
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        found, wanted = grads(actual, model), grads(expected, model)
-        assert len(found) == 4 + 3 + 4 + 2 * (8 + len(settings) // 2)
-        for name, gradient in wanted.items():
-            scale = gradient.abs().max().item()
-            torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-9 * max(scale, 1.0), msg=name)
-
-    def test_dropout_acts_in_training_and_only_there(self):
-        model, (images, tokens) = adapted(dropout=0.5), inputs()
-        first = model(images, tokens).image
-        assert torch.equal(first, model(images, tokens).image)
-        model.train()
-        assert not torch.equal(model(images, tokens).image, model(images, tokens).image)
-
-    def test_checkpointing_gives_the_same_gradients(self):
-        model, (images, tokens) = adapted(), inputs()
-        expected = grads(model(images, tokens), model)
-        model.clip.set_grad_checkpointing(True)
-        for name, gradient in grads(model(images, tokens), model).items():
-            torch.testing.assert_close(gradient, expected[name], msg=name)
-
-    def test_compiles_in_one_graph(self):
-        model, (images, tokens) = adapted(), inputs()
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images, tokens)
-        expected = model(images, tokens)
-        torch.testing.assert_close([*compiled.levels, *compiled[1:]], [*expected.levels, *expected[1:]])
-        wanted = grads(expected, model)
-        for name, gradient in grads(compiled, model).items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
-
-    @pytest.mark.parametrize("way", ["cast", "autocast"])
-    def test_16_bits(self, way):
-        clip = small_clip()
-        model, (images, tokens) = adapted(copy.deepcopy(clip)), inputs()
-        expected = model(images, tokens)
-        narrow = AdaptedCLIP(clip.bfloat16() if way == "cast" else clip, num_heads=2, head_dim=24).eval()
-        narrow.load_adapter_state_dict(model.adapter_state_dict())
-        assert narrow.image_adapters[0].adapter_weight.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-            found = narrow(images.bfloat16() if way == "cast" else images, tokens)
-        assert found.image.dtype == found.levels[0].dtype == torch.bfloat16
-        for value, exact in zip((*found.levels, *found[1:]), (*expected.levels, *expected[1:]), strict=True):
-            assert (value.float() - exact).norm() < 0.05 * exact.norm()
-        assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads(found, narrow).values())
-
-
-class TestState:
-    def test_round_trip_of_what_trains(self):
-        clip = small_clip()
-        first, second = adapted(clip), adapted(clip)
-        state = first.adapter_state_dict()
-        trained = {name for name, p in first.named_parameters() if p.requires_grad}
-        assert state.keys() == trained | {"adapter_settings"}
-        images, tokens = inputs()
-        expected = first(images, tokens)
-        assert not torch.equal(second(images, tokens).image, expected.image)
-        second.load_adapter_state_dict(state)
-        assert torch.equal(second(images, tokens).image, expected.image)
-        for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
-            assert torch.equal(other(images, tokens).image, expected.image)
-
-    def test_refusals_leave_it_alone(self):
-        model = adapted()
-        state = model.adapter_state_dict()
-        state |= {name: torch.zeros_like(value) for name, value in state.items() if name != "adapter_settings"}
-        missing = {name: value for name, value in state.items() if name != "projections.1.weight"}
-        with pytest.raises(ValueError, match=r"got 1 missing \['projections\.1\.weight'\] and 1 unknown \['other'\]"):
-            model.load_adapter_state_dict(missing | {"other": torch.zeros(1)})
-        with pytest.raises(ValueError, match=r"projections\.1\.weight expected \(48, 64\), got \(2,\)"):
-            model.load_adapter_state_dict(state | {"projections.1.weight": torch.zeros(2)})
-        with pytest.raises(TypeError, match=r"projections\.1\.weight.* must have dtype"):
-            model.load_adapter_state_dict(state | {"projections.1.weight": torch.zeros(48, 64, dtype=torch.int8)})
-        del state["adapter_settings"]
-        with pytest.raises(ValueError, match="must hold the settings of its modules as 'adapter_settings'"):
-            model.load_adapter_state_dict(state)
-        assert model.image_adapters[0].adapter_weight.abs().max() > 0
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"image_weight": 0.2}, "image_adapters.0: weight 0.1 in the state, 0.2 in the model"),
-            ({"relu": True}, "projections.0: relu False in the state, True in the model"),
-            ({"num_heads": 4, "head_dim": 12}, "image_cross_attention: num_heads 2 in the state, 4 in the model"),
-            ({"feature_levels": (1, 2, 3)}, r"the model: feature_levels \[1, 2, 3, 4\] in the state, \[1, 2, 3\]"),
-        ],
-    )
-    def test_settings_are_kept_and_compared(self, settings, message):
-        state, other = adapted().adapter_state_dict(), adapted(**settings)
-        state = (
-            {name: value for name, value in state.items() if not name.startswith("projections.3")}
-            if ("feature_levels" in settings)
-            else state
-        )
-        with pytest.raises(ValueError, match=message):
-            other.load_adapter_state_dict(state)
-
-    def test_what_an_earlier_injection_trains_goes_on_training(self):
-        clip = small_clip()
-        inject_lora(clip.visual, "mlp", rank=2)
-        model = AdaptedCLIP(clip, num_heads=2, head_dim=24)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert (
-            {name for name in trained if name.startswith("clip.")}
-            == {name for name, _ in model.named_parameters() if "lora_" in name}
-            != set()
-        )
-
-
 class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "error", "message"),
@@ -494,6 +252,9 @@ class TestRefusals:
             ({"image_weight": float("inf")}, ValueError, "weight must be finite, also in float32, got inf"),
             ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
             ({"zero_init": True}, ValueError, "zero_init must be False with norm_match"),
+            ({"text_cross": {"zero_init": True}}, ValueError, "zero_init must be False with norm_match"),
+            ({"image_cross": {"w": 0.1}}, TypeError, "unexpected keyword argument 'w'"),
+            ({"text_cross": {"weight": float("nan")}}, ValueError, "weight must be finite"),
         ],
     )
     def test_settings_leave_the_model_alone(self, settings, error, message):
@@ -534,6 +295,15 @@ class TestRefusals:
             model.encode_image(images, randn(2, 11, 48))
         with pytest.raises(ValueError, match=r"context must have shape \(B, T, 48\), got \(1, 11, 64\)"):
             model.encode_text(tokens, randn(1, 11, 64))
+        with pytest.raises(
+            ValueError, match="an embedding as wide as its text tower, 48, for stage 1's context, got 32"
+        ):
+            model.image_context(images)
+        with pytest.raises(TypeError, match="adapted must be a bool, got 1"):
+            model.image_context(images, 1)
+        for wrong in (0, 3, True):
+            with pytest.raises(ValueError, match=rf"set_stage: stage must be one of \(1, 2\), got {wrong}"):
+                model.set_stage(wrong)
         for rounds, error in ((0, ValueError), (1.0, TypeError)):
             with pytest.raises(error, match="feedback: rounds must be"):
                 model(images, tokens, rounds)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import randn
 from torch import nn
 
-from pyfused.bench.gradient_ratio import small_model
+from pyfused.bench.gradient_ratio import measure, over_loops, small_model
 from pyfused.bench.training import reference_operators
-from pyfused.diagnostics import GradientRatio, gradient_ratio
+from pyfused.diagnostics import GradientRatio, GradientRatioTable, gradient_ratio
 from pyfused.modules import ScaledCrossAttention
 
 
@@ -20,12 +22,12 @@ def clip():
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     model, images, tokens = small_model(torch.device("cpu"))
     with torch.no_grad():
-        context = model.encode_text(tokens).tokens.flatten(0, 1)[None]
+        context = model.text_context(tokens)
 
     def loss(model) -> torch.Tensor:
-        pooled, levels = model.encode_image(images, context)
+        levels, detection, _ = model.encode_image(images, context)
         target = randn(*levels[0].shape, seed=4)
-        return -sum(F.cosine_similarity(level, target, dim=-1).mean() for level in levels) + pooled.square().mean()
+        return -sum(F.cosine_similarity(level, target, dim=-1).mean() for level in levels) + detection.square().mean()
 
     return model, loss
 
@@ -139,6 +141,55 @@ def test_under_no_grad_it_still_differentiates(clip):
     with torch.no_grad():
         assert gradient_ratio(model, loss) == expected
         assert not torch.is_grad_enabled()
+
+
+def test_table():
+    table = GradientRatioTable({
+        "loop 1": GradientRatio("image_adapters.0", 0.9, 1.0), "loop 2": GradientRatio("text_adapters.0", 3.0, 2.0),
+    })  # fmt: skip
+    head, rule, *rows, first, _, _, last = str(table).splitlines()
+    assert head.split() == ["adapter", "|grad|", "with", "|grad|", "w", "=", "0", "ratio", "verdict"]
+    assert set(rule) == {"-"}
+    assert [row.split() for row in rows] == [
+        ["loop", "1", "image_adapters.0", "9.0000e-01", "1.0000e+00", "0.9000", "unchanged"],
+        ["loop", "2", "text_adapters.0", "3.0000e+00", "2.0000e+00", "1.5000", "larger"],
+    ]
+    # The published ratios, and why they are not to be had again.
+    assert first.startswith("The ratios 0.37 and 0.96 that were published cannot be reproduced.")
+    assert last.endswith("It depends on data, weights and loss.")
+    assert "nothing absorbs a gradient" in str(table).replace("\n", " ")
+
+
+def test_over_loops_of_any_adapted_clip():
+    """The first row is of the model as it is; then stage 2 is trained, at half the rate in each loop."""
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    model, images, tokens = small_model(torch.device("cpu"))
+    first = measure(model, images, tokens)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = model.image_adapters[0].adapter_weight
+    at = [adapter.detach().clone()]
+    for _ in range(3):
+        rows = over_loops(model, images, tokens, loops=1, steps=1, rate=1e-3 / 2 ** (len(at) - 1)).rows
+        at.append(adapter.detach().clone())
+        if len(at) == 2:
+            assert rows == {"loop 1": first}
+    # Adam's first step of a loop is as long as its rate.
+    moved = [(one - other).abs().max().item() for one, other in itertools.pairwise(at)]
+    assert moved == pytest.approx([1e-3, 5e-4, 2.5e-4], rel=1e-3)
+    model.load_state_dict(before)
+    table = over_loops(model, images, tokens, steps=1)
+    assert [*table.rows] == ["loop 1", "loop 2", "loop 3"]
+    assert table.rows["loop 1"] == first
+    assert table.rows["loop 3"] != table.rows["loop 2"] != first
+    torch.testing.assert_close(adapter.detach(), at[3])
+    for name, value in model.state_dict().items():
+        moves = name.startswith(("image_adapters", "projections", "image_cross_attention"))
+        assert moves or torch.equal(value, before[name]), name
+    with reference_operators():
+        model.load_state_dict(before)
+        expected = over_loops(model, images, tokens, steps=1)
+    for name, row in table.rows.items():
+        assert row.ratio == pytest.approx(expected.rows[name].ratio, rel=1e-4)
 
 
 class Behind(nn.Module):

@@ -26,6 +26,8 @@ class LayerScaleRow:
         gamma_grad: Euclidean norm of gamma's gradient; None where it has none.
         adapter_grad: the same over all parameters of the adapter that gamma scales; None where there is no adapter, or
             no gradient.
+        adapter_weight_grad: the same over its D and U alone. With gamma before the adapter, A(gamma f), biases have
+            gradients that know nothing of gamma, and they are most of ``adapter_grad`` where gamma is small.
         backbone_grad: the same over the block's parameters that belong to no adapter, gammas included; None where none
             of them has a gradient, as in a frozen block.
         adapted: whether there is an adapter.
@@ -38,6 +40,7 @@ class LayerScaleRow:
     gamma_max: float | None
     gamma_grad: float | None
     adapter_grad: float | None
+    adapter_weight_grad: float | None
     backbone_grad: float | None
     adapted: bool
 
@@ -159,6 +162,7 @@ def _row(path: str, block: nn.Module, gamma: Tensor | None, adapter: BottleneckA
         gamma_max=None if size is None else size.max().item(),
         gamma_grad=None if gamma is None else _norm([gamma]),
         adapter_grad=None if adapter is None else _norm(adapter.parameters()),
+        adapter_weight_grad=None if adapter is None else _norm([adapter.down_weight, adapter.up_weight]),
         backbone_grad=_norm(p for p in block.parameters() if id(p) not in of_adapters),
         adapted=adapter is not None,
     )

@@ -1,0 +1,346 @@
+"""LoRA, BitFit, prefix tuning, adapters, or everything: fine-tune the image tower of a CLIP, and compare the methods.
+
+    python examples/clip_finetune.py --model tiny --data digits --compare
+    python examples/clip_finetune.py --method lora --data PATH --pretrained laion2b_s34b_b79k --precision bfloat16
+    python examples/clip_finetune.py --method bitfit --data flowers102 --head zero-shot --pretrained laion2b_s34b_b79k
+
+The text tower is frozen in every method, and gives the zero-shot head. --compare starts all methods from one CLIP and
+one head, made from --seed, on the same batches. Before training, the checklist runs one step and takes it back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import images
+import recipe
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyfused import BottleneckAdapter, PrefixTuning, Preset, bitfit, inject_lora, param_groups, preset, preset_for
+from pyfused.bench import thirdparty
+from pyfused.diagnostics import check
+from pyfused.methods.presets import PRESETS, RATES
+from pyfused.modules.counts import Counts, count
+
+METHODS = ("lora", "bitfit", "prefix", "adapter", "full", "head")
+# Of the whole tower; the document has none, and this is what is usual for a CLIP.
+_FULL_RATE = 1e-5
+# Of a new linear head, the same in every method, so that they differ by what they do to the tower.
+_HEAD_RATE = 1e-3
+# Of random weights, which have everything to learn. On digits, three seeds, 3 epochs, 30 was the best of 1, 3, 10, 30
+# for every method. The attention of a random tower is nearly uniform, so that little reaches a prefix: 300 for it.
+_RANDOM_FACTOR, _RANDOM_PREFIX_FACTOR = 30.0, 300.0
+_TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def options() -> argparse.ArgumentParser:
+    made = recipe.parser(__doc__, epochs=6)
+    made.add_argument("--method", choices=METHODS, default="lora", help="what trains beside the head")
+    made.add_argument("--compare", action="store_true", help="every method, one after another, from one seed")
+    made.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help="of LoRA; auto: by the classes")
+    made.add_argument("--model", default="ViT-B-32", help="open_clip's, with a ViT; tiny: a small one, for a trial")
+    made.add_argument("--pretrained", metavar="TAG", help="open_clip's, or a file; none: random weights")
+    made.add_argument("--data", default="digits", help="digits, flowers102 or a folder: see examples/images.py")
+    made.add_argument("--root", type=Path, default=Path("data"), help="folder that holds flowers-102")
+    made.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    made.add_argument("--head", choices=("linear", "zero-shot"), default="linear", help="zero-shot: the classes' texts")
+    made.add_argument("--lr", type=float, help=f"of the method; none: its own, the preset's or {_FULL_RATE:g} for full")
+    made.add_argument("--head-lr", type=float, default=_HEAD_RATE, help="of a linear head")
+    made.add_argument("--lr-factor", type=float, help="of all rates; none: 1, of random weights more")
+    made.add_argument("--lora-plus", type=float, default=1.0, help="LoRA+: B's rate over A's; its authors take 16")
+    made.add_argument("--weight-decay", type=float, default=0.01, help="of matrices")
+    made.add_argument("--warmup", type=float, default=0.1, help="part of all steps in which rates rise")
+    made.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    made.add_argument("--virtual-tokens", type=recipe.positive, default=10, help="of prefix, in each attention")
+    made.add_argument("--reduction", type=float, default=12.0, help="of adapter: C over its width")
+    made.add_argument("--compile", action="store_true", help="run under torch.compile")
+    return made
+
+
+# ---- the model
+
+
+class ClipClassifier(nn.Module):
+    """A CLIP and a head on its image features: (B, 3, H, W) -> (B, classes)."""
+
+    def __init__(self, clip: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.clip, self.head = clip, head
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.clip.encode_image(pictures))
+
+
+class ZeroShotHead(nn.Module):
+    """Features' cosines with those of the classes' texts (width, classes), times CLIP's temperature."""
+
+    def __init__(self, texts: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", scale.detach() * texts.detach())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1) @ self.weight.to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP as made: the model, how its pictures are prepared, and its tokenizer."""
+
+    model: nn.Module
+    images: dict[str, Any]
+    tokenizer: Callable[[Sequence[str]], Tensor]
+
+
+def make_clip(name: str, pretrained: str | None) -> Clip:
+    """open_clip's model of that name, or the tiny one, on the CPU in float32.
+
+    Raises:
+        ValueError: there is no such model or no such weights, or the image tower is no ViT.
+        thirdparty.Unavailable: open_clip is missing.
+    """
+    open_clip = thirdparty.load("open_clip")
+    statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    if name == "tiny":
+        if pretrained is not None:
+            raise ValueError(f"--pretrained must be left out with --model tiny, got {pretrained!r}")
+        tokenizer = open_clip.SimpleTokenizer(context_length=_TINY["text_cfg"]["context_length"])
+        return Clip(open_clip.CLIP(**_TINY), statistics | {"size": 32}, tokenizer)
+    if name not in open_clip.list_models():
+        raise ValueError(
+            f"--model must be tiny or one of open_clip's {', '.join(open_clip.list_models())}, got {name!r}"
+        )
+    try:
+        model = open_clip.create_model(name, pretrained)
+    except (RuntimeError, OSError) as error:
+        if pretrained is None:
+            raise
+        raise ValueError(f"--pretrained must name weights of {name}, got {pretrained!r}: {error}") from error
+    if not hasattr(getattr(model.visual, "transformer", None), "resblocks"):
+        raise ValueError(f"--model must have a ViT as its image tower, got {name!r}; see examples/fastvit_adapters.py")
+    prepared = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation")}
+    return Clip(model, prepared | {"size": model.visual.image_size[0]}, open_clip.get_tokenizer(name))
+
+
+def make_head(clip: Clip, kind: str, names: Sequence[str]) -> nn.Module:
+    """A linear head for these classes, or one of their texts."""
+    if kind == "linear":
+        with torch.no_grad():
+            width = (
+                clip.model.eval().encode_image(torch.zeros(1, 3, clip.images["size"], clip.images["size"])).shape[-1]
+            )
+        return nn.Linear(width, len(names))
+    open_clip = thirdparty.load("open_clip")
+    templates = open_clip.SIMPLE_IMAGENET_TEMPLATES
+    texts = open_clip.build_zero_shot_classifier(clip.model.eval(), clip.tokenizer, names, templates)
+    return ZeroShotHead(texts, clip.model.logit_scale.exp())
+
+
+# ---- the methods
+
+
+def adapt(model: ClipClassifier, method: str, chosen: Preset, args: argparse.Namespace) -> Counts:
+    """Freeze ``model`` but its head and what ``method`` trains of the image tower, and put that in; returns the report.
+
+    Raises:
+        ValueError: a setting is out of range, or nothing trains.
+    """
+    train = ("head",) if any(True for _ in model.head.parameters()) else ()
+    beside = [name for name, _ in model.named_parameters() if not name.startswith(("clip.visual.", "head."))]
+    modules = [f"clip.{name}" for name, _ in model.clip.named_children() if name != "visual"]
+    if method == "lora":
+        return inject_lora(model, train=train, exclude=modules, **chosen.lora)
+    if method == "bitfit":
+        return bitfit(model, train, exclude=beside)
+    if method == "prefix":
+        return PrefixTuning(model, args.virtual_tokens, train=train, exclude=modules).report
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    if method == "full":
+        model.clip.visual.requires_grad_(True)
+    elif method == "adapter":
+        for block in model.clip.visual.transformer.resblocks:
+            # After the MLP, before the sum with what went around it, as Houlsby's; U starts at zero.
+            width = block.mlp.c_proj.out_features
+            block.mlp = nn.Sequential(block.mlp, BottleneckAdapter(width, args.reduction, skip=False))
+    elif not train:
+        raise ValueError("--head must be linear for method head: of a zero-shot head nothing trains")
+    return Counts(**count(model))
+
+
+def groups_of(model: ClipClassifier, method: str, chosen: Preset, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The optimizer's groups: the tower's by its method's rate, then the head's."""
+    rates = {**RATES, "lora": chosen.lr, "whole": _FULL_RATE}
+    rates = {name: rate if args.lr is None else args.lr for name, rate in rates.items()}
+    factor = head_factor = args.lr_factor or 1.0
+    if args.lr_factor is None and args.pretrained is None:
+        factor, head_factor = _RANDOM_PREFIX_FACTOR if method == "prefix" else _RANDOM_FACTOR, _RANDOM_FACTOR
+    groups: list[dict[str, Any]] = []
+    if method != "head":
+        scaled = {name: factor * rate for name, rate in rates.items()}
+        groups += param_groups(model.clip.visual, scaled, args.weight_decay, args.lora_plus)
+    if any(True for _ in model.head.parameters()):
+        groups += param_groups(model.head, head_factor * args.head_lr, args.weight_decay)
+    return groups
+
+
+@dataclass
+class Result:
+    """One method, trained: what trains, its losses and times, the share of test images in the right class."""
+
+    report: Counts
+    training: recipe.Training
+    accuracy: float
+
+
+class Unsound(RuntimeError):
+    """The checklist failed before training; the message is its report."""
+
+
+def train(
+    args: argparse.Namespace,
+    method: str,
+    base: ClipClassifier,
+    data: tuple[images.Images, images.Images],
+    chosen: Preset,
+    device: torch.device,
+) -> Result:
+    """A copy of ``base``, trained by ``method``; prints what trains and what the checklist warns of.
+
+    Raises:
+        Unsound: the checklist failed.
+        recipe.NotFinite: a loss or a gradient is NaN or infinite.
+        ValueError: a setting is out of range, or the checkpoint to resume is another's.
+    """
+    model = copy.deepcopy(base)
+    torch.manual_seed(args.seed)
+    report = adapt(model, method, chosen, args)
+    print(f"\n{method}\n{report}")
+    model.to(device)
+    trained, tested = data
+    optimizer = torch.optim.AdamW(groups_of(model, method, chosen, args))
+    run = torch.compile(model) if args.compile else model
+
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        pictures, labels = (part.to(device, non_blocking=True) for part in batch)
+        return F.cross_entropy(run(pictures).float(), labels)
+
+    steps = args.epochs * len(trained.batches(args.batch_size, 0))
+    # Where and how fast it runs, and what else runs, are no settings of a method.
+    elsewhere = {"method", "compare", "device", "output", "resume", "root", "workers", "compile"}
+    training = recipe.Training(
+        model,
+        loss_of,
+        optimizer,
+        {"method": method, "preset": chosen.name}
+        | {name: value for name, value in vars(args).items() if name not in {*elsewhere, "preset"}},
+        recipe.warm_cosine(optimizer, round(args.warmup * steps), steps),
+        clip=args.clip,
+        precision=args.precision,
+        checkpoint=args.output / f"{method}.pt",
+    )
+    if args.resume and training.checkpoint.exists():
+        training.resume()
+    warn(model, method, training, next(iter(trained.batches(args.batch_size, 0))), device)
+    training.run(
+        lambda epoch: trained.batches(args.batch_size, epoch, args.workers), args.epochs, method, args.batch_size
+    )
+    with training.autocast():
+        return Result(report, training, accuracy(model, tested.batches(args.batch_size, workers=args.workers), device))
+
+
+def warn(model: nn.Module, method: str, training: recipe.Training, batch: Any, device: torch.device) -> None:
+    """Print what the checklist warns of.
+
+    Raises:
+        Unsound: it failed.
+    """
+    pictures, labels = (part.to(device) for part in batch)
+    with training.autocast():
+        report = check(
+            model.train(),
+            pictures,
+            loss_fn=lambda logits: F.cross_entropy(logits.float(), labels),
+            optimizer=training.optimizer,
+        )
+    # Nothing of this package is in a model that trains whole, or only its head, and the whole is a large share.
+    meant = {"adapters", "trainable share"} if method in ("full", "head") else set()
+    if any(row.name not in meant for row in report.failed):
+        raise Unsound(f"{method}: the checklist failed before training\n{report}")
+    for row in report.warned:
+        if row.name not in meant:
+            print(f"warning: {row.name}: {row.finding}")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Sequence[Any], device: torch.device) -> float:
+    """The share of images in the right class."""
+    model.eval()
+    right = count = 0
+    for pictures, labels in batches:
+        right += (model(pictures.to(device)).argmax(dim=1) == labels.to(device)).sum()
+        count += len(labels)
+    return float(right) / count
+
+
+# ---- the command
+
+
+def prepare(args: argparse.Namespace) -> tuple[ClipClassifier, tuple[images.Images, images.Images], Preset]:
+    """(the model that all methods start from, the data, LoRA's preset).
+
+    Raises:
+        ValueError: an argument is not what it must be.
+        thirdparty.Unavailable: a package is missing.
+    """
+    torch.manual_seed(args.seed)
+    clip = make_clip(args.model, args.pretrained)
+    trained, tested, names = images.load(args.data, seed=args.seed, root=args.root, **clip.images)
+    chosen = preset_for(len(names)) if args.preset == "auto" else preset(args.preset)
+    return ClipClassifier(clip.model, make_head(clip, args.head, names)), (trained, tested), chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options()
+    args = parser.parse_args(argv)
+    device = recipe.device_of(parser, args.device)
+    methods = METHODS if args.compare else (args.method,)
+    if args.compare and args.head == "zero-shot":
+        # Nothing of it trains alone.
+        methods = tuple(method for method in methods if method != "head")
+    if args.resume and not any((args.output / f"{method}.pt").exists() for method in methods):
+        parser.error(f"--resume must find a checkpoint in --output, got {args.output}, which holds none")
+    try:
+        base, data, chosen = prepare(args)
+        results = {method: train(args, method, base, data, chosen, device) for method in methods}
+    except (ValueError, TypeError, thirdparty.Unavailable) as error:
+        parser.error(str(error))
+    except (recipe.NotFinite, Unsound) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    recipe.curves(args.output / "losses.png", {name: made.training.losses for name, made in results.items()}, "loss")
+    recipe.show(
+        f"{args.model}, {args.data}, {args.epochs} epochs, preset {chosen.name}",
+        (*recipe.MEASURES, "accuracy"),
+        [
+            (*recipe.measures(name, made.report, made.training), f"{made.accuracy:.3f}")
+            for name, made in results.items()
+        ],
+    )
+    print(f"checkpoints and curves: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
