@@ -183,8 +183,8 @@ def groups_of(model: ClipClassifier, method: str, chosen: Preset, args: argparse
     """The optimizer's groups: the tower's by its method's rate, then the head's."""
     rates = {**RATES, "lora": chosen.lr, "whole": _FULL_RATE}
     rates = {name: rate if args.lr is None else args.lr for name, rate in rates.items()}
-    factor = head_factor = args.lr_factor or 1.0
-    if args.lr_factor is None and args.pretrained is None:
+    factor = head_factor = 1.0 if args.lr_factor is None else args.lr_factor
+    if _raised(args):
         factor, head_factor = _RANDOM_PREFIX_FACTOR if method == "prefix" else _RANDOM_FACTOR, _RANDOM_FACTOR
     groups: list[dict[str, Any]] = []
     if method != "head":
@@ -193,6 +193,11 @@ def groups_of(model: ClipClassifier, method: str, chosen: Preset, args: argparse
     if any(True for _ in model.head.parameters()):
         groups += param_groups(model.head, head_factor * args.head_lr, args.weight_decay)
     return groups
+
+
+def _raised(args: argparse.Namespace) -> bool:
+    """Whether rates are raised because all weights are random."""
+    return args.lr_factor is None and args.pretrained is None
 
 
 @dataclass
@@ -252,7 +257,11 @@ def train(
     )
     if args.resume and training.checkpoint.exists():
         training.resume()
-    warn(model, method, training, next(iter(trained.batches(args.batch_size, 0))), device)
+    # Nothing of this package is in a model that trains whole, or only its head, and the whole is a large share; a rate
+    # that was raised for random weights is far from its preset.
+    meant = {"adapters", "trainable share"} if method in ("full", "head") else set()
+    meant |= {"learning rate"} if _raised(args) else set()
+    warn(model, method, training, next(iter(trained.batches(args.batch_size, 0))), device, meant)
     training.run(
         lambda epoch: trained.batches(args.batch_size, epoch, args.workers), args.epochs, method, args.batch_size
     )
@@ -260,8 +269,10 @@ def train(
         return Result(report, training, accuracy(model, tested.batches(args.batch_size, workers=args.workers), device))
 
 
-def warn(model: nn.Module, method: str, training: recipe.Training, batch: Any, device: torch.device) -> None:
-    """Print what the checklist warns of.
+def warn(
+    model: nn.Module, method: str, training: recipe.Training, batch: Any, device: torch.device, meant: set[str]
+) -> None:
+    """Print what the checklist warns of, but for the rows in ``meant``.
 
     Raises:
         Unsound: it failed.
@@ -274,8 +285,6 @@ def warn(model: nn.Module, method: str, training: recipe.Training, batch: Any, d
             loss_fn=lambda logits: F.cross_entropy(logits.float(), labels),
             optimizer=training.optimizer,
         )
-    # Nothing of this package is in a model that trains whole, or only its head, and the whole is a large share.
-    meant = {"adapters", "trainable share"} if method in ("full", "head") else set()
     if any(row.name not in meant for row in report.failed):
         raise Unsound(f"{method}: the checklist failed before training\n{report}")
     for row in report.warned:

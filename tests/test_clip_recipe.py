@@ -117,6 +117,8 @@ class TestCompare:
             assert float(peak) > 0
             assert 0.05 <= float(accuracy) <= 1
             assert f"{trainable} of " in printed
+        # Rates that the recipe itself has raised are no warning.
+        assert "warning" not in printed
         assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     def test_all_start_from_one_model(self, compared):
@@ -253,7 +255,8 @@ class TestWarnings:
                 return super().forward(x) * 1e5
 
         monkeypatch.setattr(recipe_of_clip, "make_head", lambda *given: Loud(32, 10))
-        given = ["--model", "tiny", "--epochs", "1", "--batch-size", "512", "--lr", "0.1", "--output", str(tmp_path)]
+        given = ["--model", "tiny", "--epochs", "1", "--batch-size", "512", "--lr", "0.1"]
+        given += ["--lr-factor", "1", "--output", str(tmp_path)]
         assert recipe_of_clip.main(given) == 0
         told = capsys.readouterr().out
         assert "warning: gradient norm:" in told

@@ -19,6 +19,7 @@ from pyfused import (
     param_groups,
     preset,
     preset_for,
+    remove_lora,
 )
 from pyfused.diagnostics import check
 from pyfused.methods import methods_of
@@ -112,6 +113,26 @@ class TestBitFit:
         bitfit(model, exclude=["b"])
         assert trained(model) == {"c.bias"}
 
+    def test_what_the_package_added_is_no_bias_of_the_models(self):
+        model = model_of()
+        PrefixTuning(model, prefix_projection=True)
+        report = bitfit(model)
+        assert {row.path for row in report.rows} == BIASES | {"head.bias"}
+        assert {row.kind for row in report.rows} == {"BatchNorm1d", "LayerNorm", "MultiheadAttention", "Linear",
+                                                     "NonDynamicallyQuantizableLinear"}  # fmt: skip
+
+    def test_its_batchnorms_stay_when_another_method_leaves(self):
+        for other in ("lora", "prefix"):
+            model = model_of()
+            if other == "lora":
+                inject_lora(model, rank=2)
+                bitfit(model)
+                remove_lora(model)
+            else:
+                bitfit(model)
+                PrefixTuning(model).remove()
+            assert not model.train().stem.training
+
     def test_narrow_biases_are_noted(self):
         (note,) = bitfit(nn.Linear(3, 3, dtype=torch.float16)).notes
         assert "torch.float16" in note
@@ -186,8 +207,23 @@ class TestCheck:
         report = check(model, x, loss_fn=lambda y: y.square().mean(), optimizer=optimizer)
         rows = {row.name: row for row in report.rows}
         assert rows["learning rate"].verdict == "warn"
-        assert f"1 for {method}; its preset is" in rows["learning rate"].finding
+        assert f"1 for {method}; usual is" in rows["learning rate"].finding
         assert rows["gradients reach every adapter"].verdict == "fail"
+
+    def test_a_head_whose_bias_alone_trains_is_frozen(self):
+        model = model_of()
+        bitfit(model)
+        rows = {row.name: row for row in check(model, torch.randn(2, 4, 8)).rows}
+        assert rows["head"].verdict == "warn"
+        assert "train=('head',)" in rows["head"].finding
+
+    def test_lora_plus_is_a_usual_rate(self):
+        model, x = model_of(), torch.randn(2, 4, 8)
+        inject_lora(model, rank=2, train=["head"])
+        optimizer = torch.optim.AdamW(param_groups(model, lora_plus=16))
+        report = check(model, x, loss_fn=lambda y: y.square().mean(), optimizer=optimizer)
+        assert report.passed
+        assert not report.warned, str(report)
 
     def test_what_trains_nothing_fails(self):
         model = model_of().requires_grad_(False)
@@ -306,6 +342,18 @@ class TestGroups:
         bitfit(model)
         assert methods_of(model) == {"attn.q_bias": "bitfit"}
 
+        # A module of a bias alone, and a bias of the whole model's.
+        class Bias(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bias = nn.Parameter(torch.zeros(3))
+
+        model = nn.Sequential(nn.Linear(3, 3), Bias())
+        model.logit_bias = nn.Parameter(torch.zeros(()))
+        assert set(methods_of(model).values()) == {"whole"}
+        bitfit(model)
+        assert set(methods_of(model).values()) == {"bitfit"}
+
     def test_vectors_and_numbers_do_not_decay(self):
         model = everything()
         names = {id(p): name for name, p in model.named_parameters()}
@@ -315,6 +363,11 @@ class TestGroups:
         # At rank 1, and with one class, a matrix has the shape of a vector and is none.
         for name in ("block.mlp.0.lora_a", "block.mlp.0.lora_b", "conv.lora_b", "head.weight", "adapter.down_weight"):
             assert decays[name] == 0.01, name
+        # Affine of ResMLP, gain of NF-ResNet, a class token.
+        other = nn.Module()
+        for name, shape in (("alpha", (1, 1, 8)), ("gain", (8, 1, 1, 1)), ("cls_token", (1, 1, 8))):
+            other.register_parameter(name, nn.Parameter(torch.ones(shape)))
+        assert [group["name"] for group in param_groups(other)] == ["whole, no decay"]
         whole = {names_of: group for group in param_groups(model_of()) for names_of in [group["name"]]}
         # gate and gamma, norms and biases.
         assert len(whole["whole, no decay"]["params"]) == 2 + 2 + 2 + 2 + 1 + 1
@@ -343,6 +396,7 @@ class TestGroups:
             ({"lr": float("nan")}, ValueError, "lr"),
             ({"weight_decay": -0.1}, ValueError, "weight_decay must not be negative"),
             ({"lora_plus": float("inf")}, ValueError, "lora_plus"),
+            ({"lora_plus": 0.0}, ValueError, "lora_plus must be positive, got 0"),
         ],
     )
     def test_refusals(self, arguments, error, message):

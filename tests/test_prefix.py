@@ -129,6 +129,12 @@ class TestMultiheadAttention:
         assert not torch.allclose(quick[0], bare[0], atol=1e-3)
 
 
+def attend(x: Tensor, key: Tensor) -> Tensor:
+    """(B, L, E) each, as H heads."""
+    query, key = (part.unflatten(-1, (H, -1)).transpose(1, 2) for part in (x, key))
+    return F.scaled_dot_product_attention(query, key, key)
+
+
 class Attention(nn.Module):
     """Calls the operator, with what a test wants of its layout."""
 
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(E, key_heads * width, dtype=torch.float64)
         self.v_proj = nn.Linear(E, key_heads * width, dtype=torch.float64)
 
-    def forward(self, x: Tensor, fused: bool = True, **settings) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = True, windows: int = 2, **settings) -> Tensor:
         parts = [
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -148,6 +154,8 @@ class Attention(nn.Module):
             parts = [part.flatten(0, 1) for part in parts]
         elif self.layout == "windows":
             parts = [part.unflatten(2, (2, -1)) for part in parts]
+        elif self.layout == "windows first":
+            parts = [part.unflatten(2, (windows, -1)).transpose(1, 2) for part in parts]
         if self.layout == "repeated":
             parts = [part.repeat_interleave(self.num_heads // part.shape[1], dim=1) for part in parts]
         if not fused:
@@ -203,6 +211,37 @@ class TestOperator:
         ):
             torch.testing.assert_close(ours, oracle)
 
+    def test_a_mask_and_causal_together(self):
+        torch.manual_seed(0)
+        attention = Attention(4, 4)
+        PrefixTuning(attention, N)
+        alive(attention)
+        x = torch.randn(2, 6, E, dtype=torch.float64)
+        causal = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+        given = torch.randn(6, 6, dtype=torch.float64)
+        y = attention(x, attn_mask=given, is_causal=True)
+        torch.testing.assert_close(y, expected_of(attention, x, given + causal))
+        allowed = torch.rand(6, 6) < 0.7
+        hidden = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+        y = attention(x, attn_mask=allowed, is_causal=True)
+        torch.testing.assert_close(y, expected_of(attention, x, hidden + causal))
+
+    def test_a_checkpoint_inside_the_forward_is_an_error(self):
+        class Inner(Attention):
+            def attend(self, x):
+                return super().forward(x)
+
+            def forward(self, x):
+                return checkpoint(self.attend, x, use_reentrant=True)
+
+        attention = Inner()
+        PrefixTuning(attention)
+        x = torch.randn(1, 6, E, dtype=torch.float64, requires_grad=True)
+        with pytest.raises(RuntimeError, match="checkpoint around the whole attention, not inside it"):
+            attention(x)
+        with torch.no_grad():
+            attention(x)
+
     def test_layouts_without_a_dimension_of_heads_at_its_place(self):
         torch.manual_seed(0)
         x = torch.randn(2, 6, E, dtype=torch.float64)
@@ -215,6 +254,14 @@ class TestOperator:
         alive(windows)
         halves = [expected_of(windows, half) for half in x.chunk(2, dim=1)]
         torch.testing.assert_close(windows(x), torch.stack(halves, dim=2))
+        # Windows before the heads, as in Twins, as many as the heads or not.
+        first = Attention(layout="windows first")
+        PrefixTuning(first, N)
+        alive(first)
+        halves = [expected_of(first, half) for half in x.chunk(2, dim=1)]
+        torch.testing.assert_close(first(x), torch.stack(halves, dim=1))
+        with pytest.raises(RuntimeError, match="expected keys with one dimension of 3 heads"):
+            first(torch.cat([x, x[:, :3]], dim=1), windows=3)
 
     def test_a_call_without_the_operator_is_an_error(self):
         attention = Attention()
@@ -226,7 +273,7 @@ class TestOperator:
         attention = Attention()
         PrefixTuning(attention)
         attention.head_dim = 4
-        with pytest.raises(RuntimeError, match=r"expected keys of 3 heads of width 8, got shape \(1, 6, 6, 4\)"):
+        with pytest.raises(RuntimeError, match=r"one dimension of 3 heads, of width 8, got shape \(1, 6, 6, 4\)"):
             attention(torch.randn(1, 6, E, dtype=torch.float64))
 
 
@@ -444,6 +491,9 @@ class TestShallow:
         torch.testing.assert_close(model(x), expected)
         # Whoever pools over the sequence does not see them.
         assert model.forward_features(x).shape == (2, 5, 192)
+        wide = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, norm_layer="rmsnorm", qk_norm=True)
+        assert PrefixTuning(wide, N, deep=False).report.rows[0].width == 192
+        wide(x)
         model.set_grad_checkpointing()
         torch.testing.assert_close(model(x), expected)
 
@@ -540,6 +590,84 @@ class TestRefusals:
         assert [row.path for row in report.rows] == ["good"]
         for reason in ("a forward of its own", "fused_attn is False", "its forward was replaced"):
             assert any(reason in note for note in report.notes)
+
+    def test_forwards_that_call_another(self):
+        class Sub(Attention):
+            def forward(self, x):
+                return super().forward(x) * 2
+
+        class Beside(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.num_heads, self.k_proj = H, nn.Linear(E, E)
+
+            def forward(self, x):
+                return attend(x, self.k_proj(x))
+
+        model = nn.ModuleDict({"sub": Sub(), "beside": Beside()})
+        assert [row.path for row in PrefixTuning(model).report.rows] == ["sub", "beside"]
+        assert model["sub"](torch.randn(1, 6, E, dtype=torch.float64)).shape == (1, H, 6, 8)
+        assert model["beside"](torch.randn(1, 6, E)).shape == (1, H, 6, 8)
+
+    def test_under_inference_mode(self):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"outside torch.inference_mode\(\)"):
+            PrefixTuning(Block())
+
+    def test_a_member_of_that_name_is_kept(self):
+        attention = Attention()
+        attention.virtual_tokens = nn.Parameter(torch.ones(3))
+        with pytest.raises(ValueError, match="without a member 'virtual_tokens'"):
+            PrefixTuning(attention)
+        assert torch.equal(attention.virtual_tokens, torch.ones(3))
+        assert type(attention) is Attention
+
+    def test_members_of_any_name_go_on_working(self):
+        class Own(Attention):
+            def __init__(self) -> None:
+                super().__init__()
+                self.prefix, self.plain, self._kind = nn.Identity(), nn.Identity(), nn.Identity()
+
+            def _heads(self, x):
+                return self.prefix(self.plain(self._kind(x)))
+
+            def forward(self, x):
+                return self._heads(super().forward(x))
+
+        attention = Own()
+        PrefixTuning(attention)
+        attention(torch.randn(1, 6, E, dtype=torch.float64))
+
+    def test_what_changed_since_is_not_taken_apart(self):
+        model, prefix, _ = block()
+        model.attn.forward = lambda x: x
+        with pytest.raises(RuntimeError, match="remove_hook_from_module"):
+            prefix.remove()
+        del model.attn.forward
+        model.mha.__class__ = type("Later", (type(model.mha),), {})
+        with pytest.raises(RuntimeError, match="got one on top of it"):
+            prefix.remove()
+        # All or nothing: the other attention too has its tokens still.
+        assert len([module for module in model.modules() if isinstance(module, VirtualTokens)]) == 2
+        assert type(model.attn).__name__ == "PrefixedAttention"
+
+    def test_quantised_attentions(self):
+        class Frozen(Attention):
+            def __init__(self) -> None:
+                super().__init__()
+                for layer in (self.q_proj, self.k_proj, self.v_proj):
+                    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+                    layer.bias = None
+
+        attention = Frozen()
+        PrefixTuning(attention)
+        assert attention.virtual_tokens.tokens.dtype == torch.float32
+
+    def test_lora_made_by_hand_leaves_the_tokens_training(self):
+        attention = nn.MultiheadAttention(E, H)
+        PrefixTuning(attention)
+        adapted = LoRAMultiheadAttention.from_mha(attention, 2)
+        assert adapted.virtual_tokens.tokens.requires_grad
+        assert not adapted.out_proj.weight.requires_grad
 
     def test_eager_attention_of_transformers(self):
         transformers = pytest.importorskip("transformers", reason="transformers is not installed")

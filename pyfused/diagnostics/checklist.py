@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfused.methods.bitfit import is_bias
 from pyfused.methods.groups import methods_of
 from pyfused.methods.presets import RATES
 from pyfused.modules import LoRAModule
@@ -275,13 +276,16 @@ def _attention(model: nn.Module) -> Iterator[CheckRow]:
 
 def _head(model: nn.Module) -> Iterator[CheckRow]:
     parameters = {
-        path: [p for name, p in model.get_submodule(path).named_parameters() if "lora_" not in name]
+        # By its weights: a bias alone is no head that trains.
+        path: [
+            p for name, p in model.get_submodule(path).named_parameters() if "lora_" not in name and not is_bias(name)
+        ]
         for path in sorted(set(heads_of(model).values()))
     }
     frozen = [path for path, own in parameters.items() if own and not any(p.requires_grad for p in own)]
     if frozen:
         finding = (
-            f"{_some(frozen)} is frozen, and learns nothing if it is new: inject_lora(..., train=({frozen[0]!r},))"
+            f"{_some(frozen)} is frozen, and learns nothing if it is new: train=({frozen[0]!r},) lets it train whole"
         )
         yield CheckRow("head", "warn", finding)
     elif any(parameters.values()):
@@ -370,9 +374,10 @@ def _after_step(optimizer: torch.optim.Optimizer, adapters: _Adapters) -> Iterat
 def _rates(
     optimizer: torch.optim.Optimizer, held: dict[int, dict[str, Any]], adapters: _Adapters
 ) -> Iterator[CheckRow]:
+    # LoRA's by A's: LoRA+ gives B many times its rate.
     found = {
         method: sorted({float(held[id(p)]["lr"]) for name, p in adapters.trained.items()
-                        if adapters.methods[name] == method and id(p) in held})
+                        if adapters.methods[name] == method and id(p) in held and not name.endswith("lora_b")})
         for method in RATED
     }  # fmt: skip
     used = {method: rates for method, rates in found.items() if rates}
@@ -385,7 +390,7 @@ def _rates(
         for rate in rates
     )
     told = [
-        f"{', '.join(f'{rate:g}' for rate in rates)} for {method}; its preset is {RATES[method]:g}"
+        f"{', '.join(f'{rate:g}' for rate in rates)} for {method}; usual is {RATES[method]:g}"
         for method, rates in used.items()
     ]
     finding = "; ".join(told) + ("" if known else " with Adam")

@@ -12,6 +12,7 @@ from torch import nn
 from pyfused.modules import surgery
 from pyfused.modules.counts import Counts, count
 from pyfused.modules.table import table
+from pyfused.modules.wide import added_parameters
 from pyfused.ops import checks
 
 _CALLER = "bitfit"
@@ -91,6 +92,8 @@ def bitfit(
     train, exclude, trained = surgery.asked(_CALLER, model, train, exclude, named)
     surgery.check_parameters(_CALLER, model)
     aside = {id(parameter) for name, parameter in named.items() if surgery.under(name, (*train, *exclude))}
+    # What this package has added is no bias of the model's.
+    aside |= {id(parameter) for module in model.modules() for parameter in added_parameters(module)}
     biases = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -106,7 +109,7 @@ def bitfit(
         change.freeze(model, kept)
         change.keep_training(model, trained)
         # Before its bias trains: by that alone it is not one that was meant to move.
-        notes = surgery.hold_batchnorms(model, change, train) if freeze_batchnorm else []
+        notes = surgery.hold_batchnorms(model, change, train, stays=True) if freeze_batchnorm else []
         change.keep_training(model, biases.values())
     narrow = sorted({str(p.dtype) for p in biases.values() if p.dtype in (torch.float16, torch.bfloat16)})
     if narrow:
@@ -115,7 +118,7 @@ def bitfit(
             "keep the model in float32 and run it under autocast"
         )
     kinds = {
-        f"{path}.{name}".lstrip("."): type(module).__name__
+        f"{path}.{name}".lstrip("."): surgery.plain_class(type(module))[0].__name__
         for path, module in model.named_modules()
         for name in module._parameters
     }

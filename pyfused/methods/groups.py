@@ -15,15 +15,14 @@ from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
 
 _CALLER = "param_groups"
-# Methods of parameters that the model had before; None: not said yet.
-_OWN = (None, "bitfit", "whole")
 
 
 def methods_of(model: nn.Module) -> dict[str, str]:
     """Name of each parameter that trains -> its method.
 
-    "lora", "prefix" and "adapter" are parameters of this package's modules; "bitfit" is a bias of a module in which
-    nothing else of the model's own trains; "whole" is every other.
+    "lora", "prefix" and "adapter" are parameters of this package's modules; "bitfit" is a bias of a module of whose own
+    parameters only biases train, while weights there, or where there are none in the model, are frozen; "whole" is
+    every other.
     """
     kinds = {LoRAModule: "lora", ConvLoRA: "lora", VirtualTokens: "prefix", KeepsWide: "adapter"}
     found: dict[int, str] = {}
@@ -31,11 +30,17 @@ def methods_of(model: nn.Module) -> dict[str, str]:
         if isinstance(module, KeepsWide):
             method = next(method for kind, method in kinds.items() if isinstance(module, kind))
             found |= {id(module._parameters[name]): method for name in module._wide_names()}
+    added = set(found)
+
+    def weights(module: nn.Module) -> list[nn.Parameter]:
+        return [p for name, p in module.named_parameters() if not is_bias(name) and id(p) not in added]
+
+    anywhere = weights(model)
     for module in model.modules():
-        own = [(name, p) for name, p in module.named_parameters() if p.requires_grad and found.get(id(p)) in _OWN]
-        method = "bitfit" if all(is_bias(name) for name, _ in own) else "whole"
-        # A module's parameters by what it holds, and not by what a module around it does.
-        found |= {id(p): method for p in module._parameters.values() if p is not None and found.get(id(p)) in _OWN}
+        own = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in added}
+        biases = all(is_bias(name) for name, p in own.items() if p.requires_grad)
+        frozen = any(not p.requires_grad for p in weights(module) or anywhere)
+        found |= {id(p): "bitfit" if biases and frozen else "whole" for p in own.values()}
     return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -48,7 +53,8 @@ def param_groups(
     """What trains in ``model`` as groups for an optimizer of Adam's kind: a rate for each method, decay where it helps.
 
     Methods are "lora", "bitfit", "prefix", "adapter" (whatever else this package adds) and "whole", a new head say.
-    Biases, norms, layer-scales and gates, which are vectors and numbers, get no weight decay.
+    Biases, norms, layer-scales, gates and single tokens get no weight decay: what is a vector or a number and no
+    layer's ``weight`` of two dimensions or more.
 
     Args:
         model: a model in which something trains.
@@ -79,6 +85,8 @@ def param_groups(
         rates[method] = _number(f"lr of {method}" if isinstance(lr, Mapping) else "lr", rate)
     weight_decay = _number("weight_decay", weight_decay)
     lora_plus = _number("lora_plus", lora_plus)
+    if lora_plus == 0:
+        raise ValueError(f"{_CALLER}: lora_plus must be positive, got 0: B would never move, and A have no gradient")
     groups: dict[str, dict[str, Any]] = {}
     parameters = dict(model.named_parameters())
     for name, method in methods_of(model).items():
@@ -87,7 +95,7 @@ def param_groups(
             # By name: at rank 1 they have the shape of a vector.
             title = "lora b" if name.endswith("lora_b") else "lora"
             rate *= lora_plus if name.endswith("lora_b") else 1.0
-        elif parameter.dim() < 2 or parameter.shape[1:] == (1, 1):
+        elif parameter.numel() == max(parameter.shape, default=1) and not _is_layers(name, parameter):
             title, decay = f"{method}, no decay", 0.0
         group = groups.setdefault(title, {"params": [], "lr": rate, "weight_decay": decay, "name": title})
         group["params"].append(parameter)
@@ -97,6 +105,11 @@ def param_groups(
             "inject_lora, bitfit, PrefixTuning or add_adapters first"
         )
     return list(groups.values())
+
+
+def _is_layers(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a layer's weight, which may have the shape of a vector: a head for one class, a width of 1."""
+    return parameter.dim() > 1 and name.endswith("weight")
 
 
 def _number(argument: str, value: float) -> float:

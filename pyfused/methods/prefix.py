@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from pyfused.ops import checks
 _CALLER = "PrefixTuning"
 # The entry of a checkpoint that holds the settings.
 _SETTINGS = "prefix_settings"
-# Towers that tokens can go through with the input, (module, name) -> where their blocks are.
-_TOWERS = {
-    ("timm.models.vision_transformer", "VisionTransformer"): "blocks",
-    ("open_clip.transformer", "VisionTransformer"): "transformer.resblocks",
+# Towers that tokens can go through with the input, (module, name) -> where their blocks are, and their width.
+_TOWERS: dict[tuple[str, str], tuple[str, Callable[[Any], int]]] = {
+    ("timm.models.vision_transformer", "VisionTransformer"): ("blocks", lambda tower: tower.embed_dim),
+    ("open_clip.transformer", "VisionTransformer"): ("transformer.resblocks", lambda tower: tower.conv1.out_channels),
 }
 
 
@@ -69,7 +69,8 @@ class PrefixTuning:
     Deep (the default): every attention gets n learned keys and values of its own, which all its queries see beside the
     given ones: y = softmax(q [K, P_k]^T) [V, P_v]. They have no position and no mask hides them. Attentions are every
     nn.MultiheadAttention and every module whose forward calls ``scaled_dot_product_attention``: timm's, open_clip's and
-    transformers'. Shallow: n learned tokens join the input sequence before the first block and leave it after the last.
+    transformers'. Shallow: n learned tokens join the input sequence before the first block and leave it after the last;
+    who reads the sequence between blocks (``forward_intermediates``) sees them too.
 
     All or nothing: when this raises, the model is as it was. The tokens are parameters of the model, in submodules
     named ``virtual_tokens``, so that its own state dict, copies and pickles hold them. What an earlier call of this
@@ -116,6 +117,10 @@ class PrefixTuning:
         freeze_batchnorm: bool = True,
     ) -> None:
         surgery.check_model(_CALLER, model)
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{_CALLER}: model must get virtual tokens outside torch.inference_mode(), which never train"
+            )
         checks.integer(_CALLER, "num_virtual_tokens", num_virtual_tokens, 1)
         flags = {"deep": deep, "prefix_projection": prefix_projection, "freeze": freeze}
         for name, flag in {**flags, "freeze_batchnorm": freeze_batchnorm}.items():
@@ -130,11 +135,12 @@ class PrefixTuning:
             raise ValueError(f"{_CALLER}: exclude must be empty where deep is False, got {exclude!r}")
 
         def tokens(sets: int, width: int, like: nn.Module) -> VirtualTokens:
-            weight = next(p for p in like.parameters() if p.is_floating_point())
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            return VirtualTokens(
-                sets, num_virtual_tokens, width, prefix_projection, dropout, weight.device, dtype
-            ).train(like.training)  # fmt: skip
+            # Float32 beside weights that are quantised; torch's device beside none.
+            tensors = [*like.parameters(), *like.buffers()]
+            wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+            device = tensors[0].device if tensors else None
+            made = VirtualTokens(sets, num_virtual_tokens, width, prefix_projection, dropout, device, wide)
+            return made.train(like.training)
 
         kept = surgery.trained_before(model)
         with surgery.all_or_nothing() as change:
@@ -193,6 +199,8 @@ class PrefixTuning:
 
         Raises:
             ValueError: the tokens were removed already.
+            RuntimeError: what carries tokens was changed since: its forward was replaced, or its class (fully_shard, a
+                parametrization).
         """
         _own_state("PrefixTuning.remove", self.model)
         with surgery.all_or_nothing() as change:
@@ -234,12 +242,12 @@ def _blocks(model: nn.Module) -> tuple[Any, int, int]:
     """The blocks of a tower, the axis along which the sequence lies in them, and its width."""
     for module, name in ((base.__module__, base.__qualname__) for base in type(model).__mro__):
         if (module, name) in _TOWERS:
-            blocks: Any = model.get_submodule(_TOWERS[module, name])
+            path, width = _TOWERS[module, name]
+            blocks: Any = model.get_submodule(path)
             if not len(blocks) or any("forward" in block.__dict__ for block in (blocks[0], blocks[-1])):
                 raise ValueError(f"{_CALLER}: model must have blocks with a forward of their own, got a {name} without")
-            norm = next(layer for layer in blocks[0].modules() if isinstance(layer, nn.LayerNorm))
             batch_first = getattr(getattr(model, "transformer", None), "batch_first", True)
-            return blocks, 1 if batch_first else 0, norm.normalized_shape[0]
+            return blocks, 1 if batch_first else 0, width(model)
     raise TypeError(
         f"{_CALLER}: model must be timm's or open_clip's VisionTransformer where deep is False, got "
         f"{type(model).__module__}.{type(model).__name__}"

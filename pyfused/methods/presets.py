@@ -22,7 +22,7 @@ class Preset:
         name: "simple", "medium", "complex" or "very-complex".
         rank: R. alpha: numerator of the scaling.
         target_modules: what is adapted.
-        lr: the learning rate, for Adam.
+        lr: the learning rate, for Adam: ``param_groups(model, {"lora": preset.lr})``.
     """
 
     name: str

@@ -19,9 +19,13 @@ from pyfused.ops import checks
 _VERSION = 1
 
 
+# Components that torch.compile, checkpoint_wrapper and FullyShardedDataParallel put before a module's own.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
 def plain_name(name: str) -> str:
-    """``name`` without the component that a module compiled by torch.compile has in front of its own."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """``name`` without the components of wrappers around a module."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def packed_settings(settings: Mapping[str, Mapping[str, Any]]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfused.modules.surgery import bar_fast_paths, dressed, plain_class, sharded
-from pyfused.modules.wide import KeepsWide
+from pyfused.modules.wide import KeepsWide, added_parameters
 from pyfused.ops import checks
 from pyfused.ops.lora_linear import MAX_RANK
 
@@ -226,8 +226,9 @@ class LoRAModule(KeepsWide):
             parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
     def _freeze_base(self) -> None:
-        for name, parameter in self.named_parameters():
-            if not name.endswith(("lora_a", "lora_b")):
+        added = {id(parameter) for module in self.modules() for parameter in added_parameters(module)}
+        for parameter in self.parameters():
+            if id(parameter) not in added:
                 parameter.requires_grad_(False)
 
     # ---- merging

@@ -193,9 +193,15 @@ class Change:
         setattr(owner, name, value)
 
     def add(self, owner: nn.Module, name: str, value: object) -> None:
-        """``owner.name = value``, a module or a plain attribute that ``owner`` has not."""
-        self._undo.callback(delattr, owner, name)
+        """``owner.name = value``, a module or a plain attribute.
+
+        Raises:
+            ValueError: ``owner`` has a member of that name.
+        """
+        if hasattr(owner, name):
+            raise ValueError(f"{type(owner).__name__}: expected a module without a member {name!r}, got one with it")
         setattr(owner, name, value)
+        self._undo.callback(delattr, owner, name)
 
     def drop(self, owner: nn.Module, name: str) -> None:
         """``del owner.name``, where it is there."""
@@ -225,9 +231,18 @@ class Change:
             self._undo.callback(setattr, module, "__class__", type(module))
             module.__class__ = _variant(kind, type(module))
 
-    def as_base(self, module: Variant, kind: type[Variant]) -> None:
-        """Make ``module`` what it was before it became a ``kind``."""
+    def as_base(self, module: nn.Module, kind: type[Variant]) -> None:
+        """Make ``module`` what it was before it became a ``kind``.
+
+        Raises:
+            RuntimeError: another class was put on top of it since.
+        """
         plain, kinds = plain_class(type(module))
+        if not any(issubclass(own, kind) for own in kinds):
+            raise RuntimeError(
+                f"{type(module).__name__}: expected the class that this package made, got one on top of it; undo first "
+                "what came later (fully_shard, a parametrization)"
+            )
         self._undo.callback(setattr, module, "__class__", type(module))
         module.__class__ = dressed(plain, [other for other in kinds if not issubclass(other, kind)])
 
@@ -268,20 +283,22 @@ class Variant(nn.Module):
     """A module whose class was replaced by a subclass of it: behaviour that no copy, pickle or converter loses.
 
     Attributes:
-        plain: what it was.
+        _variant_of: what it was. _variant_kind: as what it was made. _variant_prefix: of the name of its class.
+
+    All its names begin so, for that it may stand on any class: one of that class's members would be out of sight.
     """
 
-    plain: type[nn.Module]
-    prefix = "Variant"
-    _kind: type[Variant]
+    _variant_of: type[nn.Module]
+    _variant_prefix = "Variant"
+    _variant_kind: type[Variant]
 
     @classmethod
-    def _make(cls, base: type[nn.Module]) -> Any:
-        return type(f"{cls.prefix}{base.__name__}", (cls, base), cls._members(base))
+    def _variant_made(cls, base: type[nn.Module]) -> Any:
+        return type(f"{cls._variant_prefix}{base.__name__}", (cls, base), cls._variant_members(base))
 
     @classmethod
-    def _members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        return {"_kind": cls, "plain": base, "__module__": base.__module__}
+    def _variant_members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {"_variant_kind": cls, "_variant_of": base, "__module__": base.__module__}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -293,16 +310,18 @@ _variants: dict[tuple[type[Variant], type[nn.Module]], Any] = {}
 
 def _variant(kind: type[Variant], base: type[nn.Module]) -> Any:
     if (kind, base) not in _variants:
-        _variants[kind, base] = kind._make(base)
+        _variants[kind, base] = kind._variant_made(base)
     return _variants[kind, base]
 
 
 def plain_class(cls: type[nn.Module]) -> tuple[type[nn.Module], list[type[Variant]]]:
     """The class under the variants of ``cls``, and their kinds, the outermost first."""
     kinds = []
-    while issubclass(cls, Variant):
-        kinds.append(cls._kind)
-        cls = cls.plain
+    # Not of a class that somebody else put on top of one.
+    while "_variant_of" in vars(cls):
+        variant: Any = cls
+        kinds.append(variant._variant_kind)
+        cls = variant._variant_of
     return cls, kinds
 
 
@@ -333,7 +352,7 @@ class _NotABatchNorm(type):
 class DenseEncoder(Variant):
     """An nn.TransformerEncoder that makes no nested tensors of padded batches, which no layer of this package takes."""
 
-    prefix = "Dense"
+    _variant_prefix = "Dense"
 
     @property
     def use_nested_tensor(self) -> bool:
@@ -368,22 +387,26 @@ def _holds_ours(module: nn.Module) -> bool:
 class FrozenNorm(Variant):
     """A norm that is in eval mode for good."""
 
-    prefix = "Frozen"
+    _variant_prefix = "Frozen"
 
     @classmethod
-    def _make(cls, base: type[nn.Module]) -> Any:
-        members = cls._members(base)
+    def _variant_made(cls, base: type[nn.Module]) -> Any:
+        members = cls._variant_members(base)
         # torch.fx goes by the module whether to look into a forward.
         if base.forward is _BatchNorm.forward:
             members["forward"] = base.forward
-        return _NotABatchNorm(f"{cls.prefix}{base.__name__}", (cls, base), members)
+        return _NotABatchNorm(f"{cls._variant_prefix}{base.__name__}", (cls, base), members)
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
 
-def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = ()) -> list[str]:
-    """Frozen norms with running statistics to eval for good: see `FrozenNorm`.
+# On a norm: it stays as it is also when nothing that was added to the model is left.
+_STAYS = "_stays_frozen"
+
+
+def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = (), stays: bool = False) -> list[str]:
+    """Frozen norms with running statistics to eval for good: see `FrozenNorm`; ``stays``: `release_batchnorms` too.
 
     Norms under ``train``, or with a parameter that trains, are left. Returns notes for a report.
     """
@@ -395,6 +418,8 @@ def hold_batchnorms(model: nn.Module, change: Change, train: Iterable[str] = ())
             change.set(module, "training", False)
             change.as_variant(module, FrozenNorm)
             held += 1
+            if stays and _STAYS not in module.__dict__:
+                change.add(module, _STAYS, True)
     return [f"{held} frozen BatchNorm stay in eval mode (freeze_batchnorm=False lets them move)"] if held else []
 
 
@@ -403,6 +428,6 @@ def release_batchnorms(model: nn.Module, change: Change) -> None:
     if _holds_ours(model):
         return
     for module in model.modules():
-        if isinstance(module, FrozenNorm):
+        if isinstance(module, FrozenNorm) and _STAYS not in module.__dict__:
             change.as_base(module, FrozenNorm)
             change.set(module, "training", model.training)

@@ -197,7 +197,7 @@ _CLASSES: dict[str, tuple[Any, tuple[str, str]]] = {
 class CallingPool(Variant):
     """CLIP's ``AttentionPool2d`` with a forward that calls its four projections, whose weights the original reads."""
 
-    prefix = "Calling"
+    _variant_prefix = "Calling"
     num_heads: int
     positional_embedding: nn.Parameter
     q_proj: nn.Module
@@ -221,7 +221,7 @@ class CallingPool(Variant):
 class CallingQKV(Variant):
     """timm's attention with its own switch on: qkv is called, and its bias added to what comes back."""
 
-    prefix = "Calling"
+    _variant_prefix = "Calling"
 
     @property
     def qkv_bias_separate(self) -> bool:
@@ -283,18 +283,26 @@ def _calls(code: types.CodeType, name: str) -> bool:
 
 @functools.cache
 def reachable(cls: type[nn.Module]) -> tuple[types.CodeType, ...]:
-    """The compiled code of ``forward`` and of the methods and properties that it names, and they in turn."""
+    """The compiled code of ``forward`` and of the methods and properties that it names, and they in turn.
+
+    Of a method that calls super(), the one that it overrides too.
+    """
     found: dict[str, list[types.CodeType]] = {}
     waiting = ["forward"]
     while waiting:
         name = waiting.pop()
-        member = inspect.getattr_static(cls, name, None)
-        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
-        own = isinstance(function, types.FunctionType) and member is not getattr(nn.Module, name, None)
-        if name in found or not own:
+        if name in found:
             continue
-        codes = found[name] = [inspect.unwrap(function).__code__]
-        for code in codes:
-            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-            waiting += code.co_names
+        codes = found[name] = []
+        for member in (vars(base)[name] for base in cls.__mro__ if name in vars(base) and base is not nn.Module):
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if not isinstance(function, types.FunctionType):
+                break
+            own = [inspect.unwrap(function).__code__]
+            for code in own:
+                own += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+                waiting += code.co_names
+            codes += own
+            if not any("super" in code.co_names for code in own):
+                break
     return tuple(code for codes in found.values() for code in codes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +47,7 @@ class VirtualTokens(KeepsWide):
         width: int,
         projection: bool,
         dropout: float,
-        device: torch.device,
+        device: torch.device | None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -98,11 +99,11 @@ class VirtualTokens(KeepsWide):
 class PrefixedAttention(Variant):
     """What the attentions with learned keys and values share."""
 
-    prefix = "Prefixed"
+    _variant_prefix = "Prefixed"
     virtual_tokens: VirtualTokens
     virtual_heads: int
 
-    def _heads(self) -> list[Tensor]:
+    def _virtual_parts(self) -> list[Tensor]:
         """Keys and values, (H, n, d) each."""
         return [part.unflatten(-1, (self.virtual_heads, -1)).transpose(0, 1) for part in self.virtual_tokens()]
 
@@ -114,7 +115,7 @@ class PrefixedMultiheadAttention(PrefixedAttention, CalledAttention):
         return False
 
     def _virtual(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (part.to(like.dtype)[None] for part in self._heads())
+        k, v = (part.to(like.dtype)[None] for part in self._virtual_parts())
         return k, v
 
 
@@ -127,7 +128,7 @@ class PrefixedSDPA(PrefixedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As that of the module."""
-        more = _MoreKeys(*self._heads())
+        more = _MoreKeys(*self._virtual_parts())
         with more:
             output = super().forward(*args, **kwargs)
         if not more.used:
@@ -144,6 +145,7 @@ class _MoreKeys(TorchFunctionMode):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.used = keys, values, False
+        self.trains = torch.is_grad_enabled() and keys.requires_grad
 
     def __torch_function__(self, func: Any, classes: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -163,9 +165,20 @@ class _MoreKeys(TorchFunctionMode):
         **others: Any,
     ) -> Tensor:
         self.used = True
+        if self.trains and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "virtual tokens: expected gradients to be on where the attention is computed, as they are where its "
+                "forward begins, got them off; checkpoint around the whole attention, not inside it"
+            )
         length, source, added = query.shape[-2], key.shape[-2], self.keys.shape[1]
         if is_causal:
-            attn_mask = torch.ones((length, source), dtype=torch.bool, device=query.device).tril()
+            seen = torch.ones((length, source), dtype=torch.bool, device=query.device).tril()
+            if attn_mask is None:
+                attn_mask = seen
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & seen
+            else:
+                attn_mask = attn_mask.masked_fill(~seen, float("-inf"))
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*attn_mask.shape[:-1], source)
             # In a bool mask True takes part, in a floating one 0 does.
@@ -176,24 +189,28 @@ class _MoreKeys(TorchFunctionMode):
 
 
 def _beside(tokens: Tensor, given: Tensor) -> Tensor:
-    """(H, n, d) in the dtype and layout of ``given``: (B, H, S, d), (B, H, windows, S, d) or (B H, S, d)."""
-    heads = given.shape[0] if given.dim() == 3 else given.shape[1]
-    if heads % tokens.shape[0] or given.shape[-1] != tokens.shape[-1]:
+    """(H, n, d) in the dtype and layout of ``given``: (B H, S, d), (B, H, S, d), or with windows before H or after."""
+    heads, count, width = tokens.shape
+    # Where queries share keys, each may have its copy of them by now.
+    places = [0] if given.dim() == 3 else [1] if given.dim() == 4 else [1, given.dim() - 3]
+    fitting = [at for at in places if given.shape[at] == heads or (given.dim() < 5 and given.shape[at] % heads == 0)]
+    if len(fitting) != 1 or given.shape[-1] != width:
         raise RuntimeError(
-            f"virtual tokens: expected keys of {tokens.shape[0]} heads of width {tokens.shape[-1]}, got shape "
-            f"{tuple(given.shape)}"
+            f"virtual tokens: expected keys with one dimension of {heads} heads, of width {width}, got shape "
+            f"{tuple(given.shape)}; leave this attention out by exclude"
         )
-    tokens = tokens.to(given.dtype)
+    tokens, times = tokens.to(given.dtype), given.shape[fitting[0]] // heads
     if given.dim() == 3:
-        return tokens.repeat(heads // tokens.shape[0], 1, 1)
-    # Where every group of queries got a copy of its keys already, the virtual ones are copied alike.
-    tokens = tokens.repeat_interleave(heads // tokens.shape[0], dim=0)
-    tokens = tokens.view(1, heads, *(1,) * (given.dim() - 4), *tokens.shape[1:])
-    return tokens.expand(*given.shape[:-2], *tokens.shape[-2:])
+        return tokens.repeat(times, 1, 1)
+    tokens = tokens.repeat_interleave(times, dim=0)
+    shape = [1] * (given.dim() - 2)
+    shape[fitting[0]] = len(tokens)
+    return tokens.view(*shape, count, width).expand(*given.shape[:-2], count, width)
 
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_SHARED = ("num_key_value_heads", "num_kv_heads")
 _KEYS = ("k_proj", "key", "k", "k_lin")
 _PACKED = {"qkv": 3, "qkv_proj": 3, "c_attn": 3, "Wqkv": 3, "query_key_value": 3, "kv": 2}
 
@@ -214,7 +231,7 @@ def heads_of(attention: nn.Module) -> tuple[int, int]:
         width = width or key.out_features // int(heads or 1)
         return key.out_features // width, width
     # Where queries share keys, the packed layer's rows do not tell how.
-    shared = getattr(attention, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None)
+    shared = _first(attention, _SHARED) or getattr(config, "num_key_value_heads", None)
     packed = [rows // parts for name, parts in _PACKED.items() if (rows := _rows(getattr(attention, name, None)))]
     if heads and (width or packed):
         return shared or heads, width or packed[0] // heads
@@ -239,7 +256,11 @@ def is_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
     codes: tuple[types.CodeType, ...] = reachable(plain_class(type(module))[0])  # type: ignore[arg-type]
-    return any(_CALLS & set(code.co_names) for code in codes)
+    # A function beside the class may do it for its forward.
+    beside = vars(sys.modules[type(module).__module__]) if type(module).__module__ in sys.modules else {}
+    helpers = (beside.get(name) for code in codes for name in code.co_names)
+    called = (function.__code__ for function in helpers if isinstance(function, types.FunctionType))
+    return any(_CALLS & set(code.co_names) for code in (*codes, *called))
 
 
 def seems_attention(module: nn.Module) -> bool:
@@ -288,7 +309,7 @@ def put_in(change: Change, attention: nn.Module, tokens: VirtualTokens) -> None:
 class FirstBlock(Variant):
     """A tower's first block: the tokens join the sequence, at its end."""
 
-    prefix = "First"
+    _variant_prefix = "First"
     virtual_tokens: VirtualTokens
     virtual_axis: int
 
@@ -305,7 +326,7 @@ class FirstBlock(Variant):
 class LastBlock(Variant):
     """A tower's last block: the tokens leave the sequence."""
 
-    prefix = "Last"
+    _variant_prefix = "Last"
     virtual_count: int
     virtual_axis: int
 
@@ -327,9 +348,18 @@ def put_before(change: Change, blocks: nn.ModuleList | nn.Sequential, axis: int,
 
 
 def take_out(change: Change, module: nn.Module) -> None:
-    """Make ``module`` what it was before it got virtual tokens or a part in theirs."""
-    for kind in (PrefixedAttention, FirstBlock, LastBlock):
-        if isinstance(module, kind):
-            change.as_base(module, kind)
+    """Make ``module`` what it was before it got virtual tokens or a part in theirs.
+
+    Raises:
+        RuntimeError: its forward was replaced since, or its class.
+    """
+    kinds = [kind for kind in (PrefixedAttention, FirstBlock, LastBlock) if isinstance(module, kind)]
+    if kinds and "forward" in module.__dict__:
+        raise RuntimeError(
+            f"{type(module).__name__}: expected the module's own forward, got one that replaces it; take it out first "
+            "(accelerate.hooks.remove_hook_from_module)"
+        )
+    for kind in kinds:
+        change.as_base(module, kind)
     for name in (NAME, "virtual_heads", "virtual_axis", "virtual_count"):
         change.drop(module, name)

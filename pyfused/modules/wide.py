@@ -50,3 +50,8 @@ class KeepsWide(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with kept_wide([(self, name) for name in self._wide_names()]):
             return super()._apply(fn, recurse)
+
+
+def added_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What this package has added to a model as parameters of ``module`` itself."""
+    return [module.get_parameter(name) for name in module._wide_names()] if isinstance(module, KeepsWide) else []

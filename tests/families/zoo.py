@@ -65,6 +65,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "efficientvit_m0": {"size": 224},
     "mobilenetv4_hybrid_medium": {},
     "hiera_tiny_224": {"img_size": 64},
+    "twins_svt_small": {"img_size": 64},
 }
 
 
