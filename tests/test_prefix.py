@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(E, key_heads * width, dtype=torch.float64)
         self.v_proj = nn.Linear(E, key_heads * width, dtype=torch.float64)
 
-    def forward(self, x: Tensor, fused: bool = True, windows: int = 2, **settings) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = True, windows: int = 2, copied: bool = False, **settings) -> Tensor:
         parts = [
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -153,11 +153,13 @@ class Attention(nn.Module):
         if self.layout == "flat":
             parts = [part.flatten(0, 1) for part in parts]
         elif self.layout == "windows":
-            parts = [part.unflatten(2, (2, -1)) for part in parts]
+            parts = [part.unflatten(2, (windows, -1)) for part in parts]
         elif self.layout == "windows first":
             parts = [part.unflatten(2, (windows, -1)).transpose(1, 2) for part in parts]
         if self.layout == "repeated":
             parts = [part.repeat_interleave(self.num_heads // part.shape[1], dim=1) for part in parts]
+        if copied:
+            parts = [part.contiguous() for part in parts]
         if not fused:
             return plain(*parts)[0]
         return F.scaled_dot_product_attention(*parts, **settings)
@@ -260,8 +262,15 @@ class TestOperator:
         alive(first)
         halves = [expected_of(first, half) for half in x.chunk(2, dim=1)]
         torch.testing.assert_close(first(x), torch.stack(halves, dim=1))
+        # As many windows as heads.
+        longer = torch.cat([x, x[:, :3]], dim=1)
+        parts = [expected_of(first, part) for part in longer.chunk(3, dim=1)]
+        torch.testing.assert_close(first(longer, windows=3), torch.stack(parts, dim=1))
+        torch.testing.assert_close(
+            windows(longer, windows=3), torch.stack([expected_of(windows, p) for p in longer.chunk(3, dim=1)], dim=2)
+        )
         with pytest.raises(RuntimeError, match="expected keys with one dimension of 3 heads"):
-            first(torch.cat([x, x[:, :3]], dim=1), windows=3)
+            first(longer, windows=3, copied=True)
 
     def test_a_call_without_the_operator_is_an_error(self):
         attention = Attention()

@@ -194,6 +194,9 @@ def _beside(tokens: Tensor, given: Tensor) -> Tensor:
     # Where queries share keys, each may have its copy of them by now.
     places = [0] if given.dim() == 3 else [1] if given.dim() == 4 else [1, given.dim() - 3]
     fitting = [at for at in places if given.shape[at] == heads or (given.dim() < 5 and given.shape[at] % heads == 0)]
+    if len(fitting) > 1:
+        # As many windows as heads: heads lie beside each other in what the projection gave.
+        fitting = [at for at in fitting if given.stride(at) == width]
     if len(fitting) != 1 or given.shape[-1] != width:
         raise RuntimeError(
             f"virtual tokens: expected keys with one dimension of {heads} heads, of width {width}, got shape "
