@@ -183,8 +183,7 @@ class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
     - ``out_proj`` is a `LoRALinear`.
 
     ``nn.TransformerEncoderLayer`` never takes its inference fast path, which would read the weights and bypass this
-    module. Nested tensors are refused: `inject_lora` sets ``use_nested_tensor = False`` on an enclosing
-    nn.TransformerEncoder.
+    module. Nested tensors are refused: `inject_lora` makes an enclosing nn.TransformerEncoder go without them.
 
     Attributes:
         qkv: "joint", "split", or None where in_proj is not adapted.
