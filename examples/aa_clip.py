@@ -17,7 +17,6 @@ import functools
 import math
 import pickle
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +58,7 @@ BLUR, MEDICAL_BLUR = (7, 1.0), (9, 1.5)
 
 def options() -> argparse.ArgumentParser:
     sized = dict.fromkeys(SETTINGS["original"])
-    made = recipe.parser(__doc__.splitlines()[0], output=Path("runs/aa_clip"), **sized)
+    made = recipe.parser(__doc__, output=Path("runs/aa_clip"), **sized)
     made.epilog = (
         "--epochs and --batch-size are stage 2's, --epochs in the first loop: each loop has half as many as the one "
         "before, and stage 1 a quarter of stage 2's, rounded up. Where the default above is None: with a model of "
@@ -69,8 +68,8 @@ def options() -> argparse.ArgumentParser:
     add("--stage", choices=("1", "2", "both"), default="both", help="1: text side; 2: image side")
     add("--feedback-loops", type=recipe.positive, default=3, metavar="K", help="how often the stages are trained")
     add("--text-batch-size", type=recipe.positive, help="images in a step of stage 1")
-    add("--text-lr", type=float, metavar="RATE", help="stage 1's learning rate, halved from loop to loop")
-    add("--image-lr", type=float, metavar="RATE", help="stage 2's, halved also at 50 and 80 percent of its steps")
+    add("--text-lr", type=recipe.rate, metavar="RATE", help="stage 1's learning rate, halved from loop to loop")
+    add("--image-lr", type=recipe.rate, metavar="RATE", help="stage 2's, halved also at 50 and 80 percent of its steps")
     add("--data", default="synthetic", help="folder in MVTec's or VisA's layout; synthetic: textures made here")
     add("--test-data", type=Path, metavar="PATH", help="folder to test on; then all images in --data are trained on")
     add("--names", type=Path, metavar="PATH", help="JSON of what a class is called in prompts, {class: words}")
@@ -85,8 +84,8 @@ def options() -> argparse.ArgumentParser:
     add("--base", type=Path, metavar="PATH", help="adapters of a base model to start from: an earlier run's base.pt")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="train the base model first")
     add("--medical", action="store_true", help=f"blur maps by {MEDICAL_BLUR} patches in place of {BLUR}")
-    add("--pictures", type=int, default=8, metavar="N", help="anomaly maps of each class to write")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images")
+    add("--pictures", type=recipe.natural, default=8, metavar="N", help="anomaly maps of each class to write")
+    add("--workers", type=recipe.natural, default=0, metavar="N", help="processes that read images")
     return made
 
 
@@ -127,7 +126,8 @@ def build(
     else:
         try:
             clip = open_clip.create_model(args.model, args.pretrained, force_image_size=args.image_size)
-        except RuntimeError as error:
+        except Exception as error:
+            # open_clip and torch raise whatever a wrong name or file leads them to.
             raise ValueError(f"--model and --pretrained must be open_clip's, got {error}") from error
         tokenize = open_clip.get_tokenizer(args.model)
     reduce = "mean_if_batches_differ" if args.original_context else "mean"
@@ -146,6 +146,11 @@ def build(
             model.load_adapter_state_dict(state, cross_attention=False)
         except (TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--base must be a base model's adapters, got {args.base}: {error}") from error
+    reach = MEDICAL_BLUR[0] // 2 if args.medical else BLUR[0] // 2
+    if min(clip.visual.grid_size) <= reach:
+        raise ValueError(
+            f"--image-size must give more than {reach} patches a side for the blur of maps, got {clip.visual.grid_size}"
+        )
     given = getattr(clip.visual, "preprocess_cfg", {})
     colours = {name: given.get(name) for name in ("mean", "std")}
     transform = open_clip.image_transform(args.image_size, is_train=False, resize_mode="squash", **colours)
@@ -330,9 +335,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
         OSError: one of them is not there, or no image.
         recipe.NotFinite: a number of the training is NaN or infinite.
     """
-    if args.resume and not any(args.output.glob("*-loop*-stage*.pt")):
-        raise FileNotFoundError(f"--resume needs a checkpoint in --output, got none in {args.output}")
-    args.output.mkdir(parents=True, exist_ok=True)
+    recipe.begin(args, ["*-loop*-stage*.pt"])
     trained, tested = samples_of(args)
     categories = sorted({sample.category for sample in trained + tested})
     prompts = [models.anomaly_prompts(name) for name in aa_clip_data.names_of(args.names, categories)]
@@ -360,6 +363,7 @@ def report(arms: Mapping[str, Arm], trained: int, tested: int) -> None:
     """The tables of trainings, of gradient ratios and of the test."""
     rows = []
     for name, arm in arms.items():
+        counted = arm.model.report()
         for (loop, stage), training in arm.trainings.items():
             first, last = epoch_losses(training)
             # A step in float16 whose scaled gradients overflow is skipped, and no part of the mean.
@@ -367,9 +371,9 @@ def report(arms: Mapping[str, Arm], trained: int, tested: int) -> None:
             ratio = arm.ratios.get(f"loop {loop}, stage {stage}")
             rows.append((
                 name, f"{loop}", f"{stage}", f"{first:.4f}", f"{last:.4f}", f"{statistics.mean(norms):.3e}",
-                f"{ratio.ratio:.4f}" if ratio else "", f"{training.step_ms:.1f}", f"{training.peak_bytes / 1e6:.1f}",
+                f"{ratio.ratio:.4f}" if ratio else "", *recipe.measures("", counted, training)[3:],
             ))  # fmt: skip
-    columns = ("model", "loop", "stage", "first epoch", "last epoch", "mean |grad|", "ratio", "ms a step", "MB")
+    columns = ("model", "loop", "stage", "first epoch", "last epoch", "mean |grad|", "ratio", *recipe.MEASURES[3:])
     recipe.show(f"AA-CLIP: losses on {trained} images", columns, rows)
     print(
         f"\ngradient of the first adapter with and without cross-attention, before each stage\n"
@@ -394,14 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options()
     args = filled(parser.parse_args(argv))
     device = recipe.device_of(parser, args.device)
-    try:
-        train(args, device)
-    except (ValueError, OSError, thirdparty.Unavailable) as error:
-        parser.error(str(error))
-    except recipe.NotFinite as error:
-        print(f"aa_clip: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return recipe.command(parser, lambda: train(args, device))
 
 
 if __name__ == "__main__":

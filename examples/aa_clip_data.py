@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import images
 import numpy as np
 import recipe
 import torch
@@ -66,8 +67,12 @@ def read(folder: Path) -> Split:
     classes = [child for child in sorted(folder.iterdir()) if child.is_dir()]
     if annotated := [child / _ANNOTATIONS for child in classes if (child / _ANNOTATIONS).is_file()]:
         return _visa(annotated, folder)
-    if classes := [child for child in classes if (child / "test").is_dir()]:
-        return _mvtec(classes)
+    if any((child / "test").is_dir() for child in classes):
+        if halves := [child.name for child in classes if (child / "train").is_dir() and not (child / "test").is_dir()]:
+            raise ValueError(
+                f"the data must have a folder test beside each train, {folder} has none in {_named(halves)}"
+            )
+        return _mvtec([child for child in classes if (child / "test").is_dir()])
     own = sum(path.suffix.lower() in _SUFFIXES for path in folder.iterdir())
     hint = "; it is a class itself: give the folder above it" if (folder / "test").is_dir() else ""
     raise ValueError(
@@ -79,6 +84,12 @@ def read(folder: Path) -> Split:
 def _mvtec(classes: Sequence[Path]) -> Split:
     split = Split([], [])
     for folder in classes:
+        kinds = {path.name for path in folder.glob("ground_truth/*")} - {path.name for path in folder.glob("t*/*")}
+        if kinds:
+            raise ValueError(
+                f"the data must have images for each folder of masks, {folder / 'ground_truth'} has "
+                f"{_named(sorted(kinds))} without a folder in test"
+            )
         for part, samples in (("train", split.train), ("test", split.test)):
             for kind in sorted(path for path in folder.glob(f"{part}/*") if path.is_dir()):
                 images = _images(kind)
@@ -146,6 +157,8 @@ def halves(samples: Iterable[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def check_kinds(use: str, samples: Sequence[Sample], classes: bool) -> None:
     """Refuses images that are all good, or all with a defect; with ``classes`` of each class, else of all together."""
+    if not samples:
+        raise ValueError(f"{use} must be at least one good image and one with a defect, got none")
     for category in sorted({sample.category for sample in samples}) if classes else ["all classes"]:
         good = [sample.defect == "good" for sample in samples if not classes or sample.category == category]
         if all(good) or not any(good):
@@ -167,7 +180,8 @@ def names_of(path: Path | None, categories: Sequence[str]) -> list[str]:
             given = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"--names must be JSON, got {path}: {error}") from error
-        if not isinstance(given, dict) or not given.keys() <= set(categories):
+        words = isinstance(given, dict) and all(isinstance(word, str) for word in given.values())
+        if not words or not given.keys() <= set(categories):
             raise ValueError(f"--names must be words for some of the classes {list(categories)}, got {given} in {path}")
     return [given.get(category, category.replace("_", " ")) for category in categories]
 
@@ -201,15 +215,19 @@ class Anomalies(Dataset):
         return images, masks, self.labels[numbers], self.classes[numbers]
 
     def _read(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        with Image.open(sample.image) as image:
-            given, pixels = image.size, self.transform(image.convert("RGB"))
+        image = images.picture(sample.image)
+        given, pixels = image.size, self.transform(image)
         if sample.mask is None:
             return pixels, torch.zeros(self.size, self.size, dtype=torch.bool)
         with Image.open(sample.mask) as mask:
             if mask.size != given:
                 raise ValueError(f"{sample.mask} must have its image's size {given}, got {mask.size}")
-            values = np.asarray(mask)
-        # VisA numbers the kinds of defects, others write 255, or three times 255.
+            # Colours, not their numbers in a palette, and no transparency. VisA numbers the kinds of defects, others
+            # write 255.
+            colours = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}.get(mask.mode)
+            values = np.asarray(mask if colours is None else mask.convert(colours))
+        if not values.any():
+            raise ValueError(f"{sample.mask} must mark a defect, got black alone")
         whole = Image.fromarray((values.any(-1) if values.ndim == 3 else values != 0).astype(np.uint8))
         small = whole.resize((self.size, self.size), Image.Resampling.NEAREST)
         return pixels, torch.from_numpy(np.array(small)).bool()

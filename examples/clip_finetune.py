@@ -46,7 +46,7 @@ _TINY = {
 
 
 def options() -> argparse.ArgumentParser:
-    made = recipe.parser(__doc__, epochs=6)
+    made = recipe.parser(__doc__, epochs=6, output=Path("runs/clip"))
     made.add_argument("--method", choices=METHODS, default="lora", help="what trains beside the head")
     made.add_argument("--compare", action="store_true", help="every method, one after another, from one seed")
     made.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help="of LoRA; auto: by the classes")
@@ -54,17 +54,21 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--pretrained", metavar="TAG", help="open_clip's, or a file; none: random weights")
     made.add_argument("--data", default="digits", help="digits, flowers102 or a folder: see examples/images.py")
     made.add_argument("--root", type=Path, default=Path("data"), help="folder that holds flowers-102")
-    made.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    made.add_argument("--workers", type=recipe.natural, default=0, help="processes that decode images")
     made.add_argument("--head", choices=("linear", "zero-shot"), default="linear", help="zero-shot: the classes' texts")
-    made.add_argument("--lr", type=float, help=f"of the method; none: its own, the preset's or {_FULL_RATE:g} for full")
-    made.add_argument("--head-lr", type=float, default=_HEAD_RATE, help="of a linear head")
-    made.add_argument("--lr-factor", type=float, help="of all rates; none: 1, of random weights more")
-    made.add_argument("--lora-plus", type=float, default=1.0, help="LoRA+: B's rate over A's; its authors take 16")
-    made.add_argument("--weight-decay", type=float, default=0.01, help="of matrices")
-    made.add_argument("--warmup", type=float, default=0.1, help="part of all steps in which rates rise")
-    made.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    made.add_argument(
+        "--lr", type=recipe.rate, help=f"of the method; none: its own, its preset's, {_FULL_RATE:g} for full"
+    )
+    made.add_argument("--head-lr", type=recipe.rate, help=f"of a linear head; none: {_HEAD_RATE:g}")
+    made.add_argument("--lr-factor", type=recipe.rate, help="of rates that are not given; none: 1, random weights more")
+    made.add_argument(
+        "--lora-plus", type=recipe.rate, default=1.0, help="LoRA+: B's rate over A's; its authors take 16"
+    )
+    made.add_argument("--weight-decay", type=recipe.amount, default=0.01, help="of matrices")
+    made.add_argument("--warmup", type=recipe.share, default=0.1, help="part of all steps in which rates rise")
+    made.add_argument("--clip", type=recipe.rate, default=1.0, help="largest norm of the gradient")
     made.add_argument("--virtual-tokens", type=recipe.positive, default=10, help="of prefix, in each attention")
-    made.add_argument("--reduction", type=float, default=12.0, help="of adapter: C over its width")
+    made.add_argument("--reduction", type=recipe.rate, default=12.0, help="of adapter: C over its width")
     made.add_argument("--compile", action="store_true", help="run under torch.compile")
     return made
 
@@ -123,7 +127,7 @@ def make_clip(name: str, pretrained: str | None) -> Clip:
         )
     try:
         model = open_clip.create_model(name, pretrained)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         if pretrained is None:
             raise
         raise ValueError(f"--pretrained must name weights of {name}, got {pretrained!r}: {error}") from error
@@ -182,16 +186,16 @@ def adapt(model: ClipClassifier, method: str, chosen: Preset, args: argparse.Nam
 def groups_of(model: ClipClassifier, method: str, chosen: Preset, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The optimizer's groups: the tower's by its method's rate, then the head's."""
     rates = {**RATES, "lora": chosen.lr, "whole": _FULL_RATE}
-    rates = {name: rate if args.lr is None else args.lr for name, rate in rates.items()}
     factor = head_factor = 1.0 if args.lr_factor is None else args.lr_factor
     if _raised(args):
         factor, head_factor = _RANDOM_PREFIX_FACTOR if method == "prefix" else _RANDOM_FACTOR, _RANDOM_FACTOR
     groups: list[dict[str, Any]] = []
     if method != "head":
-        scaled = {name: factor * rate for name, rate in rates.items()}
+        scaled = {name: factor * rate if args.lr is None else args.lr for name, rate in rates.items()}
         groups += param_groups(model.clip.visual, scaled, args.weight_decay, args.lora_plus)
     if any(True for _ in model.head.parameters()):
-        groups += param_groups(model.head, head_factor * args.head_lr, args.weight_decay)
+        head_rate = head_factor * _HEAD_RATE if args.head_lr is None else args.head_lr
+        groups += param_groups(model.head, head_rate, args.weight_decay)
     return groups
 
 
@@ -209,7 +213,7 @@ class Result:
     accuracy: float
 
 
-class Unsound(RuntimeError):
+class Unsound(recipe.Stopped):
     """The checklist failed before training; the message is its report."""
 
 
@@ -248,7 +252,7 @@ def train(
         model,
         loss_of,
         optimizer,
-        {"method": method, "preset": chosen.name}
+        {"recipe": "clip_finetune", "method": method, "preset": chosen.name}
         | {name: value for name, value in vars(args).items() if name not in {*elsewhere, "preset"}},
         recipe.warm_cosine(optimizer, round(args.warmup * steps), steps),
         clip=args.clip,
@@ -260,13 +264,22 @@ def train(
     # Nothing of this package is in a model that trains whole, or only its head, and the whole is a large share; a rate
     # that was raised for random weights is far from its preset.
     meant = {"adapters", "trainable share"} if method in ("full", "head") else set()
-    meant |= {"learning rate"} if _raised(args) else set()
+    meant |= {"learning rate"} if _raised(args) and args.lr is None else set()
+    if training.epoch >= args.epochs:
+        # Done: the last rates are 0, by which no step moves anything.
+        return Result(report, training, _tested(model, training, tested, args, device))
     warn(model, method, training, next(iter(trained.batches(args.batch_size, 0))), device, meant)
     training.run(
         lambda epoch: trained.batches(args.batch_size, epoch, args.workers), args.epochs, method, args.batch_size
     )
+    return Result(report, training, _tested(model, training, tested, args, device))
+
+
+def _tested(
+    model: nn.Module, training: recipe.Training, tested: images.Images, args: argparse.Namespace, device: torch.device
+) -> float:
     with training.autocast():
-        return Result(report, training, accuracy(model, tested.batches(args.batch_size, workers=args.workers), device))
+        return accuracy(model, tested.batches(args.batch_size, workers=args.workers), device)
 
 
 def warn(
@@ -328,16 +341,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare and args.head == "zero-shot":
         # Nothing of it trains alone.
         methods = tuple(method for method in methods if method != "head")
-    if args.resume and not any((args.output / f"{method}.pt").exists() for method in methods):
-        parser.error(f"--resume must find a checkpoint in --output, got {args.output}, which holds none")
-    try:
-        base, data, chosen = prepare(args)
-        results = {method: train(args, method, base, data, chosen, device) for method in methods}
-    except (ValueError, TypeError, thirdparty.Unavailable) as error:
-        parser.error(str(error))
-    except (recipe.NotFinite, Unsound) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+    return recipe.command(parser, lambda: run(args, methods, device))
+
+
+def run(args: argparse.Namespace, methods: Sequence[str], device: torch.device) -> None:
+    """Train by each method, and show how they compare."""
+    recipe.begin(args, [f"{method}.pt" for method in methods])
+    base, data, chosen = prepare(args)
+    results = {method: train(args, method, base, data, chosen, device) for method in methods}
     recipe.curves(args.output / "losses.png", {name: made.training.losses for name, made in results.items()}, "loss")
     recipe.show(
         f"{args.model}, {args.data}, {args.epochs} epochs, preset {chosen.name}",
@@ -348,7 +359,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     )
     print(f"checkpoints and curves: {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ _DIGITS_SIZE = 32
 
 def options() -> argparse.ArgumentParser:
     """The recipe's options, all recipes' among them."""
-    made = recipe.parser(__doc__, epochs=2)
+    made = recipe.parser(__doc__, epochs=2, output=Path("runs/fastvit"))
     made.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="what to train, one after another")
     made.add_argument("--order", choices=("right", "broken"), default="right", help="where layer-scale acts: see above")
     made.add_argument("--model", default="fastvit_t8", help="timm's fastvit_*, or open_clip's mobileclip*")
@@ -60,21 +60,15 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--data", default="digits", help="digits, flowers102 or a folder: see examples/images.py")
     made.add_argument("--root", type=Path, default=Path("data"), help="folder that holds flowers-102")
     made.add_argument("--image-size", type=recipe.positive, help=f"none: the model's own; {_DIGITS_SIZE} for digits")
-    made.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    made.add_argument("--drop-path", type=_fraction, default=0.1, help="of the last block; by timm's linear rule")
-    made.add_argument("--layer-scale", type=float, help=f"at the start; none: {LAYER_SCALE}, pretrained: the weights'")
-    made.add_argument("--reduction", type=float, default=2.0, help="C over the width of an adapter")
+    made.add_argument("--workers", type=recipe.natural, default=0, help="processes that decode images")
+    made.add_argument("--drop-path", type=recipe.share, default=0.1, help="of the last block; by timm's linear rule")
+    made.add_argument(
+        "--layer-scale", type=recipe.amount, help=f"at the start; none: {LAYER_SCALE}, pretrained: the weights'"
+    )
+    made.add_argument("--reduction", type=recipe.rate, default=2.0, help="C over the width of an adapter")
     made.add_argument("--rank", type=recipe.positive, default=8, help="of ConvLoRA, which is scaled by 16 / rank")
-    made.add_argument("--lr", type=float, default=RATE, help="largest learning rate, after a tenth of all steps")
+    made.add_argument("--lr", type=recipe.rate, default=RATE, help="largest learning rate, after a tenth of all steps")
     return made
-
-
-def _fraction(text: str) -> float:
-    """A number in [0, 1)."""
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
-    return value
 
 
 # ---- the tower
@@ -120,7 +114,7 @@ def tower(model: str, pretrained: str | None, drop_path: float) -> Tower:
         make = functools.partial(_clip_tower, open_clip, clips[_plain(model)])
     try:
         return make(pretrained, drop_path)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         if pretrained is None:
             raise
         raise ValueError(f"--pretrained must name weights of {model}, got {pretrained!r}: {error}") from error
@@ -258,7 +252,8 @@ def train(
         model,
         loss_of,
         optimizer,
-        {"method": method} | {name: value for name, value in vars(args).items() if name not in elsewhere},
+        {"recipe": "fastvit_adapters", "method": method}
+        | {name: value for name, value in vars(args).items() if name not in elsewhere},
         recipe.warm_cosine(optimizer, steps // 10, steps),
         precision=args.precision,
         # A tower in which nothing trains is frozen as a whole: no drop-path, and no BatchNorm moves.
@@ -395,16 +390,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options()
     args = parser.parse_args(argv)
     device = recipe.device_of(parser, args.device)
-    if args.resume and not any((args.output / f"{method}.pt").exists() for method in args.method):
-        parser.error(f"--resume must find a checkpoint in --output, got {args.output}, which holds none")
-    try:
-        base, data, texts = prepare(args)
-        results = {method: train(args, method, base, data, texts, device) for method in args.method}
-    except (ValueError, thirdparty.Unavailable) as error:
-        parser.error(str(error))
-    except recipe.NotFinite as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+    return recipe.command(parser, lambda: run(args, device))
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Train by each method, and show how they compare."""
+    recipe.begin(args, [f"{method}{end}" for method in args.method for end in (".pt", "-scales.json")])
+    base, data, texts = prepare(args)
+    results = {method: train(args, method, base, data, texts, device) for method in dict.fromkeys(args.method)}
     for method, result in results.items():
         if result.history:
             show_scales(f"{method}, {args.order} order: layer-scales, and the gradients on one batch", result.history)
@@ -424,7 +417,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     )
     print(f"checkpoints and pictures: {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

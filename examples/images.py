@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import recipe
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,24 @@ from torch.utils.data import DataLoader, Dataset
 from pyfused.bench import data, thirdparty
 
 _HELD_OUT = 0.2
+# What no class is called.
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def picture(path: str | Path) -> Any:
+    """A file as a PIL image in RGB; 16-bit greyscale keeps its upper 8 bits.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    pillow = thirdparty.load("PIL.Image")
+    try:
+        with pillow.open(path) as image:
+            if image.mode.startswith("I"):
+                return pillow.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} must be an image that can be read, got: {error}") from error
 
 
 class Images(Dataset):
@@ -170,9 +189,14 @@ def _folder(path: Path, transform: Any, seed: int) -> tuple[Images, Images, list
 def _pictures(path: Path, transform: Any) -> Any:
     """torchvision's ImageFolder of two classes or more, none of them empty."""
     try:
-        pictures = thirdparty.load("torchvision.datasets").ImageFolder(path, transform)
+        pictures = thirdparty.load("torchvision.datasets").ImageFolder(path, transform, loader=picture)
     except FileNotFoundError as error:
         raise ValueError(f"{path} must hold one folder of images for each class, got: {error}") from error
+    splits = [name for name in pictures.classes if name.lower() in _SPLITS]
+    if splits:
+        raise ValueError(
+            f"{path} must hold a folder of images for each class, or the folders train and test (or val), got {splits}"
+        )
     if len(pictures.classes) < 2:
         raise ValueError(
             f"{path} must hold the folders of two classes or more (or train with test or val beside it), got "

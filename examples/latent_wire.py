@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
-import math
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -80,12 +79,14 @@ class Measured(NamedTuple):
 
 
 def options() -> argparse.ArgumentParser:
-    made = recipe.parser(__doc__.splitlines()[0], epochs=40, batch_size=16, output=Path("runs/latent_wire"))
+    made = recipe.parser(__doc__, epochs=40, batch_size=16, output=Path("runs/latent_wire"))
     made.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what the adapter is trained on")
     made.add_argument(
         "--llm", type=Path, help="folder of a causal language model with its tokenizer; %(default)s: make one"
     )
-    made.add_argument("--llm-epochs", type=int, default=24, help="in which a made language model learns the texts")
+    made.add_argument(
+        "--llm-epochs", type=recipe.natural, default=24, help="in which a made language model learns the texts"
+    )
     made.add_argument(
         "--data",
         default="descriptions",
@@ -94,9 +95,9 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--samples", type=recipe.positive, default=240, help="pairs of prompt and answer that are used")
     made.add_argument("--compressed", type=recipe.positive, default=16, help="components kept; 512 for a width of 4096")
     made.add_argument("--hidden", type=recipe.positive, default=256, help="the adapter's; 2048 for a width of 4096")
-    made.add_argument("--dropout", type=float, default=0.1, help="the adapter's")
-    made.add_argument("--answer-weight", type=float, default=0.1, help="factor of the cross-entropy in matched")
-    made.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    made.add_argument("--dropout", type=recipe.share, default=0.1, help="the adapter's")
+    made.add_argument("--answer-weight", type=recipe.amount, default=0.1, help="factor of the cross-entropy in matched")
+    made.add_argument("--lr", type=recipe.rate, default=2e-3, help="highest learning rate")
     return made
 
 
@@ -274,12 +275,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         recipe.NotFinite: a number of the training is NaN or infinite.
     """
     checkpoint = args.output / "latent_wire.pt"
-    if args.resume and not checkpoint.is_file():
-        raise ValueError(f"--resume must find {checkpoint}, got no such file")
-    if args.llm_epochs < 0:
-        raise ValueError(f"--llm-epochs must be at least 0, got {args.llm_epochs}")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be positive and finite, got {args.lr}")
+    recipe.begin(args, [checkpoint.name])
     pairs = pairs_of(args.data, args.samples, args.seed)
     folder = args.llm or args.output / "llm"
     if args.llm is None and not args.resume:
@@ -293,12 +289,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     system.fit_compressor(samples.asked(seen[start : start + 64]) for start in range(0, len(seen), 64))
     optimizer = torch.optim.AdamW(system.adapter.parameters(), args.lr)
     steps = args.epochs * len(recipe.shuffled(len(seen), args.batch_size, args.seed))
-    settings = ("objective", "data", "samples", "seed", "compressed", "hidden", "dropout", "answer_weight", "lr")
+    # Where it runs is no setting; which language model it is say its embeddings, wherever it lies.
+    elsewhere = {"device", "output", "resume", "llm"}
+    settings = {name: value for name, value in vars(args).items() if name not in elsewhere}
+    weight = llm.get_input_embeddings().weight.detach().float().cpu()
     training = recipe.Training(
         system,
         lambda batch: system(*batch),
         optimizer,
-        {"recipe": "latent_wire", "llm": str(args.llm)} | {name: getattr(args, name) for name in settings},
+        {"recipe": "latent_wire", "llm": hashlib.sha256(weight.numpy().tobytes()).hexdigest()} | settings,
         recipe.warm_cosine(optimizer, steps // 10, steps),
         precision=args.precision,
         checkpoint=checkpoint,
@@ -321,8 +320,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     report(
         f"LatentWire, {args.objective}: {args.compressed} of {system.adapter.embedding} components, "
         f"{pca.explained_variance_ratio_.sum():.1%} of the variance; "
-        f"{sum(p.numel() for p in system.adapter.parameters()):,} parameters; {training.step_ms:.1f} ms a step; "
-        f"{len(held_out)} prompts held out",
+        f"{sum(p.numel() for p in system.adapter.parameters()):,} parameters; "
+        + (f"{training.step_ms:.1f} ms a step; " if training.seconds else "")
+        + f"{len(held_out)} prompts held out",
         results,
         [samples.answers[number] for number in held_out],
     )
@@ -334,14 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options()
     args = parser.parse_args(argv)
     device = recipe.device_of(parser, args.device)
-    try:
-        train(args, device)
-    except ValueError as error:
-        parser.error(str(error))
-    except recipe.NotFinite as error:
-        print(f"latent_wire: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return recipe.command(parser, lambda: train(args, device))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyfused import files
-from pyfused.bench import memory
+from pyfused.bench import memory, thirdparty
+from pyfused.diagnostics.checklist import LARGE_NORM
 from pyfused.modules.counts import Counts
 
+# Of the loss in float16, at the start. At torch's 65,536 the first steps of a short run overflow and train nothing.
+_SCALE = 4096.0
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class NotFinite(RuntimeError):
+class Stopped(RuntimeError):
+    """The training must not go on; the message says why."""
+
+
+class NotFinite(Stopped):
     """A number of the training is NaN or infinite; the message says at which step, and which tensor was the first."""
 
 
@@ -44,7 +52,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=natural, default=0, help="of new parameters, of the order of samples, of dropout")
     made.add_argument("--device", default="auto", help="such as cpu or cuda:0; auto: a GPU where there is one")
     made.add_argument("--precision", choices=PRECISIONS, default="float32", help="autocast's dtype; float32: none")
-    made.add_argument("--output", type=Path, default=Path("runs"), help="folder of checkpoints and pictures")
+    made.add_argument("--output", type=Path, help="folder of checkpoints and pictures")
     made.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     made.set_defaults(**defaults)
     return made
@@ -66,6 +74,70 @@ def _whole(text: str, least: int) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, "a positive number", lambda value: 0 < value < math.inf)
+
+
+def amount(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, "a number of at least 0", lambda value: 0 <= value < math.inf)
+
+
+def share(text: str) -> float:
+    """A number in [0, 1)."""
+    return _number(text, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def begin(args: argparse.Namespace, names: Iterable[str]) -> None:
+    """Make the folder of --output, and look at the checkpoints in it: ``names``, or patterns of them.
+
+    With --resume there must be one; without it those of an older run go, so that no later --resume takes them for this
+    run's.
+
+    Raises:
+        ValueError: there is none to go on from.
+        OSError: the folder cannot be made or written to.
+    """
+    args.output.mkdir(parents=True, exist_ok=True)
+    there = [path for name in names for path in args.output.glob(name)]
+    if args.resume and not there:
+        raise ValueError(f"--resume must find a checkpoint in --output, got {args.output}, which holds none")
+    for path in there if not args.resume else ():
+        path.unlink()
+    with files.replacing(args.output / ".writable") as partial:
+        partial.touch()
+    (args.output / ".writable").unlink()
+
+
+def command(parser: argparse.ArgumentParser, run: Callable[[], object]) -> int:
+    """Run, and give the exit status: 0, 1 where the training stopped, 130 where it was interrupted.
+
+    What is wrong with the options or the files that they name ends the program with status 2.
+    """
+    try:
+        run()
+    except (ValueError, OSError, thirdparty.Unavailable) as error:
+        parser.error(str(error))
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
 def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     """The device that ``--device`` names; ends the program where it is not there."""
     if name == "auto":
@@ -73,6 +145,8 @@ def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         parser.error(f"--device must be a device of this machine, got {name!r}: {str(error).splitlines()[0]}")
     return device
@@ -118,7 +192,7 @@ class Training:
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
         self._cuda = self._device.type == "cuda"
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self.precision == "float16")
+        self._scaler = torch.amp.GradScaler(self._device.type, init_scale=_SCALE, enabled=self.precision == "float16")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """What ``precision`` means for a forward."""
@@ -138,10 +212,9 @@ class Training:
             NotFinite: the loss, or with it a gradient, is NaN or infinite; the last checkpoint stays.
         """
         while self.epoch < epochs:
-            bar = tqdm(
-                batches(self.epoch), desc=f"{title} {self.epoch + 1}/{epochs}", unit="step", leave=False, disable=None
-            )
-            waiting = iter(bar)
+            about = f"{title} {self.epoch + 1}/{epochs}"
+            bar = tqdm(batches(self.epoch), desc=about, unit="step", leave=False, disable=None)
+            waiting, done = iter(bar), len(self.losses)
             if not self.losses:
                 # What the first step allocates stays; the second shows what each step needs.
                 first = list(itertools.islice(waiting, 2))
@@ -157,6 +230,9 @@ class Training:
                 bar.set_postfix_str(f"loss {self.losses[-1]:.4f}, {samples / self.seconds[-1]:.0f} samples/s")
             self.epoch += 1
             self.save()
+            worst = max((norm for norm in self.norms[done:] if math.isfinite(norm)), default=0.0)
+            if worst > LARGE_NORM:
+                print(f"warning: {about}: the gradient's norm rose to {worst:.3g}")
 
     def _step(self, batch: Any) -> None:
         self.model.train(self.mode)
@@ -171,9 +247,12 @@ class Training:
         trained = {name: p for name, p in self._parameters.items() if p.grad is not None}
         total = nn.utils.get_total_norm([p.grad for p in trained.values()])
         norm = total.item()
-        if not math.isfinite(norm) and not self._scaler.is_enabled():
+        if not math.isfinite(norm):
             bad = (f"the gradient of {name}" for name, p in trained.items() if not p.grad.isfinite().all())
-            raise NotFinite(self._told("the norm of the gradients", norm, next(bad, "none: only their norm overflows")))
+            first = next(bad, "none: only their norm overflows")
+            # In float16 the scaler leaves such a step out and halves the scale, which helps or reaches 1.
+            if not self._scaler.is_enabled() or self._scaler.get_scale() <= 1:
+                raise NotFinite(self._told("the norm of the gradients", norm, first))
         nn.utils.clip_grads_with_norm_(trained.values(), self.clip, total)
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)

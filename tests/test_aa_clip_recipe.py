@@ -139,6 +139,45 @@ class TestData:
         with pytest.raises(ValueError, match=r"000_mask\.png must have its image's size \(20, 10\), got \(10, 10\)"):
             data[torch.tensor([0])]
 
+    @pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "LA", "P", "I;16"])
+    def test_masks_of_every_mode(self, tmp_path, mode):
+        root = mvtec(tmp_path)
+        wanted = np.zeros((10, 20), np.uint8)
+        wanted[2:5, 3:9] = 255
+        path = root / "wood" / "ground_truth" / "hole" / "000_mask.png"
+        if mode == "I;16":
+            Image.fromarray(wanted.astype(np.uint16) * 257).save(path)
+        elif mode == "P":
+            # White is the palette's first colour.
+            mask = Image.fromarray((wanted == 0).astype(np.uint8), "P")
+            mask.putpalette([255, 255, 255, 0, 0, 0])
+            mask.save(path)
+        else:
+            Image.fromarray(wanted).convert(mode).save(path)
+        samples = [s for s in aa_clip_data.read(root).test if s.mask == path]
+        data = aa_clip_data.Anomalies(samples, ["wood"], lambda image: torch.zeros(3, 20, 20), 20)
+        _, masks, _, _ = data[torch.tensor([0])]
+        assert masks[0].sum() == 2 * 3 * 6
+        assert masks[0, 4:10, 3:9].all()
+
+    def test_masks_and_images_that_say_nothing(self, tmp_path):
+        black = mvtec(tmp_path / "black")
+        picture(black / "wood" / "ground_truth" / "hole" / "000_mask.png", value=0)
+        sample = next(s for s in aa_clip_data.read(black).test if s.category == "wood" and s.mask is not None)
+        data = aa_clip_data.Anomalies([sample], ["wood"], lambda image: torch.zeros(3, 8, 8), 8)
+        with pytest.raises(ValueError, match=r"000_mask.png must mark a defect, got black alone"):
+            data[torch.tensor([0])]
+        extra = mvtec(tmp_path / "extra")
+        picture(extra / "wood" / "ground_truth" / "dent" / "000_mask.png", value=255)
+        with pytest.raises(ValueError, match="ground_truth has dent without a folder in test"):
+            aa_clip_data.read(extra)
+        half = mvtec(tmp_path / "half")
+        picture(half / "cable" / "train" / "good" / "000.png")
+        with pytest.raises(ValueError, match=r"a folder test beside each train, .* has none in cable"):
+            aa_clip_data.read(half)
+        with pytest.raises(ValueError, match="for testing must be at least one good image"):
+            aa_clip_data.check_kinds("the images for testing", [], classes=True)
+
     def test_tables_that_are_wrong(self, tmp_path):
         root = visa(tmp_path, split=True)
         table = root / "split_csv" / "1cls.csv"
@@ -367,7 +406,7 @@ class TestRecipe:
     def test_a_loss_that_is_not_finite_stops_it(self, tmp_path, capsys):
         assert aa_clip.main(options(tmp_path, "--image-lr", "1e38", "--no-compare")) == 1
         error = capsys.readouterr().err
-        assert "aa_clip: " in error
+        assert "stopped: " in error
         assert "at step 2, learning rate 1e+38; the first bad tensor is the" in error
         assert (tmp_path / "runs" / "feedback-loop1-stage1.pt").is_file()
         assert not (tmp_path / "runs" / "feedback-loop1-stage2.pt").exists()
@@ -378,7 +417,7 @@ class TestRecipe:
         say = refused(capsys, *options(tmp_path, "--data", str(tmp_path / "images")))
         assert "with 1 images and no class" in say
         say = refused(capsys, *options(tmp_path, "--resume"))
-        assert f"--resume needs a checkpoint in --output, got none in {run}" in say
+        assert f"--resume must find a checkpoint in --output, got {run}, which holds none" in say
         say = refused(capsys, *options(tmp_path, "--base", str(tmp_path / "base.pt")))
         assert "--base must be a file, got" in say
         for other in ({"lora_a": torch.zeros(1)}, "words"):
@@ -395,6 +434,11 @@ class TestRecipe:
         if not torch.cuda.is_available():
             say = refused(capsys, *options(tmp_path, "--device", "cuda"))
             assert "--device must be a device of this machine, got 'cuda'" in say
+        say = refused(capsys, *options(tmp_path, "--image-size", "24"))
+        assert "--image-size must give more than 3 patches a side for the blur of maps, got (3, 3)" in say
+        assert "--image-lr: expected a positive number, got 'nan'" in refused(
+            capsys, *options(tmp_path, "--image-lr", "nan")
+        )
         assert "invalid choice: '3'" in refused(capsys, *options(tmp_path, "--stage", "3"))
         assert "expected a whole number of at least 1, got '0'" in refused(
             capsys, *options(tmp_path, "--feedback-loops", "0")

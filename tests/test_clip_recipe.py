@@ -154,6 +154,27 @@ class TestTraining:
         assert again.training.losses == whole.training.losses
         assert again.accuracy == whole.accuracy
 
+    def test_goes_on_where_some_methods_are_done(self, capsys):
+        given = ["--model", "tiny", "--compare", "--epochs", "1", "--batch-size", "512"]
+        assert recipe_of_clip.main(given) == 0
+        whole = capsys.readouterr().out
+        Path("runs/clip/full.pt").unlink()
+        assert recipe_of_clip.main([*given, "--resume"]) == 0
+        again = capsys.readouterr().out
+        for method in METHODS:
+            # The accuracy, the last cell of its row.
+            cells = [
+                next(line.split()[-2] for line in text.splitlines() if line.startswith(f"│ {method} "))
+                for text in (whole, again)
+            ]
+            assert cells[0] == cells[1]
+        # A new run does not leave what an older one could be taken for.
+        Path("runs/clip/lora.pt").write_bytes(b"old")
+        assert recipe_of_clip.main([*given[:2], *given[3:], "--method", "head"]) == 0
+        assert Path("runs/clip/lora.pt").read_bytes() == b"old"
+        assert recipe_of_clip.main(given[:2] + given[3:]) == 0
+        assert torch.load("runs/clip/lora.pt", weights_only=True)["epoch"] == 1
+
     @pytest.mark.parametrize("method", ["lora", "adapter"])
     def test_steps_equal_those_on_the_reference(self, method):
         given = ("--epochs", "1", "--batch-size", "64")
@@ -187,7 +208,8 @@ class TestTraining:
             args, base, _, chosen = prepared("--lr-factor", "2")
             recipe_of_clip.adapt(base, method, chosen, args)
             assert {group["lr"] for group in recipe_of_clip.groups_of(base, method, chosen, args)} == {2 * rate, 2e-3}
-        args, base, _, chosen = prepared("--lr", "0.5", "--lr-factor", "1", "--head-lr", "0.25")
+        # What is given is what is used, whatever the weights are.
+        args, base, _, chosen = prepared("--lr", "0.5", "--head-lr", "0.25")
         recipe_of_clip.adapt(base, "full", chosen, args)
         assert {group["lr"] for group in recipe_of_clip.groups_of(base, "full", chosen, args)} == {0.5, 0.25}
 

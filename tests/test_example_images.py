@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,7 +177,13 @@ class TestFolders:
         assert f"{empty} must hold one folder of images for each class, got: Couldn't find any class" in self.refused(
             empty
         )
-        write(tmp_path / "one" / "train" / "a", 2)
+        for split in ("train", "valid"):
+            write(tmp_path / "splits" / split / "a", 2)
+        assert (
+            f"{tmp_path / 'splits'} must hold a folder of images for each class, or the folders train and test (or val)"
+            in (self.refused(tmp_path / "splits"))
+        )
+        write(tmp_path / "one" / "a", 2)
         assert f"{tmp_path / 'one'} must hold the folders of two classes or more" in self.refused(tmp_path / "one")
         write(tmp_path / "hole" / "a", 2)
         (tmp_path / "hole" / "b").mkdir()
@@ -214,3 +221,22 @@ class TestFlowers:
             pictures, found = gathered(split)
             assert found.tolist() == labels
             torch.testing.assert_close(pictures[:, 1, 3, 3] * 255, torch.tensor(shades).float(), rtol=0, atol=3)
+
+
+class TestPicture:
+    def test_every_mode_is_rgb(self, tmp_path):
+        ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+        Image.fromarray(ramp).save(tmp_path / "deep.png")
+        expected = np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1)
+        assert (np.asarray(images.picture(tmp_path / "deep.png")) == expected).all()
+        for mode in ("L", "LA", "RGBA", "P", "1"):
+            Image.fromarray(expected).convert(mode).save(tmp_path / f"{mode}.png")
+            assert images.picture(tmp_path / f"{mode}.png").mode == "RGB"
+
+    def test_what_cannot_be_read_is_named(self, tmp_path):
+        Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "whole.png")
+        (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:80])
+        (tmp_path / "text.png").write_text("no image")
+        for name in ("half.png", "text.png"):
+            with pytest.raises(ValueError, match=f"{name} must be an image that can be read, got: "):
+                images.picture(tmp_path / name)

@@ -104,11 +104,25 @@ class TestTraining:
         made.loss_of = lambda batch: made.model(batch[0]).float().square().sum() * 1e3
         run(made, 6)
         assert not all(map(math.isfinite, made.norms))
-        assert made._scaler.get_scale() < 65536
+        assert made._scaler.get_scale() < 4096
         done = sum(map(math.isfinite, made.norms))
         # The schedule counts the steps that were taken.
         assert made.scheduler.last_epoch == done > 0
         assert all(p.isfinite().all() for p in made.model.parameters())
+
+    def test_float16_that_overflows_at_every_step_stops(self):
+        made = training(precision="float16")
+        made.loss_of = lambda batch: (made.model[3].weight[0, 0] * 0).sqrt() + made.model(batch[0]).float().sum()
+        with pytest.raises(recipe.NotFinite, match=r"norm of the gradients is nan .* the gradient of 3\.weight"):
+            run(made, 9)
+        assert len(made.losses) == 12
+
+    def test_a_gradient_that_grows_is_told(self, capsys):
+        made = training()
+        made.loss_of = lambda batch: made.model(batch[0]).sum() * (1e5 if len(made.losses) == 5 else 1.0)
+        run(made, 2)
+        (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert told.startswith("warning: toy 2/2: the gradient's norm rose to ")
 
 
 class TestNotFinite:
@@ -269,6 +283,53 @@ class TestCommand:
         with pytest.raises(SystemExit):
             recipe.parser("A toy.").parse_args(["--seed=-1"])
         assert "expected a whole number of at least 0, got '-1'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("kind", "good", "bad"),
+        [
+            ("rate", ("1e-4", "3"), ("0", "-1", "nan", "inf", "x")),
+            ("amount", ("0", "0.5"), ("-1", "nan", "inf", "x")),
+            ("share", ("0", "0.99"), ("1", "-0.1", "nan", "x")),
+        ],
+    )
+    def test_numbers(self, kind, good, bad):
+        for text in good:
+            assert getattr(recipe, kind)(text) == float(text)
+        for text in bad:
+            with pytest.raises(recipe.argparse.ArgumentTypeError, match=f"expected .* got '{text}'"):
+                getattr(recipe, kind)(text)
+
+    def test_begin(self, tmp_path):
+        args = recipe.parser("A toy.", output=tmp_path / "new").parse_args([])
+        recipe.begin(args, ["*.pt"])
+        (args.output / "a.pt").touch()
+        (args.output / "b.txt").touch()
+        args.resume = True
+        recipe.begin(args, ["a.pt"])
+        assert (args.output / "a.pt").exists()
+        with pytest.raises(ValueError, match="--resume must find a checkpoint in --output"):
+            recipe.begin(args, ["c.pt"])
+        args.resume = False
+        recipe.begin(args, ["*.pt"])
+        assert os.listdir(args.output) == ["b.txt"]
+        args.output = tmp_path / "new" / "b.txt"
+        with pytest.raises(OSError, match=r"b\.txt"):
+            recipe.begin(args, ["*.pt"])
+
+    def test_statuses(self, capsys):
+        parser = recipe.parser("A toy.")
+
+        def raising(error):
+            raise error
+
+        assert recipe.command(parser, lambda: None) == 0
+        assert recipe.command(parser, lambda: raising(recipe.NotFinite("nan"))) == 1
+        assert "stopped: nan" in capsys.readouterr().err
+        assert recipe.command(parser, lambda: raising(KeyboardInterrupt())) == 130
+        assert "--resume goes on" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            recipe.command(parser, lambda: raising(ValueError("--data must be there")))
+        assert "error: --data must be there" in capsys.readouterr().err
 
     def test_table_and_curves(self, tmp_path, capsys):
         recipe.show("Title", ("method", "value"), [("lora", "1"), ("full", "22")])
