@@ -232,7 +232,8 @@ class TestCheckpoint:
         again.resume()
         assert again.epoch == 1
         again.run(batches, 3, "toy", 6)
-        assert again.losses == run(training(), 3).losses
+        # Another process may add in another order.
+        assert again.losses == pytest.approx(run(training(), 3).losses, rel=1e-5)
 
 
 class TestRates:
