@@ -234,11 +234,28 @@ class TestTraining:
             recipe_of_clip.train(args, "head", base, data, chosen, torch.device("cpu"))
 
     def test_under_torch_compile(self, monkeypatch):
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        called = []
+        compiled = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", lambda model: called.append(model) or compiled(model))
         given = ("--epochs", "1", "--batch-size", "512")
         assert train("lora", *given, "--compile").training.losses == pytest.approx(
             train("lora", *given).training.losses, rel=1e-4
         )
+        assert len(called) == 1
+
+    def test_a_method_does_not_depend_on_what_ran_before(self):
+        losses = []
+        for drawn in (0, 7):
+            args, base, data, chosen = prepared("--epochs", "1", "--batch-size", "512")
+            torch.rand(drawn)
+            made = recipe_of_clip.train(args, "lora", base, data, chosen, torch.device("cpu"))
+            losses.append(made.training.losses)
+        assert losses[0] == losses[1]
+
+    def test_accuracy_is_measured_in_eval(self):
+        model = nn.Sequential(nn.Identity(), nn.Dropout(0.999)).train()
+        scores = torch.eye(8)
+        assert recipe_of_clip.accuracy(model, [(scores, torch.arange(8))], torch.device("cpu")) == 1.0
 
     @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
     def test_under_autocast(self, precision):
