@@ -286,18 +286,14 @@ def add_adapters(
             selects nothing, a setting is out of range, ``model`` itself is a block, or a parameter of ``model`` is
             uninitialized or made under inference_mode, or ``model`` is PEFT's or sharded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be an nn.Module, got {type(model).__name__}")
-    surgery.check_whole(_CALLER, model)
+    surgery.check_model(_CALLER, model)
     check_settings(
         _CALLER, reduction, hidden, activation, skip, dropout, init_std, adapter_dtype,
         freeze=freeze, freeze_batchnorm=freeze_batchnorm, train_layer_scale=train_layer_scale,
     )  # fmt: skip
     if conv_lora_rank is not None:
         check_lora_settings(_CALLER, conv_lora_rank, conv_lora_alpha, 0.0)
-    train, exclude = surgery.names(_CALLER, "train", train), surgery.names(_CALLER, "exclude", exclude)
-    trained = surgery.trained_parameters(_CALLER, model, train)
-    surgery.resolve(_CALLER, "exclude", exclude, {path for path, _ in model.named_modules(remove_duplicate=False)})
+    train, exclude, trained = surgery.asked(_CALLER, model, train, exclude)
     blocks, stages = _find(model, (*train, *exclude), conv_lora_rank is not None)
     surgery.check_parameters(_CALLER, model)
     built: list[tuple[surgery.Place, nn.Module]] = []
