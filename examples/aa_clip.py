@@ -244,8 +244,7 @@ class Arm:
             steps = len(recipe.shuffled(len(self.data), self.batch_size(2), 0)) * epochs_of(self.args, loop, 2)
             scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.5 * steps), int(0.8 * steps)], gamma=0.5)
         # What changes no step, or only how many loops there are.
-        free = {"output", "resume", "device", "compare", "pictures", "workers", "medical", "feedback_loops"}
-        settings = {name: str(value) for name, value in vars(self.args).items() if name not in free}
+        settings = recipe.settings(self.args, "compare", "pictures", "medical", "feedback_loops")
         return recipe.Training(
             self.model,
             self.image_loss if stage == 2 else functools.partial(self.text_loss, adapted=loop > 1),

@@ -246,14 +246,12 @@ def train(
         return F.cross_entropy(run(pictures).float(), labels)
 
     steps = args.epochs * len(trained.batches(args.batch_size, 0))
-    # Where and how fast it runs, and what else runs, are no settings of a method.
-    elsewhere = {"method", "compare", "device", "output", "resume", "root", "workers", "compile"}
     training = recipe.Training(
         model,
         loss_of,
         optimizer,
         {"recipe": "clip_finetune", "method": method, "preset": chosen.name}
-        | {name: value for name, value in vars(args).items() if name not in {*elsewhere, "preset"}},
+        | recipe.settings(args, "method", "compare", "root", "compile", "preset"),
         recipe.warm_cosine(optimizer, round(args.warmup * steps), steps),
         clip=args.clip,
         precision=args.precision,

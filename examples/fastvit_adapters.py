@@ -246,14 +246,11 @@ def train(
         pictures, labels = (part.to(device, non_blocking=True) for part in batch)
         return F.cross_entropy(model(pictures).float(), labels)
 
-    # Where and how fast it runs, and what else runs, are no settings of a method.
-    elsewhere = {"method", "device", "output", "resume", "root", "workers"}
     training = recipe.Training(
         model,
         loss_of,
         optimizer,
-        {"recipe": "fastvit_adapters", "method": method}
-        | {name: value for name, value in vars(args).items() if name not in elsewhere},
+        {"recipe": "fastvit_adapters", "method": method} | recipe.settings(args, "method", "root"),
         recipe.warm_cosine(optimizer, steps // 10, steps),
         precision=args.precision,
         # A tower in which nothing trains is frozen as a whole: no drop-path, and no BatchNorm moves.

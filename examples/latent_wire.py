@@ -289,15 +289,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     system.fit_compressor(samples.asked(seen[start : start + 64]) for start in range(0, len(seen), 64))
     optimizer = torch.optim.AdamW(system.adapter.parameters(), args.lr)
     steps = args.epochs * len(recipe.shuffled(len(seen), args.batch_size, args.seed))
-    # Where it runs is no setting; which language model it is say its embeddings, wherever it lies.
-    elsewhere = {"device", "output", "resume", "llm"}
-    settings = {name: value for name, value in vars(args).items() if name not in elsewhere}
+    # Which language model it is say its embeddings, wherever it lies.
     weight = llm.get_input_embeddings().weight.detach().float().cpu()
     training = recipe.Training(
         system,
         lambda batch: system(*batch),
         optimizer,
-        {"recipe": "latent_wire", "llm": hashlib.sha256(weight.numpy().tobytes()).hexdigest()} | settings,
+        {"recipe": "latent_wire", "llm": hashlib.sha256(weight.numpy().tobytes()).hexdigest()}
+        | recipe.settings(args, "llm"),
         recipe.warm_cosine(optimizer, steps // 10, steps),
         precision=args.precision,
         checkpoint=checkpoint,

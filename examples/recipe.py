@@ -138,6 +138,17 @@ def command(parser: argparse.ArgumentParser, run: Callable[[], object]) -> int:
     return 0
 
 
+def settings(args: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """The options that a checkpoint must agree with: all but where it runs, and those that change no step."""
+    left_out = {"device", "output", "resume", "workers", *without}
+    plain = bool | int | float | str | None
+    return {
+        name: value if isinstance(value, plain) else str(value)
+        for name, value in vars(args).items()
+        if name not in left_out
+    }
+
+
 def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     """The device that ``--device`` names; ends the program where it is not there."""
     if name == "auto":

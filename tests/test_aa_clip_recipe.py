@@ -447,7 +447,7 @@ class TestRecipe:
     def test_a_checkpoint_of_other_settings(self, tmp_path, capsys):
         assert aa_clip.main(options(tmp_path, "--stage", "1", "--no-compare")) == 0
         say = refused(capsys, *options(tmp_path, "--stage", "1", "--no-compare", "--resume", "--text-lr", "0.5"))
-        assert "feedback-loop1-stage1.pt must be of this run's method and settings, got text_lr '0.001'" in say
+        assert "feedback-loop1-stage1.pt must be of this run's method and settings, got text_lr 0.001" in say
 
     def test_a_base_model_of_other_settings(self, tmp_path, capsys):
         assert aa_clip.main(options(tmp_path, "--stage", "1")) == 0

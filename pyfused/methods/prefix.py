@@ -255,7 +255,6 @@ def _blocks(model: nn.Module) -> tuple[Any, int, int]:
 
 
 def _virtual(model: nn.Module) -> Iterator[tuple[str, VirtualTokens]]:
-    # Once, also where two blocks share them.
     return ((path, module) for path, module in model.named_modules() if isinstance(module, VirtualTokens))
 
 
