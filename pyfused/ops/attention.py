@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +98,7 @@ def prepare_context(
         rows = per_head.permute(2, 0, 1, 3).flatten(1, 2) @ weight.to(wide)
         return rows.unflatten(1, (batch, tokens)).transpose(0, 1)
 
-    with _without_autocast(context):
+    with checks.without_autocast(context):
         k = k.to(wide) * scale
         e = absorbed(k, projections.q_weight.unflatten(0, (heads, width)))
         f = absorbed(v.to(wide), projections.out_weight.unflatten(1, (heads, width)).permute(1, 2, 0))
@@ -110,11 +109,6 @@ def prepare_context(
         logits = e.new_zeros((batch, heads, tokens)) if c is None else c
         c = torch.where(mask[:, None], -torch.inf, logits)
     return PreparedContext(plan, dtype, e, f, c, None, reason)
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    kind = x.device.type
-    return contextlib.nullcontext() if checks.autocast_dtype(x) is None else torch.autocast(kind, enabled=False)
 
 
 def attend_standard(x: Tensor, prepared: PreparedContext, projections: Projections, dropout_p: float) -> Tensor:

@@ -6,6 +6,7 @@ device and break graph capture; only Python numbers are checked for range.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 
 import torch
@@ -126,6 +127,13 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Inside, autocast leaves x alone."""
+    kind = x.device.type
+    # torch.autocast refuses devices that have none.
+    return contextlib.nullcontext() if autocast_dtype(x) is None else torch.autocast(kind, enabled=False)
 
 
 def parameter_dtypes(x: torch.Tensor) -> tuple[torch.dtype, ...]:

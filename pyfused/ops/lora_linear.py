@@ -123,7 +123,7 @@ class _LoRALinear(torch.autograd.Function):
                 dy, x, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b
             )
         if need_weight:
-            with torch.autocast(dy.device.type, enabled=False):
+            with checks.without_autocast(dy):
                 # Not einsum, which has no batching rule for is_grads_batched.
                 rows = dy.reshape(-1, dy.shape[-1]).t()
                 dw = torch.mm(rows, x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)

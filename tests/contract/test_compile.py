@@ -143,8 +143,12 @@ def test_meta_tensors_give_shapes(operator):
         function, tensors = variant_of(operator, "portable", row.plans["portable"][0], variant)
         expected = function(**tensors)
         keywords = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in function.keywords.items()}
-        y = function.func(**({n: None if t is None else t.to("meta") for n, t in tensors.items()} | keywords))
+        leaves = leaves_of({n: None if t is None else t.to("meta") for n, t in tensors.items()})
+        y = function.func(**(leaves | keywords))
         assert (y.device.type, y.shape, y.dtype) == ("meta", expected.shape, expected.dtype)
+        # torch.autocast knows no such device, not even to be switched off there.
+        gradients = torch.autograd.grad(y, given(leaves), torch.empty_like(y))
+        assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in given(leaves)]
 
 
 class _Module(nn.Module):
