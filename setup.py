@@ -1,9 +1,9 @@
 """Builds `pyfused._C`, the CUDA C++ kernels, where nvcc is; all else about the package stands in pyproject.toml.
 
 PYFUSED_CUDA=1 turns what is missing into an error, PYFUSED_CUDA=0 leaves the kernels out. PYFUSED_CUDA_ARCHS, by
-default "80;90", names the compute capabilities to compile for; the newest is added as PTX. MAX_JOBS is how many
-compilers run at once. ninja keeps the objects in build/cuda, with what ptxas says of each kernel (*.log), and compiles
-again what changed.
+default "80;90;100;120", or "80;90" where nvcc is older than 12.8, names the compute capabilities to compile for; the
+newest is added as PTX. MAX_JOBS is how many compilers run at once. ninja keeps the objects in build/cuda, with what
+ptxas says of each kernel (*.log), and compiles again what changed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from setuptools.errors import CompileError
 
 MIN_NVCC = (12, 0)
 MIN_TORCH = (2, 10)
+# The first nvcc that knows the last two of them.
+BLACKWELL_NVCC = (12, 8)
+ARCHITECTURES, OLDER_ARCHITECTURES = "80;90;100;120", "80;90"
 OBJECTS = Path("build", "cuda")
 # What says why the build made no pyfused._C; pyfused/backend.py reads it.
 ABSENT = "_C.absent"
@@ -78,7 +81,9 @@ class Toolchain:
         ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
         if ninja is None:
             raise Missing("ninja, which builds the kernels, was not found (pip install ninja)")
-        return cls(ninja, nvcc, nvcc_version, cxx, Path(torch.origin).parent, torch_version, _architectures())
+        return cls(
+            ninja, nvcc, nvcc_version, cxx, Path(torch.origin).parent, torch_version, _architectures(nvcc_version)
+        )
 
     @property
     def targets(self) -> list[str]:
@@ -111,13 +116,18 @@ class Toolchain:
         return json.dumps({"nvcc": self.nvcc_version, "targets": self.targets, "torch": self.torch_version})
 
 
+def _older(version: str, least: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in version.split(".")[:2]) < least
+
+
 def _at_least(name: str, version: str, least: tuple[int, int]) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) < least:
+    if _older(version, least):
         raise Missing(f"{name} {version} is older than {least[0]}.{least[1]}")
 
 
-def _architectures() -> tuple[str, ...]:
-    given = os.environ.get("PYFUSED_CUDA_ARCHS", "80;90")
+def _architectures(nvcc_version: str) -> tuple[str, ...]:
+    default = OLDER_ARCHITECTURES if _older(nvcc_version, BLACKWELL_NVCC) else ARCHITECTURES
+    given = os.environ.get("PYFUSED_CUDA_ARCHS", default)
     names = given.split(";")
     if not all(re.fullmatch(r"[1-9]\d+", name) and int(name) >= 80 for name in names):
         raise SystemExit(f'pyfused: PYFUSED_CUDA_ARCHS must be capabilities from 80 on such as "80;90", got {given!r}')

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_STACK = 64
-# Kernels that add up or weigh a few numbers each: no products, no tiles.
-WITHOUT_TILES = ("gradients_kernel", "sum_kernel", "weigh_kernel")
+# Kernels that add up or weigh a few numbers each, or do nothing: no products, no tiles.
+WITHOUT_TILES = ("gradients_kernel", "sum_kernel", "weigh_kernel", "empty_kernel")
 # Machine code -> what it is counted as.
 INSTRUCTIONS = {
     "HMMA": re.compile(r"\bHMMA\."),

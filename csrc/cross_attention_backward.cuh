@@ -196,7 +196,7 @@ __device__ inline void make_probabilities(const BottleneckMemory<B>& memory, con
 }
 
 template <class B>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, 1)
     cross_attention_bwd_rows_kernel(const __grid_constant__ CrossAttentionBackwardRows p) {
   using T = typename B::T;
   const BottleneckMemory<B> memory(p.channels, p.stages);

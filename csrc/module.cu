@@ -6,6 +6,9 @@
 #include "launch.h"
 
 namespace pyfused {
+
+__global__ void empty_kernel() {}
+
 namespace {
 
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(PYFUSED_BUILD_INFO); }
@@ -47,11 +50,48 @@ PyObject* kernel_attributes(PyObject*, PyObject*) {
   return all;
 }
 
+PyObject* versions(PyObject*, PyObject*) {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return Py_BuildValue("(ii)", driver, runtime);
+}
+
+/// Runs the empty kernel on the current device, to the end.
+cudaError_t launch_empty_kernel() {
+  // A stream of its own, and none of the rules of capture: whoever captures a graph meanwhile is not disturbed.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return error;
+  cudaStream_t stream = nullptr;
+  error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(empty_kernel), dim3(1), dim3(1), nullptr, 0, stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return error;
+}
+
+PyObject* probe(PyObject*, PyObject*) {
+  cudaError_t error = cudaSuccess;
+  Py_BEGIN_ALLOW_THREADS;
+  error = launch_empty_kernel();
+  Py_END_ALLOW_THREADS;
+  if (error == cudaSuccess) Py_RETURN_NONE;
+  return PyUnicode_FromFormat("%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
 PyMethodDef kMethods[] = {
     {"build_info", build_info, METH_NOARGS, "How the library was built, as JSON."},
     {"kernel_names", kernel_names, METH_NOARGS, "Every instantiated kernel."},
     {"kernel_attributes", kernel_attributes, METH_NOARGS,
      "Kernel -> registers, static shared memory and local memory (spills) in bytes, most threads; needs a GPU."},
+    {"versions", versions, METH_NOARGS,
+     "CUDA of the driver, 0 without one, and of the runtime in here, each as 1000 major + 10 minor."},
+    {"probe", probe, METH_NOARGS,
+     "Load and run an empty kernel on the current device: None, or CUDA's message where that cannot be done."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,10 +7,13 @@ error.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,6 +89,8 @@ CUDA_REFUSAL = _cuda_refusal()
 # Device type -> the operators that have CUDA C++ kernels there.
 CUDA_OPERATORS = _registered()
 DEFAULT_BACKEND = _default_backend()
+# Index of a GPU -> why `pyfused._C` does not run there; those that it has been launched on.
+_PROBED: dict[int, str | None] = {}
 
 
 def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: str | None = None) -> str | None:
@@ -108,11 +113,89 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: st
         return f"it has no kernels for device type {device.type!r}"
     if backend == "cuda" and operator is not None and operator not in operators:
         return f"it has no kernels for {operator}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_CAPABILITY:
-            return f"it needs compute capability {MIN_CAPABILITY}, {device} has {capability}"
+    return _gpu_refusal(backend, device) if device.type == "cuda" else None
+
+
+def _absence(device: torch.device) -> str | None:
+    """Why torch has no such GPU."""
+    if torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:
+        # A torch without CUDA, no driver or one too old for torch, no such index.
+        return f"torch has no {device} here: {str(error).partition('. ')[0].rstrip('.')}"
     return None
+
+
+def _gpu_refusal(backend: str, device: torch.device) -> str | None:
+    """Why none of the backend's kernels run on this GPU; None where they do."""
+    absent = _absence(device)
+    if absent is not None:
+        return absent
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"it needs compute capability {MIN_CAPABILITY}, {device} has {capability}"
+    # What `load_cuda` took is no Python module, and not asked.
+    if backend != "cuda" or "pyfused._C" not in sys.modules:
+        return None
+    return _unfit(capability) or _launch_refusal(device)
+
+
+# Traced code takes their answers for constants. This is all that torch.compiler.assume_constant_result does, but that
+# loads the compiler.
+for _function in (_absence, _gpu_refusal):
+    vars(_function)["_dynamo_marked_constant"] = True
+
+
+def code_for(capability: tuple[int, int], targets: Sequence[str]) -> str | None:
+    """Which of ``targets`` a GPU of this compute capability runs; None where there is none for it.
+
+    Machine code (``sm_XX``) of the same major and at most the same minor number, or else PTX (``compute_XX``) of any
+    capability up to this one, which the driver compiles.
+    """
+    found = {target: divmod(int(target.partition("_")[2]), 10) for target in targets}
+    machine = [
+        name for name, (major, minor) in found.items()
+        if name.startswith("sm_") and major == capability[0] and minor <= capability[1]
+    ]  # fmt: skip
+    ptx = [name for name, least in found.items() if name.startswith("compute_") and least <= capability]
+    return max(machine or ptx, key=found.__getitem__, default=None)
+
+
+@functools.cache
+def _unfit(capability: tuple[int, int]) -> str | None:
+    """Why the driver here, or a GPU of this compute capability, cannot run what `pyfused._C` was built for."""
+    library = sys.modules["pyfused._C"]
+    driver, runtime = library.versions()
+    if driver == 0:
+        return "there is no CUDA driver here"
+    # Any minor version of the same major one serves.
+    if driver // 1000 < runtime // 1000:
+        old, new = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+        return f"the CUDA driver {old} is older than the runtime {new} that its library was built with"
+    targets = json.loads(library.build_info())["targets"]
+    if code_for(capability, targets) is None:
+        given = ".".join(map(str, capability))
+        return f"its library has no code for this GPU: it was built for {', '.join(targets)}; the device has {given}"
+    return None
+
+
+def _launch_refusal(device: torch.device) -> str | None:
+    """Why an empty kernel of `pyfused._C` does not run on this GPU; launched once for each.
+
+    A launch and not only a look at the kernel's attributes: that loads the code, and would miss a GPU that takes no
+    work. While the current stream is being captured the answer is not sought, for the graph's sake: what the library
+    was built for has to do until the next call.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _PROBED:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.cuda.device(index):
+            message = sys.modules["pyfused._C"].probe()
+        _PROBED[index] = None if message is None else f"an empty kernel of its library failed there: {message}"
+    return _PROBED[index]
 
 
 def has_cuda_kernels(operator: str, device: torch.device) -> bool:
@@ -148,14 +231,17 @@ def choose(
     wanted = DEFAULT_BACKEND if requested == "auto" else requested
     if wanted != "auto":
         if refusal(wanted, device, dtype, operator) is not None:
-            raise RuntimeError(
-                f"backend {wanted!r} cannot serve {dtype} tensors on {device}: " + _refusals(device, dtype, operator)
-            )
+            reasons = _refusals(device, dtype, operator)
+            # Where it serves such tensors, it is the operator that it lacks: the call may know of a way out.
+            if wanted in limits and refusal(wanted, device, dtype) is None:
+                reasons += f"; {limits[wanted]}"
+            raise RuntimeError(f"backend {wanted!r} cannot serve {dtype} tensors on {device}: {reasons}")
         if wanted in limits:
             raise ValueError(f"backend {wanted!r} cannot serve this call: {limits[wanted]}")
         return wanted
-    # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name.
-    if device.type != "cuda":
+    # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name. Fake
+    # tensors can be on a GPU where there is none.
+    if device.type != "cuda" or _absence(device) is not None:
         return "portable"
     for backend in preference(operator, device, dtype, sizes)[0]:
         if backend not in limits and refusal(backend, device, dtype, operator) is None:

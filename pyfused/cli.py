@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import pyfused
-from pyfused import measured
+from pyfused import backend, measured
 
 # Distribution -> why somebody would want it.
 _OPTIONAL = {
@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("paths", nargs="*", help="files or directories with rows of your own (pytest files)")
     bench.add_argument("-k", dest="select", metavar="EXPRESSION", help="only rows with these names, as pytest's -k")
     bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
-    bench.add_argument("--record", type=Path, metavar="DIRECTORY", help="instead: the very directory for the results")
+    bench.add_argument(
+        "--record", type=Path, metavar="DIRECTORY",
+        help="instead: the very directory for the results; a row that is there is not measured again, unless it failed",
+    )  # fmt: skip
     bench.add_argument(
         "--seconds", type=_positive_seconds, default=4.0, help="how long each row is timed (default 4)"
     )  # fmt: skip
@@ -167,8 +170,25 @@ def _facts() -> Iterator[tuple[str, str]]:
         built = json.loads(library.build_info())
         kernels = f"{len(library.kernel_names())} kernels by nvcc {built['nvcc']} for {', '.join(built['targets'])}"
         yield "pyfused._C", f"{kernels}, beside torch {built['torch']}"
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            yield f"  cuda:{index}", _how_kernels_run(torch.device("cuda", index), built["targets"])
     for distribution, purpose in _OPTIONAL.items():
         yield distribution.removesuffix("_torch"), _version(distribution) or f"not installed ({purpose})"
+
+
+def _how_kernels_run(device: torch.device, targets: Sequence[str]) -> str:
+    """Which of the library's ``targets`` a GPU runs, or why none."""
+    reason = backend.refusal("cuda", device, torch.float16)
+    if reason is not None:
+        return f"does not run: {reason}"
+    code = backend.code_for(torch.cuda.get_device_capability(device), targets)
+    if code is not None and code.startswith("sm_"):
+        return f"runs {code}"
+    # NOTES.md has what ptxas takes for each module.
+    return (
+        f"runs what its driver compiles from {code}: the first forward and the first backward of an operator wait for "
+        "it, up to about a minute each, once for each user"
+    )
 
 
 def _version(distribution: str) -> str | None:

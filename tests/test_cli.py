@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pyfused
+from pyfused import backend as backends
 from pyfused import cli
 from pyfused.bench import operators
 from pyfused.bench.adapter_residual import AdapterCase
@@ -41,6 +43,61 @@ def test_info_says_how_the_kernels_were_built(capsys, monkeypatch):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "\npyfused._C  2 kernels by nvcc 13.0.88 for sm_80, compute_80, beside torch 2.10.0\n" in printed
+
+
+def test_info_says_what_each_gpu_runs_of_the_kernels(capsys, monkeypatch):
+    capabilities = [(9, 0), (12, 0), (8, 9), (9, 0)]
+    current = []
+    library = types.SimpleNamespace(
+        build_info=lambda: '{"nvcc": "12.4.131", "targets": ["sm_90", "compute_90"], "torch": "2.10.0"}',
+        kernel_names=lambda: ["one_kernel"],
+        versions=lambda: (13000, 12040),
+        probe=lambda: "out of memory (cudaErrorMemoryAllocation)" if current[-1] == 3 else None,
+    )
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+
+    def capability(device=None):
+        return capabilities[device.index or 0]
+
+    def properties(index):
+        major, minor = capabilities[index]
+        return types.SimpleNamespace(name="NVIDIA Some", major=major, minor=minor, total_memory=80 << 30)
+
+    monkeypatch.setitem(sys.modules, "pyfused._C", library)
+    for name, value in {
+        "is_available": lambda: True, "device_count": lambda: len(capabilities), "device": device,
+        "current_device": lambda: 0, "get_device_capability": capability, "get_device_properties": properties,
+        "is_current_stream_capturing": lambda: False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
+    monkeypatch.setattr(backends, "CUDA_OPERATORS", {"cuda": frozenset(["lora_linear"])})
+    monkeypatch.setattr(backends, "_PROBED", {})
+    backends._unfit.cache_clear()
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        backends._unfit.cache_clear()
+    printed = capsys.readouterr().out
+    _, _, after = printed.partition("\npyfused._C  1 kernels by nvcc 12.4.131 for sm_90, compute_90")
+    lines = after.splitlines()[1:5]
+    assert lines[0] == "  cuda:0    runs sm_90"
+    assert lines[1].startswith("  cuda:1    runs what its driver compiles from compute_90: the first forward and the ")
+    assert "up to about a minute each" in lines[1]
+    assert lines[2] == (
+        "  cuda:2    does not run: its library has no code for this GPU: it was built for sm_90, compute_90; "
+        "the device has 8.9"
+    )
+    assert lines[3] == (
+        "  cuda:3    does not run: an empty kernel of its library failed there: "
+        "out of memory (cudaErrorMemoryAllocation)"
+    )
+    assert "\n  cuda      available\n" in printed, "on the current one"
+    assert sorted(current) == [0, 1, 3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_kernel_attributes():
         assert 0 < found["registers"] <= 255, name
         assert found["local_memory"] <= 64, name
         assert found["max_threads"] % 32 == 0, name
+
+
+@needs_library
+def test_the_library_says_whether_it_runs():
+    library = sys.modules["pyfused._C"]
+    driver, runtime = library.versions()
+    nvcc = json.loads(library.build_info())["nvcc"]
+    assert nvcc.startswith(f"{runtime // 1000}.{runtime % 1000 // 10}.")
+    if torch.cuda.is_available():
+        assert driver >= 12000
+        assert library.probe() is None
+    else:
+        # cudaErrorInsufficientDriver where there is no driver, cudaErrorNoDevice beside one.
+        assert re.fullmatch(r".+ \(cudaError(InsufficientDriver|NoDevice)\)", library.probe())
 
 
 @needs_library
@@ -308,6 +323,28 @@ def test_build_that_cannot_be_done(checkout, variables, message):
 def test_architectures_that_are_none(checkout, given):
     printed = run(sys.executable, "setup.py", "--name", cwd=checkout, fails=True, PYFUSED_CUDA_ARCHS=given)
     assert f"PYFUSED_CUDA_ARCHS must be capabilities from 80 on such as \"80;90\", got '{given}'" in printed
+
+
+@host
+@pytest.mark.parametrize(
+    ("nvcc", "expected"),
+    [
+        ("12.0.140", ("80", "90")),
+        ("12.6.85", ("80", "90")),
+        ("12.8.61", ("80", "90", "100", "120")),
+        ("13.0.88", ("80", "90", "100", "120")),
+    ],
+)
+def test_architectures_that_this_nvcc_knows(monkeypatch, nvcc, expected):
+    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
+    monkeypatch.setenv("PYFUSED_CUDA", "0")
+    monkeypatch.delenv("PYFUSED_CUDA_ARCHS", raising=False)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    assert build["_architectures"](nvcc) == expected
+    toolchain = build["Toolchain"]("ninja", nvcc, nvcc, "g++", ROOT, "2.10.0", expected)
+    assert toolchain.targets == [*(f"sm_{name}" for name in expected), f"compute_{expected[-1]}"]
+    monkeypatch.setenv("PYFUSED_CUDA_ARCHS", "120;86")
+    assert build["_architectures"](nvcc) == ("86", "120"), "what is asked for is nvcc's to refuse"
 
 
 @host

@@ -9,6 +9,7 @@ from operator_cases import every_backend, plain_dtype, planned, seed
 
 import pyfused
 from pyfused import reference
+from pyfused.backend import refusal
 from pyfused.ops.lora_linear import PLANS
 from pyfused.portable.philox import dropout_
 
@@ -154,6 +155,10 @@ def test_float32_follows_the_tf32_setting(backend):
     assert 1e-5 < errors[True] < 2e-3
 
 
-def test_auto_takes_triton():
-    tensors = draw((64, 64), 64, 16, torch.bfloat16)
-    assert torch.equal(pyfused.lora_linear(**tensors), pyfused.lora_linear(**tensors, backend="triton"))
+@pytest.mark.parametrize(("x_shape", "out_features"), [((64, 64), 64), ((300, 768), 2304)])
+def test_auto_gives_the_bits_of_the_backend_that_explain_names(x_shape, out_features):
+    """Which one depends on the GPU and on what was measured there."""
+    tensors = draw(x_shape, out_features, 16, torch.bfloat16)
+    (call,) = pyfused.explain(pyfused.lora_linear, **tensors).calls
+    assert torch.equal(pyfused.lora_linear(**tensors), pyfused.lora_linear(**tensors, backend=call.backend))
+    assert refusal(call.backend, tensors["x"].device, torch.bfloat16, "lora_linear") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import types
 from dataclasses import replace
 
@@ -41,6 +42,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
 
+    # A library that is there would be asked for what it was built for, and launched.
+    monkeypatch.delitem(sys.modules, "pyfused._C", raising=False)
     monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
     monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
     monkeypatch.setattr(backends, "DEFAULT_BACKEND", "auto")

@@ -270,12 +270,28 @@ def attend(
     return y.view(x.shape)
 
 
+def _most_cuda_columns(norm_match: bool) -> int:
+    return MAX_CUDA_COLUMNS_MATCHED if norm_match else MAX_CUDA_COLUMNS
+
+
+def _without_cuda(prepared: PreparedContext, columns: int, norm_match: bool) -> dict[str, str]:
+    """{"cuda": why plan "standard" has no kernels there, and what has}; empty where all kernels are absent, or none."""
+    device = prepared.keys.device
+    if not backends.has_cuda_kernels(_NAME, device) or backends.has_cuda_kernels("projection_residual", device):
+        return {}
+    why = f"{_NAME}: plan 'standard' ({prepared.reason}) ends in projection_residual, which has no kernels there"
+    if columns > _most_cuda_columns(norm_match):
+        return {"cuda": f"{why}; backend='auto' serves it"}
+    return {"cuda": f"{why}; plan='absorbed' has, and backend='auto' serves plan 'standard' too"}
+
+
 def _limits(
     prepared: PreparedContext, projections: Projections, norm_match: bool, rows: int
 ) -> tuple[dict[str, str], int]:
     """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
     limits: dict[str, str] = {}
     if prepared.plan == "standard":
+        limits |= _without_cuda(prepared, projections.num_heads * prepared.tokens, norm_match)
         return limits, 0
     dtype, case = prepared.dtype, " with norm_match" if norm_match else ""
     padded, widest = padded_columns(projections.num_heads, prepared.tokens), most_columns(dtype, norm_match)
@@ -288,7 +304,7 @@ def _limits(
     if not backends.has_cuda_kernels(_NAME, device):
         return limits, 0
     columns, contexts, channels = projections.num_heads * prepared.tokens, len(prepared.keys), prepared.keys.shape[3]
-    widest = MAX_CUDA_COLUMNS_MATCHED if norm_match else MAX_CUDA_COLUMNS
+    widest = _most_cuda_columns(norm_match)
     limits |= cuda_row_limit(_NAME, rows)
     if contexts > MAX_CUDA_CONTEXTS:
         limits["cuda"] = (
