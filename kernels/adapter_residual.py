@@ -27,7 +27,7 @@ from pyfused.kernels.bottleneck import (
     tile_rows,
 )
 from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, block_width, rows_config, weights_config
-from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask
+from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask, known_multiple
 from pyfused.kernels.launch import (
     configuration,
     device_guard,
@@ -35,6 +35,7 @@ from pyfused.kernels.launch import (
     dropout_arguments,
     launch,
     offset_type,
+    row_length,
     rows_like,
     strides,
     target,
@@ -63,18 +64,19 @@ def _pre_activation(
     return h
 
 
-@triton.jit(do_not_specialize=["tiles_l", "per_sample", "threshold"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "per_sample", "threshold"])
 def _adapter_fwd_kernel(
     z_ptr, down_ptr, d_bias_ptr, up_ptr, u_bias_ptr, r_ptr, gamma_ptr, sample_ptr, y_ptr, h_ptr, seed_ptr,
     length, channels, width, tiles_l, per_sample,
     stride_zb, stride_zl, stride_zc, stride_downh, stride_downc, stride_upc, stride_uph,
     stride_rb, stride_rl, stride_rc, stride_yb, stride_yl, stride_yc,
     stride_d_bias, stride_u_bias, stride_gamma, stride_sample,
-    skip, inverse_keep, threshold,
+    skip, inverse_keep, threshold: tl.uint32,
     ACTIVATION: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """y and, with h_ptr, h of one tile of rows. Tiles of dropped samples copy the residual and compute nothing."""
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = z_ptr.dtype.element_ty
     z_rows = row_pointers(z_ptr, batch, offs_l, stride_zb, stride_zl, OFFSET)
@@ -131,15 +133,15 @@ def _adapter_fwd_kernel(
             tl.store(h_ptrs, tl.zeros((BLOCK_M, BLOCK_H), dtype), mask=ok_m[:, None] & ok_h[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles_l", "per_sample", "threshold", "counters"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "per_sample", "threshold", "counters"])
 def _adapter_bwd_rows_kernel(
     dy_ptr, z_ptr, h_ptr, down_ptr, d_bias_ptr, up_ptr, gamma_ptr, sample_ptr, dz_ptr, dh_ptr, seed_ptr, counter_ptr,
     length, channels, width, tiles_l, per_sample, counters,
     stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, stride_dzb, stride_dzl, stride_dzc,
     stride_downh, stride_downc, stride_upc, stride_uph, stride_d_bias, stride_gamma, stride_sample,
-    skip, inverse_keep, threshold,
+    skip, inverse_keep, threshold: tl.uint32,
     ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, Z_IS_RESIDUAL: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """dh and, with dz_ptr, dz of one tile of rows; RECOMPUTE: h too. Tiles of dropped samples compute nothing."""
@@ -148,6 +150,7 @@ def _adapter_bwd_rows_kernel(
         for start in range(tl.cdiv(counters, 128)):
             offs = start * 128 + tl.arange(0, 128)
             tl.store(counter_ptr + offs, tl.zeros((128,), tl.int32), mask=offs < counters)
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = dh_ptr.dtype.element_ty
     dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
@@ -252,16 +255,16 @@ def _weights_tile(
     return down, outer, sum_dh, sum_dy, sum_dyz
 
 
-@triton.jit(do_not_specialize=["tiles_l", "tiles_m", "per_sample", "steps", "splits", "threshold"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "per_sample", "steps", "splits", "threshold"])
 def _adapter_bwd_weights_kernel(
     dy_ptr, z_ptr, h_ptr, dh_ptr, up_ptr, u_bias_ptr, gamma_ptr, sample_ptr, seed_ptr, parts_ptr, counter_ptr,
     d_down_ptr, d_d_bias_ptr, d_up_ptr, d_u_bias_ptr, d_gamma_ptr,
     length, channels, width, tiles_l, tiles_m, per_sample, steps, splits,
     stride_dyb, stride_dyl, stride_dyc, stride_zb, stride_zl, stride_zc, stride_upc, stride_uph,
     stride_u_bias, stride_gamma, stride_sample,
-    skip, inverse_keep, threshold,
+    skip, inverse_keep, threshold: tl.uint32,
     NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients: sums over rows, cut into ``splits``.
@@ -269,6 +272,7 @@ def _adapter_bwd_weights_kernel(
     Each program leaves its part in its split's slot of parts; the last to arrive finds all slots summed and writes the
     gradients. A slot holds dD^T and G (BLOCK_C, H each), then the sums of dh (H), k dy and k dy z (BLOCK_C each).
     """
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     pid_c, pid_h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -402,12 +406,12 @@ def adapter_residual_fwd(
             _adapter_fwd_kernel, (batch * tiles_l,),
             z_ptr=z, down_ptr=down_weight, d_bias_ptr=down_bias, up_ptr=up_weight, u_bias_ptr=up_bias, r_ptr=residual,
             gamma_ptr=layer_scale, sample_ptr=sample_scale, y_ptr=y, h_ptr=hidden if save else None,
-            length=length, channels=channels, width=width, tiles_l=tiles_l,
+            **row_length(length, z, y, residual), channels=channels, width=width, tiles_l=tiles_l,
             per_sample=_rows_per_sample(batch * length, sample_scale),
             **strides("z", "blc", z), **strides("down", "hc", down_weight), **strides("up", "ch", up_weight),
             **strides("r", "blc", residual), **strides("y", "blc", y),
-            **_vector_strides(d_bias=down_bias, u_bias=up_bias, gamma=layer_scale, sample=sample_scale),
-            skip=skip, **dropout_arguments(seed, dropout_p),
+            **_vector_strides(d_bias=down_bias, u_bias=up_bias, gamma=layer_scale),
+            stride_sample=_sample_stride(sample_scale), skip=skip, **dropout_arguments(seed, dropout_p),
             ACTIVATION=activation, DROP=dropout_p > 0.0,
             PRECISION=dot_precision(z.dtype), OFFSET=offset_type(z, y, down_weight, up_weight, residual),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_H=block_width(width),
@@ -465,9 +469,9 @@ def adapter_residual_bwd(
     shared = {
         "dy_ptr": dy, "dh_ptr": dh, "h_ptr": h, "counter_ptr": counter, "up_ptr": up_weight,
         "gamma_ptr": layer_scale, "sample_ptr": sample_scale,
-        "length": length, "channels": channels, "width": width, "per_sample": _rows_per_sample(rows, sample_scale),
+        "channels": channels, "width": width, "per_sample": _rows_per_sample(rows, sample_scale),
         **strides("dy", "blc", dy), **strides("up", "ch", up_weight),
-        **_vector_strides(gamma=layer_scale, sample=sample_scale),
+        **_vector_strides(gamma=layer_scale), "stride_sample": _sample_stride(sample_scale),
         "skip": skip, **dropout_arguments(seed, dropout_p), "ACTIVATION": activation, "DROP": dropout_p > 0.0,
         "PRECISION": dot_precision(like.dtype), "BLOCK_ALL": triton.next_power_of_2(channels),
     }  # fmt: skip
@@ -476,6 +480,7 @@ def adapter_residual_bwd(
         launch(
             _adapter_bwd_rows_kernel, (batch * row_tiles,), **shared,
             z_ptr=z if recompute else None, down_ptr=down_weight, d_bias_ptr=down_bias, dz_ptr=dz if need_dz else None,
+            **row_length(length, dy, z if recompute else None, dz if need_dz else None),
             tiles_l=row_tiles, counters=counter.numel(),
             **strides("z", "blc", z if recompute else None), **strides("dz", "blc", dz if need_dz else None),
             **strides("down", "hc", down_weight), **_vector_strides(d_bias=down_bias),
@@ -495,7 +500,7 @@ def adapter_residual_bwd(
             d_down_ptr=d_down if need_down else None, d_d_bias_ptr=d_d_bias if d_d_bias.numel() else None,
             d_up_ptr=d_up if need_up else None, d_u_bias_ptr=d_u_bias if d_u_bias.numel() else None,
             d_gamma_ptr=d_gamma if need_up else None,
-            tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps, splits=splits,
+            **row_length(length, dy, z), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps, splits=splits,
             **strides("z", "blc", z), **_vector_strides(u_bias=up_bias),
             NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=_GROUP,
             BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_H=sums_cfg.block_h,
@@ -510,6 +515,11 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 def _rows_per_sample(rows: int, sample_scale: torch.Tensor | None) -> int:
     return 1 if sample_scale is None else rows // sample_scale.numel()
+
+
+def _sample_stride(sample_scale: torch.Tensor | None) -> int:
+    """Of one sample any number serves: a batch of one compiles no kernel of its own."""
+    return 1 if sample_scale is None or sample_scale.numel() == 1 else sample_scale.stride(0)
 
 
 def _vector_strides(**vectors: torch.Tensor | None) -> dict[str, int]:

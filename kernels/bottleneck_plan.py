@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, bucket
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def rows_config(
         return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
 
     def bytes_moved(config: RowsConfig) -> float:
-        work = rows_work(config, batch, length, channels, width, dtype, weight_bytes)
+        work = rows_work(config, *bucket(batch, length), channels, width, dtype, weight_bytes)
         return -(-work.programs // target.multiprocessors) * work.nbytes
 
     return min((config(rows) for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)

@@ -26,7 +26,7 @@ from pyfused.kernels.bottleneck import (
     tile_rows,
 )
 from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, rows_config, weights_config
-from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero
+from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero, known_multiple
 from pyfused.kernels.launch import (
     configuration,
     device_guard,
@@ -34,6 +34,7 @@ from pyfused.kernels.launch import (
     dropout_arguments,
     launch,
     offset_type,
+    row_length,
     strides,
     target,
     vectorised,
@@ -146,18 +147,20 @@ def _matched_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["tiles_l", "threshold"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "threshold"])
 def _cross_attention_fwd_kernel(
     x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, y_ptr, p_ptr, seed_ptr,
     length, channels, heads, tokens, tiles_l,
     stride_xb, stride_xl, stride_xc, stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
     stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
     stride_yb, stride_yl, stride_yc,
-    weight, eps, inverse_keep, threshold,
+    weight, eps, inverse_keep, threshold: tl.uint32,
     NORM_MATCH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """y and, with p_ptr, p of one tile of rows."""
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = e_ptr.dtype.element_ty
     x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
@@ -198,7 +201,7 @@ def _cross_attention_fwd_kernel(
         tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles_l", "threshold", "counters"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "threshold", "counters"])
 def _cross_attention_bwd_rows_kernel(
     dy_ptr, x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, p_ptr, dx_ptr, ds_ptr, seed_ptr, counter_ptr,
     rho_ptr, kappa_ptr, a_ptr,
@@ -206,10 +209,10 @@ def _cross_attention_bwd_rows_kernel(
     stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_dxb, stride_dxl, stride_dxc,
     stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
     stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
-    weight, root, eps, inverse_keep, threshold,
+    weight, root, eps, inverse_keep, threshold: tl.uint32,
     NORM_MATCH: tl.constexpr, RECOMPUTE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_ALL: tl.constexpr,
+    OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """ds / root and, with dx_ptr, dx of one tile of rows; RECOMPUTE: p too; NORM_MATCH: rho, kappa and a."""
     if tl.program_id(0) == 0:
@@ -217,6 +220,7 @@ def _cross_attention_bwd_rows_kernel(
         for start in range(tl.cdiv(counters, 128)):
             offs = start * 128 + tl.arange(0, 128)
             tl.store(counter_ptr + offs, tl.zeros((128,), tl.int32), mask=offs < counters)
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = ds_ptr.dtype.element_ty
     dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
@@ -292,15 +296,16 @@ def _cross_attention_bwd_rows_kernel(
             tl.store(dx_ptrs, out.to(dx_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles_l", "per_context", "steps", "splits", "threshold"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "per_context", "steps", "splits", "threshold"])
 def _cross_attention_bwd_weights_kernel(
     dy_ptr, x_ptr, p_ptr, ds_ptr, rho_ptr, gate_ptr, seed_ptr, parts_ptr, counter_ptr,
     length, channels, heads, tokens, tiles_l, per_context, steps, splits,
     stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_gate,
-    root, inverse_keep, threshold,
+    root, inverse_keep, threshold: tl.uint32,
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """The sums over the rows of each context, cut into ``splits``.
 
@@ -308,8 +313,12 @@ def _cross_attention_bwd_weights_kernel(
     slot holds dE^T / root and G^T (BLOCK_C, COLUMNS each), then the sums of ds / root (COLUMNS) and rho dy (BLOCK_C);
     G's is root times as large where dy is wider than the products. With rho_ptr a and dy are weighted by it, at most 1.
     """
-    pid_c, pid_j = tl.program_id(0), tl.program_id(1)
-    context, split = tl.program_id(2) // splits, tl.program_id(2) % splits
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
+    # One dimension holds them all: the others end at 65,535, and there may be more contexts.
+    tiles_c, tiles_j = tl.cdiv(channels, BLOCK_C), COLUMNS // BLOCK_J
+    pid_c, pid_j = tl.program_id(0) % tiles_c, tl.program_id(0) // tiles_c % tiles_j
+    series = tl.program_id(0) // (tiles_c * tiles_j)
+    context, split = series // splits, series % splits
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_j = pid_j * BLOCK_J + tl.arange(0, BLOCK_J)
     ok_c = offs_c < channels
@@ -355,8 +364,8 @@ def _cross_attention_bwd_weights_kernel(
 
     groups = tl.cdiv(splits, GROUP)
     slot_size = 2 * BLOCK_C * COLUMNS + COLUMNS + BLOCK_C
-    series = context.to(tl.int64) * tl.num_programs(0) + pid_c
-    parts_ptr += series * (splits + groups + 1) * slot_size
+    sums = context.to(tl.int64) * tiles_c + pid_c
+    parts_ptr += sums * (splits + groups + 1) * slot_size
     slot_ptr = parts_ptr + split.to(tl.int64) * slot_size
     at = tl.arange(0, BLOCK_C)[:, None] * COLUMNS + offs_j[None, :]
     tl.store(slot_ptr + at, keys)
@@ -364,7 +373,7 @@ def _cross_attention_bwd_weights_kernel(
     tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + offs_j, sum_ds)
     if pid_j == 0:
         tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + COLUMNS + tl.arange(0, BLOCK_C), sum_dy)
-    sums_slots(parts_ptr, slot_size, counter_ptr + series * (groups + 1), split, splits, tl.num_programs(1), GROUP)
+    sums_slots(parts_ptr, slot_size, counter_ptr + sums * (groups + 1), split, splits, tiles_j, GROUP)
 
 
 def cross_attention_residual_fwd(
@@ -399,7 +408,8 @@ def cross_attention_residual_fwd(
         launch(
             _cross_attention_fwd_kernel, (batch * tiles_l,), **shared,
             x_ptr=x, y_ptr=y, p_ptr=p if save else None,
-            length=length, channels=channels, tiles_l=tiles_l, **strides("x", "blc", x), **strides("y", "blc", y),
+            **row_length(length, x, y), channels=channels, tiles_l=tiles_l,
+            **strides("x", "blc", x), **strides("y", "blc", y),
             weight=weight, eps=eps, **dropout_arguments(seed, dropout_p),
             NORM_MATCH=norm_match, DROP=dropout_p > 0.0, OFFSET=offset_type(x, y, e, f),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c,
@@ -457,7 +467,7 @@ def cross_attention_residual_bwd(
     rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
     arguments = {
         "dy_ptr": dy, "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter,
-        "length": length, "channels": channels, **strides("dy", "blc", dy),
+        "channels": channels, **strides("dy", "blc", dy),
         "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p), "DROP": dropout_p > 0.0,
         "BLOCK_ALL": triton.next_power_of_2(channels),
     }  # fmt: skip
@@ -470,6 +480,7 @@ def cross_attention_residual_bwd(
             launch(
                 _cross_attention_bwd_rows_kernel, (batch * row_tiles,), **arguments, **shared,
                 x_ptr=from_x, dx_ptr=dx if need_dx else None, kappa_ptr=kappa, a_ptr=a,
+                **row_length(length, dy, from_x, dx if need_dx else None),
                 tiles_l=row_tiles, counters=counter.numel(),
                 **strides("x", "blc", from_x), **strides("dx", "blc", dx if need_dx else None),
                 weight=weight, eps=eps, NORM_MATCH=norm_match, RECOMPUTE=recompute, OFFSET=offset_type(dy, x, e, f),
@@ -485,10 +496,10 @@ def cross_attention_residual_bwd(
                 largest = torch.where(largest == 0.0, 1.0, largest)
                 arguments["rho_ptr"] = rho / largest
             launch(
-                _cross_attention_bwd_weights_kernel, (tiles_c, padded // block_j, contexts * splits),
+                _cross_attention_bwd_weights_kernel, (tiles_c * (padded // block_j) * contexts * splits,),
                 **arguments, **{name: shared[name] for name in _OF_ALL},
                 x_ptr=x if need_keys else None, parts_ptr=parts,
-                tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
+                **row_length(length, dy, x), tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
                 **strides("x", "blc", x if need_keys else None),
                 NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=_GROUP,
                 BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, COLUMNS=padded,

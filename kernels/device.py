@@ -22,11 +22,16 @@ def dropout_keep_mask(seed, rows, column_start, threshold, BLOCK_ROWS: tl.conste
     row_low = zero + (rows & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)[:, None]
     row_high = zero + (rows >> 32).to(tl.int32)[:, None]
     w0, w1, w2, w3 = tl.philox(seed, quad, row_low, row_high, zero)
-    limit = threshold.to(tl.uint32)
-    even = tl.join(w0 >= limit, w2 >= limit)
-    odd = tl.join(w1 >= limit, w3 >= limit)
+    even = tl.join(w0 >= threshold, w2 >= threshold)
+    odd = tl.join(w1 >= threshold, w3 >= threshold)
     # The last two dimensions are (lane // 2, lane % 2), so that the reshape puts the lanes in order.
     return tl.reshape(tl.join(even, odd), (BLOCK_ROWS, BLOCK_COLUMNS))
+
+
+@triton.jit
+def known_multiple(value, OF: tl.constexpr):
+    """``value``, a multiple of OF, in a form that tells the compiler so: else it loads by single elements."""
+    return value // OF * OF
 
 
 @triton.jit

@@ -203,9 +203,14 @@ def offset_type(*tensors: torch.Tensor | None) -> tl.dtype:
 
 
 def strides(name: str, dimensions: str, tensor: torch.Tensor | None) -> dict[str, int]:
-    """``strides("x", "blk", x)`` -> {"stride_xb": ..., "stride_xl": ..., "stride_xk": ...}; zeros for None."""
-    values = (0,) * len(dimensions) if tensor is None else tensor.stride()
-    return {f"stride_{name}{letter}": value for letter, value in zip(dimensions, values, strict=True)}
+    """``strides("x", "blk", x)`` -> {"stride_xb": ..., "stride_xl": ..., "stride_xk": ...}; zeros for None.
+
+    Zero too where there is one element: that stride is never taken, and may be any number.
+    """
+    if tensor is None:
+        return {f"stride_{name}{letter}": 0 for letter in dimensions}
+    values = zip(dimensions, tensor.shape, tensor.stride(), strict=True)
+    return {f"stride_{name}{letter}": 0 if size == 1 else stride for letter, size, stride in values}
 
 
 def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
@@ -218,6 +223,38 @@ def rows_like(x: torch.Tensor, width: int, channels_first: bool, dtype: torch.dt
     if channels_first:
         return x.new_empty((batch, width, length), dtype=dtype).transpose(1, 2)
     return x.new_empty((batch, length, width), dtype=dtype)
+
+
+def bucket(batch: int, length: int) -> tuple[int, int]:
+    """(B, L) for which a configuration is chosen in place of this one.
+
+    A matrix's rows, or the number of images, rounded up to a power of two: they change with the batch, and every other
+    configuration of a kernel is one more to compile.
+    """
+    if batch == 1:
+        return 1, _power_of_two(length)
+    return _power_of_two(batch), length
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def multiple(number: int) -> int:
+    """16 if it divides ``number``, else 1: what a kernel may know of a number that it is not specialised for.
+
+    Triton's own specialisation would also tell 1 from all other numbers.
+    """
+    return 16 if number % 16 == 0 else 1
+
+
+def row_length(length: int, *rows: torch.Tensor | None) -> dict[str, int]:
+    """The arguments of a kernel that say how many positions an image of ``rows``, (B, L, ...) each, has.
+
+    Whether 16 divides it matters only where positions lie side by side in memory.
+    """
+    side_by_side = any(tensor is not None and tensor.stride(1) == 1 for tensor in rows)
+    return {"length": length, "LENGTH_MULTIPLE_OF": multiple(length) if side_by_side else 1}
 
 
 def vectorised(*tensors: torch.Tensor | None) -> bool:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.device import dropout_keep_mask, swizzle
+from pyfused.kernels.device import dropout_keep_mask, known_multiple, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
     configuration,
@@ -19,7 +19,9 @@ from pyfused.kernels.launch import (
     dot_precision,
     dropout_arguments,
     launch,
+    multiple,
     offset_type,
+    row_length,
     rows_like,
     strides,
     target,
@@ -34,18 +36,19 @@ from pyfused.kernels.lora_linear_plan import (
     wgrad_config,
 )
 
-# Sizes that change with the batch are not specialised: another number of rows must not compile another kernel.
+# What changes with the batch is not specialised, but for whether 16 divides it where that makes vectors of loads:
+# another number of rows must not compile another kernel.
 
 
-@triton.jit(do_not_specialize=["tiles_l", "tiles_m", "tiles_n", "threshold"])
+@triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
     stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_bias, stride_yb, stride_yl, stride_yn,
-    scaling, saved_scaling, inverse_keep, threshold,
+    scaling, saved_scaling, inverse_keep, threshold: tl.uint32,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
@@ -53,6 +56,7 @@ def _lora_gemm_kernel(
     SAVE_P keeps ``saved_scaling`` P. DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself
     (dx).
     """
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     batch = (pid_m // tiles_l).to(tl.int64)
     offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -128,16 +132,18 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
 
 
-@triton.jit(do_not_specialize=["rows_total", "tiles_l", "steps", "threshold"])
+@triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
     stride_xb, stride_xl, stride_xk, stride_ar, stride_ak,
-    scaling, inverse_keep, threshold,
-    DROP_X: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    scaling, inverse_keep, threshold: tl.uint32,
+    DROP_X: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
+    RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K."""
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, split = tl.program_id(0), tl.program_id(1)
     batch = (pid_m // tiles_l).to(tl.int64)
     offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -169,19 +175,21 @@ def _lora_shrink_kernel(
     tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["rows_total", "tiles_l", "tiles_m", "steps", "threshold"])
+@triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
     stride_tb, stride_tl, stride_tc, stride_fc, stride_fr, stride_gs, stride_gc, stride_gr,
-    inverse_keep, threshold,
-    DROP_T: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    inverse_keep, threshold: tl.uint32,
+    DROP_T: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
+    RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows.
 
     With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = t f, a part of t's own product.
     """
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_c, split = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -224,16 +232,17 @@ def _lora_wgrad_kernel(
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles_l", "threshold"])
+@triton.jit(do_not_specialize=["length", "rank", "tiles_l", "threshold"])
 def _lora_expand_kernel(
     y_ptr, p_ptr, b_ptr, seed_ptr,
     length, n, rank, tiles_l,
     stride_yb, stride_yl, stride_yn, stride_bn, stride_br,
-    scaling, inverse_keep, threshold,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    scaling, inverse_keep, threshold: tl.uint32,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y += s mask (P B^T) in place, for plan blas, whose GEMM is the library's."""
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     batch = (pid_m // tiles_l).to(tl.int64)
     offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -257,11 +266,13 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["elements", "splits"])
 def _sum_partials_kernel(
-    partial_ptr, out_ptr, elements, splits, scaling, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+    partial_ptr, out_ptr, elements, splits, scaling,
+    ELEMENTS_MULTIPLE_OF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out = scaling * sum over splits, always in the same order."""
+    elements = known_multiple(elements, ELEMENTS_MULTIPLE_OF)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = offs < elements
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -293,7 +304,8 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
-        length=length, n=n, k=k, rank=rank, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
+        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank),
+        tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
         stride_bias=0 if bias is None else bias.stride(0), **strides("y", "bln", y),
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
@@ -320,8 +332,8 @@ def _shrink(
     tiles_l = triton.cdiv(length, config.block_m)
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
-        x_ptr=x, a_ptr=a, p_ptr=parts, length=length, rows_total=batch * length, k=k, rank=rank, tiles_l=tiles_l,
-        steps=steps,
+        x_ptr=x, a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
+        rank=rank, RANK_MULTIPLE_OF=multiple(rank), tiles_l=tiles_l, steps=steps,
         **strides("x", "blk", x), **strides("a", "rk", a),
         scaling=scaling, **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
@@ -350,7 +362,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
-        length=length, rows_total=batch * length, columns=columns, rank=rank,
+        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank, RANK_MULTIPLE_OF=multiple(rank),
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         **strides("t", "blc", t), **strides("f", "cr", factor), **strides("g", "scr", parts),
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0,
@@ -371,7 +383,7 @@ def _sum_partials(parts: torch.Tensor, out: torch.Tensor, scaling: float) -> Non
     launch(
         _sum_partials_kernel, (triton.cdiv(out.numel(), 128),),
         partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling,
-        BLOCK=128, BLOCK_SPLITS=16,
+        ELEMENTS_MULTIPLE_OF=multiple(out.numel()), BLOCK=128, BLOCK_SPLITS=16,
         num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -491,7 +503,8 @@ def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
     tiles_l = triton.cdiv(length, block)
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
-        y_ptr=y, p_ptr=p, b_ptr=b, length=length, n=n, rank=rank, tiles_l=tiles_l,
+        y_ptr=y, p_ptr=p, b_ptr=b,
+        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank), tiles_l=tiles_l,
         **strides("y", "bln", y), **strides("b", "nr", b),
         scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, b, p),

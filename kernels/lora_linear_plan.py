@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, bucket
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ def gemm_config(
         staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
         return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers
 
+    images, positions = bucket(batch, length)
+
     def cost(tile: GemmConfig) -> float:
-        tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
+        tiles = images * -(-positions // tile.block_m) * -(-n // tile.block_n)
         waves = -(-tiles // target.multiprocessors)
         # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
         return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
@@ -140,7 +142,8 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
     block_k = 16 if padded > 128 else 64 if padded < 64 and dtype.itemsize == 2 else 32
-    tiles = batch * -(-length // 64)
+    images, positions = bucket(batch, length)
+    tiles = images * -(-positions // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
     return PassConfig(
         64, block_k, splits, num_warps=4 if padded < 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.bottleneck import load_tile, row_pointers, tile_rows
-from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, swizzle
+from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, known_multiple, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
     configuration,
@@ -18,6 +18,7 @@ from pyfused.kernels.launch import (
     dot_precision,
     launch,
     offset_type,
+    row_length,
     strides,
     target,
     vectorised,
@@ -37,17 +38,18 @@ def _gate(gate_ptr, stride_gate, offs_c, ok_c, factor):
         return tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tiles_l", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n"])
 def _projection_fwd_kernel(
     o_ptr, w_ptr, bias_ptr, x_ptr, gate_ptr, pre_ptr, squares_ptr, y_ptr,
     length, channels, k, tiles_l, tiles_m, tiles_n,
     stride_ob, stride_ol, stride_ok, stride_wn, stride_wk, stride_bias, stride_gate,
     stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc,
     factor, skip,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of h = o W^T + b, and of y; with squares_ptr the tile's part of |c|^2 in place of y."""
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     batch, offs_l, rows, ok_m = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_c, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -83,13 +85,15 @@ def _projection_fwd_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tiles_l", "tiles_n"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_n"])
 def _projection_match_kernel(
     pre_ptr, squares_ptr, x_ptr, gate_ptr, y_ptr, length, channels, tiles_l, tiles_n,
     stride_gate, stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc, factor, skip, eps,
-    ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y of one tile of rows from h and the parts of |c|^2."""
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
     y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
@@ -112,15 +116,16 @@ def _projection_match_kernel(
         tl.store(y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tiles_l"])
+@triton.jit(do_not_specialize=["length", "tiles_l"])
 def _projection_bwd_kernel(
     dy_ptr, pre_ptr, x_ptr, gate_ptr, dh_ptr, dx_ptr, parts_ptr,
     length, channels, tiles_l, stride_dyb, stride_dyl, stride_dyc, stride_gate, stride_xb, stride_xl, stride_xc,
     factor, skip, eps,
     ACTIVATION: tl.constexpr, NORM_MATCH: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dh and, with dx_ptr, dx of one tile of rows; the tile's parts of dw and db, (2, C)."""
+    length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
     rho = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -197,7 +202,8 @@ def projection_residual_fwd(
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
     squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None
     shared = {
-        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y, "length": length, "channels": channels,
+        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y,
+        **row_length(length, o, residual, y), "channels": channels,
         "stride_gate": _stride(gate), **strides("x", "blc", residual), **strides("y", "blc", y),
         "factor": factor, "skip": skip, "ACTIVATION": activation, "OFFSET": offset_type(o, weight, residual),
     }  # fmt: skip
@@ -262,7 +268,7 @@ def projection_residual_bwd(
                     _projection_bwd_kernel, (batch * tiles_l,),
                     dy_ptr=dy, pre_ptr=pre, x_ptr=residual, gate_ptr=gate, dh_ptr=dh,
                     dx_ptr=dx if need_residual else None, parts_ptr=parts,
-                    length=length, channels=channels, tiles_l=tiles_l, **strides("dy", "blc", dy),
+                    **row_length(length, dy, residual), channels=channels, tiles_l=tiles_l, **strides("dy", "blc", dy),
                     stride_gate=_stride(gate), **strides("x", "blc", residual), factor=factor, skip=skip, eps=eps,
                     ACTIVATION=activation, NORM_MATCH=norm_match, LARGEST=torch.finfo(pre.dtype).max,
                     OFFSET=offset_type(dy, residual),
