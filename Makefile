@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test bench bench-compare document check audit gpu clean
+.PHONY: test bench bench-compare document check audit gpu gpu-kit clean
 .DELETE_ON_ERROR:
 
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
@@ -43,6 +43,10 @@ audit: $(STAMP)
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
 gpu:
 	$(PYTHON) -m pyfused.bench.gpu $(if $(OUT),--output $(OUT)) $(ARGS)
+
+# For a GPU machine without network, made here; ARCH is its card's: 80, 90, 100 or 120.
+gpu-kit: $(STAMP)
+	$(BIN)/python -m pyfused.bench.gpu.kit --arch $(or $(ARCH),90) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfused.bench.baselines import Contender, Contenders
-from pyfused.bench.cases import Case, Work, normal, short
+from pyfused.bench.baselines import Contender, Contenders, narrowed
+from pyfused.bench.cases import Case, Work, normal, short, with_both_adapters
 from pyfused.ops.adapter_residual import PLANS
 from pyfused.reference.adapter_residual import ACTIVATIONS
 
@@ -81,7 +81,7 @@ class AdapterCase(Case):
             "channels": self.channels,
             "hidden": self.hidden,
             "dtype": short(self.dtype),
-            "adapter_dtype": short(self.adapter_dtype or self.dtype),
+            "adapter_dtype": short(self.parameter_dtype),
             "drop_path": self.drop_path,
             "dropout_p": self.dropout_p,
         }
@@ -90,7 +90,7 @@ class AdapterCase(Case):
         """z, residual, the parameters, with drop-path sample_scale, and dy; every term of y is about as large."""
         draw = normal(device, seed)
         c, h = self.channels, self.hidden
-        adapter = self.adapter_dtype or self.dtype
+        adapter = self.parameter_dtype
         tensors = {
             "z": draw(self.shape, 1.0, self.dtype),
             "residual": draw(self.shape, 1.0, self.dtype),
@@ -103,7 +103,7 @@ class AdapterCase(Case):
         }
         if self.drop_path:
             batch = self.shape[0]
-            dropped = draw((batch,), 1.0, torch.float32).argsort()[: self.dropped_samples]
+            dropped = draw((batch,), 1.0, torch.float32).topk(self.dropped_samples, largest=False).indices
             scale = torch.full((batch,), 1 / (1 - self.drop_path), device=device)
             tensors["sample_scale"] = scale.index_fill(0, dropped, 0.0).to(self.dtype)
         return tensors
@@ -119,12 +119,12 @@ class AdapterCase(Case):
         m, c, h = self.rows, self.channels, self.hidden
         dropped = m // self.shape[0] * self.dropped_samples
         size, live = self.dtype.itemsize, m - dropped
-        product, parameters = 2 * live * c * h, 2 * c * h
+        product, parameters = 2 * live * c * h, self.parameter_dtype.itemsize * 2 * c * h
         # Forward reads z and the residual and writes y, backward reads dy and z, writes dz and the parameters'
         # gradients: with no more than these bytes h is computed again, a fifth product in backward. A dropped sample's
         # residual is copied, and its dz is zero.
-        forward = Work(2 * product, size * ((3 * live + 2 * dropped) * c + parameters))
-        backward = Work(5 * product, size * ((3 * live + dropped) * c + 2 * parameters))
+        forward = Work(2 * product, size * (3 * live + 2 * dropped) * c + parameters)
+        backward = Work(5 * product, size * (3 * live + dropped) * c + 2 * parameters)
         return forward, backward
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
@@ -137,7 +137,10 @@ class AdapterCase(Case):
                 tuple(parameters.values()),
             )
 
-        eager = contender(eager_adapter_residual)
+        def plain(z: Tensor, down: Tensor, d: Tensor, up: Tensor, u: Tensor, **options) -> Tensor:
+            return eager_adapter_residual(z, *narrowed((down, d, up, u), z.dtype), **options)
+
+        eager = contender(plain)
         ours = {name: contender(function) for name, function in self.ours(by_name).items()}
         found = Contenders({**ours, "eager": eager})
         found.add_compiled(eager, tensors["z"].device)
@@ -158,7 +161,10 @@ def timed_cases(device: torch.device) -> list[AdapterCase]:
     else:
         rows, stages, batch, dtype = GPU_ROWS, FASTVIT_256, 64, torch.bfloat16
     maps = [AdapterCase((batch, c, side, side), c // 2, dtype) for c, side in stages]
-    return [*(AdapterCase(shape, h, dtype) for shape, h in rows), *maps, replace(maps[1], drop_path=0.25)]
+    found = [*(AdapterCase(shape, h, dtype) for shape, h in rows), *maps]
+    if device.type != "cpu":
+        found = list(with_both_adapters(found))
+    return [*found, replace(maps[1], drop_path=0.25)]
 
 
 def parity_cases(device: torch.device) -> Iterator[AdapterCase]:

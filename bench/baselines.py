@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,11 @@ class Contenders:
             self.named["torch.compile"] = Contender(forward, eager.trained)
         else:
             self.unavailable["torch.compile"] = reason
+
+
+def narrowed(parameters: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Parameters cast, in each call, to the one dtype that a product has in plain torch."""
+    return tuple(parameter.to(dtype) for parameter in parameters)
 
 
 def compile_refusal(device: torch.device) -> str | None:

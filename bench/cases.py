@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import pyfused
 from pyfused import backend as backends
+from pyfused import observe
 from pyfused.bench.baselines import Contenders
 
 # Measured on an NVIDIA H200: bf16 matrix product in FLOP/s, device copy in bytes/s (read plus written).
@@ -49,6 +50,7 @@ class Case(abc.ABC):
         inputs: the tensors that change from call to call and get a gradient.
         trained: the parameters that get one.
         dtype: that the products are made in.
+        adapter_dtype: of the trained parameters; None means ``dtype``. The modules' default over 16 bits is float32.
         dropout_p: of the operator's own dropout.
     """
 
@@ -56,6 +58,7 @@ class Case(abc.ABC):
     inputs: ClassVar[tuple[str, ...]]
     trained: ClassVar[tuple[str, ...]]
     dtype: torch.dtype
+    adapter_dtype: torch.dtype | None
     dropout_p: float
 
     @property
@@ -69,7 +72,7 @@ class Case(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-        """Every tensor by name, and dy: the same numbers on every device; no gradient is zero."""
+        """Every tensor by name, and dy, from `normal`; no gradient is zero."""
 
     @abc.abstractmethod
     def call(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Tensor:
@@ -81,11 +84,20 @@ class Case(abc.ABC):
 
     @abc.abstractmethod
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
-        """Who is timed at this case; ``by_name``: the backends that are timed beside "auto"."""
+        """Who is timed at this case; ``by_name``: what is timed beside "auto", as `ours` takes it."""
 
     @abc.abstractmethod
     def plans(self, backend: str) -> tuple[str, ...]:
         """The plans that ``backend`` has; `refusal` says which of them take this case."""
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of the trained parameters."""
+        return self.adapter_dtype or self.dtype
+
+    def numbers(self) -> int:
+        """How many random numbers `tensors` draws: one for each element."""
+        return sum(tensor.numel() for tensor in self.tensors(torch.device("meta")).values())
 
     def work(self) -> dict[str, Work]:
         """The least work of "forward" and of "forward+backward"."""
@@ -98,14 +110,29 @@ class Case(abc.ABC):
         return {"forward": forward, "forward+backward": forward + backward}
 
     def ours(self, by_name: Iterable[str] = ()) -> dict[str, Callable[..., Tensor]]:
-        """The operator as "pyfused", and as "pyfused <backend>" bound to each of these backends."""
+        """The operator as "pyfused", and as "pyfused <name>" bound to each: a backend, or a backend and its plan."""
         operator = getattr(pyfused, self.operator)
-        bound = {f"pyfused {name}": functools.partial(operator, backend=name) for name in by_name}
+        bound = {f"pyfused {name}": functools.partial(operator, **arguments_of(name)) for name in by_name}
         return {"pyfused": operator, **bound}
 
-    def gated_too(self) -> Mapping[str, Case]:
-        """Further cases whose parity the row depends on, by what their tensors are called in it."""
-        return {}
+
+def arguments_of(name: str) -> dict[str, str]:
+    """The operator's arguments that "triton" or "triton blas" stands for."""
+    backend, _, plan = name.partition(" ")
+    return {"backend": backend, "plan": plan} if plan else {"backend": backend}
+
+
+def refusals(case: Case, device: torch.device) -> dict[str, str | None]:
+    """Each backend, and each plan of one that has several, by its name -> why it cannot compute ``case`` on ``device``;
+    None when it can. A backend that serves no such tensors has no plans."""
+    found: dict[str, str | None] = {}
+    for backend in backends.BACKENDS:
+        absent = backends.refusal(backend, device, case.dtype, case.operator)
+        plans = case.plans(backend) if absent is None else ()
+        found[backend] = absent or refusal(case, device, backend)
+        if len(plans) > 1:
+            found |= {f"{backend} {plan}": refusal(case, device, backend, plan) for plan in plans}
+    return found
 
 
 def refusal(case: Case, device: torch.device, backend: str, plan: str = "auto") -> str | None:
@@ -115,10 +142,12 @@ def refusal(case: Case, device: torch.device, backend: str, plan: str = "auto") 
     reason = backends.refusal(backend, device, case.dtype, case.operator)
     if reason is not None:
         return reason
+    shapes = case.tensors(torch.device("meta"))
     # Limits of size are the operator's own to know: on fake tensors it checks, chooses, and computes nothing.
     with FakeTensorMode():
         try:
-            case.call(getattr(pyfused, case.operator), case.tensors(device), backend=backend, plan=plan)
+            tensors = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in shapes.items()}
+            case.call(getattr(pyfused, case.operator), tensors, backend=backend, plan=plan)
         except (RuntimeError, ValueError) as error:
             # Any other error is a fault of the case or of the operator, and no refusal.
             if not str(error).startswith(f"backend {backend!r} cannot serve"):
@@ -127,14 +156,78 @@ def refusal(case: Case, device: torch.device, backend: str, plan: str = "auto") 
     return None
 
 
+def triton_calls(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(plan, forward and backward of the public operator on meta tensors) for "auto", and for each plan of which
+    Triton's kernels take these sizes.
+
+    The calls are backend "portable"'s, which needs no GPU: whose raw operators answer is the caller's to decide.
+    `lora_linear`, which has one plan there, leaves Triton's to the caller as well.
+    """
+    tensors = case.tensors(torch.device("meta"))
+    leaves = [tensors[name].requires_grad_() for name in (*case.inputs, *case.trained)]
+    operator = functools.partial(getattr(pyfused, case.operator), backend="portable")
+
+    def both(plan: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(case.call(operator, tensors, plan=plan), leaves, tensors["dy"])
+
+    for plan in dict.fromkeys(("auto", *case.plans("triton"))):
+        own = plan if plan in case.plans("portable") else "auto"
+        if "triton" not in observed(case, operator, tensors, plan=own).get("limits", ()):
+            yield plan, functools.partial(both, own)
+
+
+def observed(case: Case, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> dict[str, Any]:
+    """What the operator tells its observers of one call without gradients, its name as "operator"."""
+    told: list[dict[str, Any]] = []
+
+    def observer(operator: str, **facts) -> None:
+        told.append({"operator": operator, **facts})
+
+    observe.observers.append(observer)
+    try:
+        with torch.no_grad():
+            case.call(function, tensors, **options)
+    finally:
+        observe.observers.remove(observer)
+    (facts,) = told
+    return facts
+
+
 def normal(device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """``draw(shape, scale, dtype)``: numbers from N(0, scale^2), the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    """``draw(shape, scale, dtype)``: numbers from N(0, scale^2), for one device and seed the same in every run.
+
+    The device draws them itself, in place; on device "meta" there are none. The sequences of a CPU and of a GPU differ.
+    """
+    # Meta tensors have no generator.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def draw(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+        if device.type == "cpu":
+            # In float32 whatever the dtype: the numbers that every record of a CPU was made with.
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=scale, generator=generator)
 
     return draw
+
+
+def with_both_adapters(cases: Iterable[Case]) -> Iterator[Case]:
+    """Each 16-bit case with adapters of its own dtype, then with the float32 ones that are the modules' default."""
+    for case in cases:
+        yield case
+        yield replace(case, adapter_dtype=torch.float32)
+
+
+def row_id(case: Case) -> str:
+    """The name of the case's test, as pytest's ``-k`` finds it."""
+    return case.name.replace("->", "to").replace(" ", "-")
+
+
+def row_facts(case: Case, device: torch.device, measured: str) -> dict[str, object]:
+    """The case's, with the least work, and the floor, which is modelled for one GPU only."""
+    work = case.work()[measured]
+    known = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+    floor = case.floor_seconds()[measured] if known else None
+    return {**case.facts(), "flops": work.flops, "bytes": work.nbytes, "floor_seconds": floor}
 
 
 def short(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -32,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pyfused import reference
-from pyfused.bench import operators, parity
+from pyfused.bench import operators, parity, signals
 from pyfused.bench.cases import Case
 from pyfused.bench.report import time_text
 from pyfused.bench.trees import ROOT, Tree, TreeError, WorkerError, build_kernels, checkout, resolve
@@ -130,12 +131,13 @@ def _work(case: Case) -> float:
 # ---- rows
 
 
-def write_job(comparison: Comparison, path: Path) -> None:
+def write_job(comparison: Comparison, path: Path, device: torch.device) -> None:
     """Writes what both trees are to call: the arguments, not the case, so that a tree needs none of these modules."""
     case = comparison.case
-    tensors = case.tensors(torch.device("cpu"))
+    # Where `check_parity` draws them too: another device has other numbers.
+    tensors = case.tensors(device)
     leaves = {name: tensors[name].requires_grad_() for name in (*case.inputs, *case.trained)}
-    seed = {"seed": torch.tensor([parity.SEED])} if case.dropout_p else {}
+    seed = {"seed": torch.tensor([parity.SEED], device=device)} if case.dropout_p else {}
     job = {
         "operator": case.operator,
         "arguments": case.call(lambda *args, **kwargs: (args, kwargs), tensors, **seed),
@@ -213,18 +215,22 @@ def measure(
         on_row: called before a row's rounds, with the row and the number of the pair of processes.
     """
     order = random.Random(0)
-    with tempfile.TemporaryDirectory(prefix="pyfused-compare-") as scratch:
+    with contextlib.ExitStack() as held:
+        scratch = signals.enter(held, lambda: tempfile.TemporaryDirectory(prefix="pyfused-compare-"))
         job = Path(scratch, "job.pt")
         results = {name: Path(scratch, f"{name}.pt") for name in roots}
         for pair in range(PAIRS):
             with contextlib.ExitStack() as stack:
-                trees = {name: stack.enter_context(Tree(name, root, device, threads)) for name, root in roots.items()}
+                trees = {
+                    name: signals.enter(stack, functools.partial(Tree, name, root, device, threads))
+                    for name, root in roots.items()
+                }
                 for tree in trees.values():
                     tree.wait()
                 for row in rows:
                     on_row(row, pair)
                     if row.runs:
-                        write_job(row, job)
+                        write_job(row, job, device)
                         load(row, trees, job)
                     if row.runs and pair == 0:
                         for name, tree in trees.items():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfused.bench.baselines import Contender, Contenders
-from pyfused.bench.cases import Case, Work, normal, short
+from pyfused.bench.baselines import Contender, Contenders, narrowed
+from pyfused.bench.cases import Case, Work, normal, short, with_both_adapters
 from pyfused.bench.projection_residual import eager_projection_residual
 from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
@@ -30,7 +30,8 @@ class CrossAttentionCase(Case):
         context_channels: Cc; None (the default) means C.
         head_dim: d; None (the default) means C / H.
         norm_match: whether the attention's output gets the norm of x, default False.
-        dtype: of every tensor.
+        dtype: of x, the context and the products.
+        adapter_dtype: of the four projections and their biases; None (the default) means ``dtype``.
         weight: w, default 0.5.
     """
 
@@ -49,6 +50,7 @@ class CrossAttentionCase(Case):
     head_dim: int | None = None
     norm_match: bool = False
     dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
     weight: float = 0.5
 
     @property
@@ -71,6 +73,8 @@ class CrossAttentionCase(Case):
         heads = f"H{self.heads}" + (f"x{self.head_dim}" if self.head_dim else "")
         tokens = f"T{self.tokens}" + (f"x{self.context_channels}" if self.context_channels else "")
         parts = [f"{self.operator} {self.batch}x{self.length}x{self.channels} {heads} {tokens}", short(self.dtype)]
+        if self.adapter_dtype not in (None, self.dtype):
+            parts.append(f"adapters {short(self.adapter_dtype)}")
         return " ".join([*parts, "norm-match"] if self.norm_match else parts)
 
     def facts(self) -> dict[str, object]:
@@ -84,24 +88,25 @@ class CrossAttentionCase(Case):
             "context_channels": self.context_width,
             "norm_match": self.norm_match,
             "dtype": short(self.dtype),
+            "adapter_dtype": short(self.parameter_dtype),
         }
 
     def tensors(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """x, context, the projections and dy: logits from N(0, 1), and an attention's output about as large as x."""
         draw = normal(device, seed)
-        c, width, inner = self.channels, self.context_width, self.inner
+        c, width, inner, own = self.channels, self.context_width, self.inner, self.parameter_dtype
         return {
             "x": draw((self.batch, self.length, c), 1.0, self.dtype),
             "context": draw((self.batch, self.tokens, width), 1.0, self.dtype),
-            "q_weight": draw((inner, c), c**-0.5, self.dtype),
-            "q_bias": draw((inner,), 0.1, self.dtype),
-            "k_weight": draw((inner, width), width**-0.5, self.dtype),
-            "k_bias": draw((inner,), 0.1, self.dtype),
-            "v_weight": draw((inner, width), width**-0.5, self.dtype),
-            "v_bias": draw((inner,), 0.1, self.dtype),
+            "q_weight": draw((inner, c), c**-0.5, own),
+            "q_bias": draw((inner,), 0.1, own),
+            "k_weight": draw((inner, width), width**-0.5, own),
+            "k_bias": draw((inner,), 0.1, own),
+            "v_weight": draw((inner, width), width**-0.5, own),
+            "v_bias": draw((inner,), 0.1, own),
             # A mean of T values is smaller than one of them, but for their bias.
-            "out_weight": draw((c, inner), (inner * (1 / self.tokens + 0.1**2)) ** -0.5, self.dtype),
-            "out_bias": draw((c,), 0.1, self.dtype),
+            "out_weight": draw((c, inner), (inner * (1 / self.tokens + 0.1**2)) ** -0.5, own),
+            "out_bias": draw((c,), 0.1, own),
             "dy": draw((self.batch, self.length, c), 1.0, self.dtype),
         }
 
@@ -119,7 +124,7 @@ class CrossAttentionCase(Case):
         """Work of forward and of backward in one plan; norm matching adds nothing that counts beside it."""
         m, c, inner, width, size = self.rows, self.channels, self.inner, self.context_width, self.dtype.itemsize
         columns, contexts = self.heads * self.tokens, self.batch * self.tokens
-        parameters = 2 * inner * (c + width)
+        parameters = self.parameter_dtype.itemsize * 2 * inner * (c + width)
         # K and V; then E and F and the products of rows and columns, or the two wide projections and attention.
         flops = 4 * contexts * inner * width
         if plan == "standard":
@@ -130,9 +135,9 @@ class CrossAttentionCase(Case):
             again, kept = (0, m * columns) if plan == "absorbed" else (2 * m * columns * c, 0)
         # Forward reads x and writes y and what is kept: p, or q and the attended values. Backward reads that, dy and x,
         # writes dx and the parameters' gradients, and makes the logits again that were not kept.
-        forward = Work(flops, size * (2 * m * c + contexts * width + parameters + kept))
-        moved = 3 * m * c + 2 * contexts * width + 2 * parameters + kept
-        return forward, Work(2 * flops + again, size * moved)
+        forward = Work(flops, size * (2 * m * c + contexts * width + kept) + parameters)
+        moved = size * (3 * m * c + 2 * contexts * width + kept) + 2 * parameters
+        return forward, Work(2 * flops + again, moved)
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         parameters = {name: tensors[name].detach().requires_grad_() for name in self.trained}
@@ -144,9 +149,12 @@ class CrossAttentionCase(Case):
                 tuple(parameters.values()),
             )
 
-        sdpa = contender(eager_cross_attention_residual, attention=F.scaled_dot_product_attention)
+        def plain(x: Tensor, context: Tensor, *projections: Tensor, **options) -> Tensor:
+            return eager_cross_attention_residual(x, context, *narrowed(projections, x.dtype), **options)
+
+        sdpa = contender(plain, attention=F.scaled_dot_product_attention)
         ours = {name: contender(function) for name, function in self.ours(by_name).items()}
-        found = Contenders({**ours, "eager": contender(eager_cross_attention_residual), SDPA: sdpa})
+        found = Contenders({**ours, "eager": contender(plain), SDPA: sdpa})
         found.add_compiled(sdpa, tensors["x"].device)
         return found
 
@@ -164,7 +172,7 @@ def timed_cases(device: torch.device) -> list[CrossAttentionCase]:
         return [CrossAttentionCase(b, 1370, 1024, 16, t, norm_match=match) for b, t, match in CPU_ROWS]
     found = [CrossAttentionCase(b, 1370, 1024, 16, t, norm_match=match) for b, t, match in GPU_ROWS]
     found.append(CrossAttentionCase(2, 1370, 1024, 8, 1232, context_channels=768, head_dim=96, norm_match=True))
-    return [replace(case, dtype=torch.bfloat16) for case in found]
+    return list(with_both_adapters(replace(case, dtype=torch.bfloat16) for case in found))
 
 
 def parity_cases(device: torch.device) -> Iterator[CrossAttentionCase]:
@@ -176,6 +184,7 @@ def parity_cases(device: torch.device) -> Iterator[CrossAttentionCase]:
     ):
         yield small
         yield replace(small, dtype=torch.bfloat16)
+        yield replace(small, dtype=torch.bfloat16, adapter_dtype=torch.float32)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

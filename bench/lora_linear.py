@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pyfused
 from pyfused.bench import thirdparty
-from pyfused.bench.baselines import BASE, Contender, Contenders
-from pyfused.bench.cases import Case, Work, normal, short
+from pyfused.bench.baselines import BASE, Contender, Contenders, narrowed
+from pyfused.bench.cases import Case, Work, normal, short, with_both_adapters
 from pyfused.ops.lora_linear import PLANS
 
 # (in features, out features) of in_proj, out_proj, c_fc and c_proj in CLIP's ViT-B.
@@ -72,7 +71,7 @@ class LoRACase(Case):
             "out_features": self.out_features,
             "rank": self.rank,
             "dtype": short(self.dtype),
-            "adapter_dtype": short(self.adapter_dtype or self.dtype),
+            "adapter_dtype": short(self.parameter_dtype),
             "dropout_p": self.dropout_p,
         }
 
@@ -83,7 +82,7 @@ class LoRACase(Case):
         """
         draw = normal(device, seed)
         m, k, n, r = self.rows, self.in_features, self.out_features, self.rank
-        adapter = self.adapter_dtype or self.dtype
+        adapter = self.parameter_dtype
         return {
             "x": draw((m, k), 1.0, self.dtype),
             "weight": draw((n, k), k**-0.5, self.dtype),
@@ -101,47 +100,43 @@ class LoRACase(Case):
         m, k, n, r = self.rows, self.in_features, self.out_features, self.rank
         size = self.dtype.itemsize
         base, narrow = 2 * m * n * k, 2 * m * r * (n + k)
-        parameters = n * k + r * (n + k)
+        weight, adapters = size * n * k, self.parameter_dtype.itemsize * r * (n + k)
         # Forward reads x and writes y and P; backward reads dy, x and P and writes dx and both gradients.
-        forward = Work(base + narrow, size * (m * (k + n + r) + parameters))
-        backward = Work(base + 2 * narrow, size * (m * (n + 2 * k + r) + parameters + r * (n + k)))
+        forward = Work(base + narrow, size * m * (k + n + r) + weight + adapters)
+        backward = Work(base + 2 * narrow, size * m * (n + 2 * k + r) + weight + 2 * adapters)
         return forward, backward
 
     def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
         weight, bias = tensors["weight"], tensors["bias"]
         a, b = (tensors[name].detach().requires_grad_() for name in self.trained)
-        low = self.dtype != torch.float32
+        default = self.parameter_dtype == torch.float32
 
         def contender(function: Callable[..., Tensor], lora_a: Tensor, lora_b: Tensor) -> Contender:
             values = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
             return Contender(lambda x: self.call(function, values | {"x": x}), (lora_a, lora_b))
 
-        eager = Contender(
-            lambda x: eager_lora_linear(x, weight, a, b, bias, self.scaling, self.dropout_p), (a, b)
-        )  # fmt: skip
+        def plain(x: Tensor) -> Tensor:
+            return eager_lora_linear(x, weight, *narrowed((a, b), x.dtype), bias, self.scaling, self.dropout_p)
+
+        eager = Contender(plain, (a, b))
         ours = {name: contender(function, a, b) for name, function in self.ours(by_name).items()}
         found = Contenders({**ours, "eager": eager})
         found.add_compiled(eager, weight.device)
         try:
-            found.named["PEFT"] = _peft(self, tensors)
-            if low:
+            # Its adapters are float32 over any base, unless it is told otherwise.
+            if not default:
                 found.named["PEFT (autocast_adapter_dtype=False)"] = _peft(self, tensors, float32_adapters=False)
-                found.named["PEFT (autocast)"] = _peft(self, tensors, autocast=True)
+            else:
+                found.named["PEFT"] = _peft(self, tensors)
+                if self.dtype != torch.float32:
+                    found.named["PEFT (autocast)"] = _peft(self, tensors, autocast=True)
         except thirdparty.Unavailable as error:
             found.unavailable["PEFT"] = str(error)
-        if low:
-            # The fair counterpart of PEFT's default, which keeps its adapters in float32.
-            a32, b32 = (tensors[name].detach().float().requires_grad_() for name in self.trained)
-            found.named["pyfused (float32 adapters)"] = contender(pyfused.lora_linear, a32, b32)
         found.named[BASE] = Contender(lambda x: F.linear(x, weight, bias), ())
         return found
 
     def plans(self, backend: str) -> tuple[str, ...]:
         return PLANS.get(backend, ())
-
-    def gated_too(self) -> Mapping[str, Case]:
-        """Over a 16-bit base that of the contender with float32 adapters: its time stands in the same row."""
-        return {"float32 adapters": replace(self, adapter_dtype=torch.float32)} if self.dtype.itemsize == 2 else {}
 
 
 # Next to no arithmetic.
@@ -149,13 +144,12 @@ TINY = LoRACase(16, 64, 64)
 
 
 def timed_cases(device: torch.device) -> list[LoRACase]:
-    """CLIP's layers in float32 on a CPU; on a GPU the shapes of ViTs and language models in bfloat16."""
+    """CLIP's layers in float32 on a CPU; on a GPU the shapes of ViTs and language models in bfloat16, each without and
+    with dropout."""
     if device.type == "cpu":
         return [LoRACase(m, k, n) for m, (k, n) in itertools.product(CLIP_ROWS, CLIP_LAYERS)]
-    return [
-        LoRACase(m, k, n, dtype=torch.bfloat16, dropout_p=p)
-        for p, (m, k, n) in itertools.product((0.0, 0.1), GPU_SHAPES)
-    ]
+    shapes = itertools.product((0.0, 0.1), GPU_SHAPES)
+    return list(with_both_adapters(LoRACase(m, k, n, dtype=torch.bfloat16, dropout_p=p) for p, (m, k, n) in shapes))
 
 
 def parity_cases(device: torch.device) -> Iterator[LoRACase]:

@@ -105,10 +105,11 @@ class Judge:
     Args:
         case: what is computed.
         device: where.
+        tensors: the case's own there; None (the default) draws them.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self._case, self._tensors = case, case.tensors(device)
+    def __init__(self, case: Case, device: torch.device, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._case, self._tensors = case, case.tensors(device) if tensors is None else tensors
         self._options = {"seed": torch.tensor([SEED], device=device)} if case.dropout_p else {}
         plainest = getattr(reference, case.operator)
         self._plain = results(case, plainest, self._tensors, **self._options)

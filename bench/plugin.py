@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "pytest_collection_modifyitems",
     "pytest_configure",
+    "pytest_ignore_collect",
     "pytest_runtest_makereport",
     "pytest_terminal_summary",
 ]
@@ -32,7 +34,7 @@ SESSION = pytest.StashKey[Session]()
 _RECORDED_DEVIATIONS = 16
 
 # What a run that is cut short should have measured comes first.
-_ORDER = ("test_machine", "test_operators", "test_overhead", "test_models", "test_training")
+_ORDER = ("test_machine", "test_operators", "test_overhead", "test_models", "test_training", "test_compiled")
 
 Contenders = Mapping[str, Sequence[Callable[[], object]]]
 
@@ -41,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # `pyfused bench` has put its own session there already.
     if SESSION not in config.stash:
         config.stash[SESSION] = Session(Settings())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # Which has no rows on a CPU: no file is better there than one whose tests are all skipped.
+    cpu = config.stash[SESSION].settings.device.type == "cpu"
+    compiled = Path(__file__).resolve().with_name("test_compiled.py")
+    return True if cpu and collection_path.resolve() == compiled else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,6 +89,11 @@ class Compare:
     def __init__(self, benchmark: object, session: Session) -> None:
         self._benchmark, self._session = benchmark, session
 
+    def unless_recorded(self, name: str, measured: str, mode: str) -> None:
+        """Skips the test whose row the record has from an earlier run; called before anything is made for the row."""
+        if self._session.recorded(name, measured, mode):
+            pytest.skip(f"{name}, {measured}, {mode}: the record has this row")
+
     def __call__(
         self,
         name: str,
@@ -95,7 +109,7 @@ class Compare:
         complete: Callable[[Row], None] = lambda row: None,
         **row: object,
     ) -> Row:
-        """Gate on parity, time, record.
+        """Gate on parity, time, record; a row that the record has from an earlier run is skipped.
 
         Args:
             name: what the table calls the row.
@@ -115,6 +129,7 @@ class Compare:
         """
         device = self._session.settings.device
         clock = timing.clock_for(device, graph) if clock is None else clock
+        self.unless_recorded(name, measured, clock.mode)
         # The gate is on all of them; a model has hundreds, of which the record keeps the ones nearest to their limit.
         nearest = sorted(deviations, key=parity.strain, reverse=True)[:_RECORDED_DEVIATIONS]
         figures = [dataclasses.asdict(item) for item in nearest]
@@ -130,7 +145,7 @@ class Compare:
         interleaved = timing.Interleaved(contenders, subject, clock)
         if rounds is None:
             rounds = timing.rounds_within(self._session.settings.seconds_per_row, interleaved.warm_up())
-        before = timing.gpu_state(device)
+        before = self._session.gpu_state()
 
         def between_rounds() -> None:
             self._session.on_round(f"{name}, {measured}", len(interleaved.seconds[subject]), rounds)
@@ -138,7 +153,7 @@ class Compare:
         self._benchmark.pedantic(interleaved, setup=between_rounds, rounds=rounds)
         result.seconds, result.ratios = interleaved.medians(), interleaved.ratios()
         result.rounds = len(interleaved.seconds[subject])
-        result.gpu = {"before": before, "after": timing.gpu_state(device)} if before else {}
+        result.gpu = {"before": before, "after": self._session.gpu_state()} if before else {}
         self._benchmark.extra_info.update(medians=result.seconds, ratios=result.ratios)
         complete(result)
         self._session.add(result)

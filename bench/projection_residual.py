@@ -35,6 +35,7 @@ class ProjectionCase(Case):
     operator = "projection_residual"
     inputs = ("o", "residual")
     trained = ("weight", "bias")
+    adapter_dtype = None
     dropout_p = 0.0
 
     shape: tuple[int, int, int]

@@ -25,7 +25,8 @@ def print_report(rows: Sequence[Row], stream: TextIO) -> None:
     console.print(lines)
     notes = [
         "Ratios: median over interleaved rounds of (baseline's time / pyfused's); above 1 pyfused is faster. "
-        "vs triton, vs cuda: against that backend, asked for by name. "
+        "vs triton, vs cuda: against that backend, asked for by name; fastest by name: the backend or plan that took "
+        'least, below 1x where "auto" took a slower one. '
         "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend "
         "takes oneDNN's float32 product and torch takes MKL's.",
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
@@ -88,6 +89,7 @@ def _cells(row: Row) -> dict[str, str]:
         "vs compile": ratio_text(row.ratios.get("torch.compile")),
         "vs triton": ratio_text(row.ratios.get("pyfused triton")),
         "vs cuda": ratio_text(row.ratios.get("pyfused cuda")),
+        "fastest by name": _fastest(row),
         "vs SDPA": ratio_text(row.ratios.get("projections + SDPA")),
         "vs PEFT": " / ".join(ratio_text(row.ratios[name]) for name in _peft(row)),
         "x GEMM": ratio_text(1 / row.ratios[BASE] if BASE in row.ratios else None),
@@ -95,6 +97,13 @@ def _cells(row: Row) -> dict[str, str]:
         "peak MiB\n/ eager / PEFT": _memory(row.peak_bytes, row.subject),
         "loss": "" if loss is None else f"{loss[-1] if isinstance(loss, list) else loss:.4f}",
     }
+
+
+def _fastest(row: Row) -> str:
+    """The backend or plan that took the least time of those asked for by name; below 1 "auto" should have taken it."""
+    named = [name for name in row.ratios if row.kind == "operator" and name.startswith("pyfused ")]
+    best = min(named, key=row.ratios.__getitem__, default=None)
+    return "" if best is None else f"{best.removeprefix('pyfused ')} {ratio_text(row.ratios[best])}"
 
 
 def _peft(row: Row) -> list[str]:

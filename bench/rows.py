@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,7 +32,8 @@ class Row:
 
     Attributes:
         name: what was measured, with its shape.
-        kind: "operator", "overhead", "model", "training", "machine" or "traffic" (DRAM bytes, by `bench/traffic.py`).
+        kind: "operator", "overhead", "model", "training", "machine" or "traffic" (DRAM bytes, by
+            `bench/gpu/traffic.py`).
         measured: "forward", "forward+backward", "training step" or "training run"; of a machine "matrix product" or
             "copy".
         mode: "wall clock" on a CPU; "eager launches" or "graph replay" on a GPU; "host time" of a call on either;
@@ -48,7 +50,8 @@ class Row:
         saved_bytes: contender -> what autograd keeps for backward beyond parameters and inputs.
         loss: contender -> loss, or the losses of a run.
         unavailable: contender -> why it did not run.
-        gpu: clocks and power before and after, as nvidia-smi gives them.
+        wrong: those of them that should have run, and crashed or were further from float64 than their limit.
+        gpu: clocks and power before and after, as nvidia-smi gives them, each at most seconds old.
         provenance: device, versions, commit, date, threads.
     """
 
@@ -67,8 +70,19 @@ class Row:
     saved_bytes: dict[str, int] = field(default_factory=dict)
     loss: dict[str, object] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
     gpu: dict[str, object] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def good(self) -> bool:
+        """Whether everything that was to be timed computes what it should."""
+        return self.passed and not self.wrong
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """By which a row is found in the record of one device."""
+        return self.name, self.measured, self.mode
 
     @property
     def measured_how(self) -> str:
@@ -86,14 +100,23 @@ class RowFile:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "rows.json"
         self.rows: list[Row] = read_rows(self.path) if self.path.exists() else []
+        # Each row's lines are made once: a long record would take longer to write anew than its next row to measure.
+        self._texts = [_text(row) for row in self.rows]
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Row, instead_of: Row | None = None) -> None:
+        """Writes the row behind all others, and without one of them."""
+        if instead_of is not None:
+            place = next(place for place, known in enumerate(self.rows) if known is instead_of)
+            del self.rows[place], self._texts[place]
         self.rows.append(row)
+        self._texts.append(_text(row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        items = _each([dataclasses.asdict(item) for item in self.rows], _named)
-        text = json.dumps(items, indent=1, allow_nan=False)
         with files.replacing(self.path) as partial:
-            partial.write_text(text + "\n")
+            partial.write_text("[\n" + ",\n".join(self._texts) + "\n]\n")
+
+
+def _text(row: Row) -> str:
+    return textwrap.indent(json.dumps(_each(dataclasses.asdict(row), _named), indent=1, allow_nan=False), " ")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -72,12 +72,18 @@ def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()
 
     Returns:
         The exit status: 0 when every row was measured or skipped with a reason, 1 when a row failed parity or a
-        contender crashed, 2 when interrupted, 5 when ``select`` selects nothing.
+        contender crashed, 2 when interrupted or when the record cannot be continued, 5 when ``select`` selects nothing.
 
     Raises:
         OSError: a row could not be written; those before it are.
     """
-    session = Session(settings)
+    try:
+        session = Session(settings)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"pyfused bench: {settings.record} cannot be continued: {error}", file=sys.stderr)
+        return 2
+    if session.continued:
+        print(f"{session.file.path} has {session.continued} rows, which are not measured again unless they failed")
     # pytest captures file descriptor 2 while a test runs; the bar goes to a copy that it does not know.
     descriptor = os.dup(sys.stderr.fileno())
     with open(descriptor, "w", encoding="utf-8") as stream, tempfile.TemporaryDirectory() as scratch:

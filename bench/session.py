@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import torch
 
 from pyfused.bench import rows as row_format
+from pyfused.bench import timing
 from pyfused.bench.rows import Row
+
+# Seconds for which the GPU's clocks and power are not asked for again: asking takes as long as many a row.
+_STATE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Settings:
         threads: CPU threads that torch may use, pinned for the run; None keeps torch's own number.
         seconds_per_row: how long the counted rounds of one row may take.
         commit: recorded where the checkout has no .git to ask.
-        record: the very directory for the results, in place of a new one below ``output``.
+        record: the very directory for the results, in place of a new one below ``output``. Rows that it has are not
+            measured again, but for those that failed.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -38,8 +44,12 @@ class Session:
 
     Attributes:
         unwritten: what kept a row from being written; the run ends there.
+        continued: how many rows the record had.
         on_row: called with each finished row.
         on_round: called between rounds, never while a clock runs, with (row name, round, rounds).
+
+    Raises:
+        ValueError: ``settings.record`` has rows that cannot be read, or of another device.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,6 +62,10 @@ class Session:
         output = settings.output or row_format.default_output()
         self.directory = settings.record or row_format.run_directory(output, settings.device)
         self.file = row_format.RowFile(self.directory)
+        self._earlier = {row.key: row for row in self.file.rows}
+        self.continued = len(self._earlier)
+        self._check_device()
+        self._state: tuple[float, dict[str, str] | None] | None = None
         self.unwritten: OSError | None = None
         self.on_row: Callable[[Row], None] = lambda row: None
         self.on_round: Callable[[str, int, int], None] = lambda name, number, total: None
@@ -60,11 +74,31 @@ class Session:
     def rows(self) -> list[Row]:
         return self.file.rows
 
+    def _check_device(self) -> None:
+        """A record is of one device: what it lacks cannot be measured on another."""
+        here = row_format.device_name(self.settings.device)
+        others = {str(row.provenance.get("device")) for row in self.rows} - {here}
+        if others:
+            found = ", ".join(sorted(others))
+            raise ValueError(f"{self.file.path}: a record to continue must be of {here}, got rows of {found}")
+
+    def recorded(self, name: str, measured: str, mode: str) -> bool:
+        """Whether the record had this row when the run began, and it was good."""
+        earlier = self._earlier.get((name, measured, mode))
+        return earlier is not None and earlier.good
+
+    def gpu_state(self) -> dict[str, str] | None:
+        """`timing.gpu_state` of the device, at most some seconds old."""
+        now = time.monotonic()
+        if self._state is None or now - self._state[0] > _STATE_SECONDS:
+            self._state = now, timing.gpu_state(self.settings.device)
+        return self._state[1]
+
     def add(self, row: Row) -> None:
-        """Stamps the row with its provenance and writes it."""
+        """Stamps the row with its provenance and writes it; one that failed in an earlier run gives way to it."""
         row.provenance = row_format.provenance(self.settings.device, self.settings.commit)
         try:
-            self.file.append(row)
+            self.file.append(row, instead_of=self._earlier.pop(row.key, None))
         except OSError as error:
             self.unwritten = error
             raise

@@ -1,7 +1,8 @@
-"""Operator rows: each operator against plain torch, torch.compile, its backends, and whoever else does the same."""
+"""Operator rows: each operator against plain torch, its backends and their plans, and whoever else does the same."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,40 +10,85 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
-from pyfused.bench import memory, operators, parity
-from pyfused.bench.cases import Case, refusal
+from pyfused.bench import memory, operators, parity, timing
+from pyfused.bench.baselines import Contenders
+from pyfused.bench.cases import Case, arguments_of, normal, refusals, row_facts, row_id
 from pyfused.bench.plugin import SESSION, Compare
 from pyfused.bench.session import Session
 
-# On a GPU the input sets take turns, so that no contender finds its input in the cache.
-_GPU_INPUT_SETS = 3
+# On a GPU input sets take turns, so that no contender finds its input in the cache; each costs every contender a graph.
+_GPU_INPUT_SETS = 2
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.stash[SESSION].settings.device
-    cases = operators.timed_cases(device)
-    metafunc.parametrize(
-        "case", cases, ids=[case.name.replace("->", "to").replace(" ", "-") for case in cases], scope="module"
-    )
+    metafunc.parametrize("case", operators.timed_cases(device), ids=row_id, scope="module")
     modes = {"eager": False} if device.type == "cpu" else {"eager": False, "graph": True}
     metafunc.parametrize("graph", modes.values(), ids=modes.keys())
 
 
 class Prepared:
-    """One case's tensors, parity and contenders, shared by its rows."""
+    """One case's tensors, parity and contenders, shared by its rows; each is made where the first row asks for it."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        self.tensors = case.tensors(device)
-        first = [self.tensors[name] for name in case.inputs]
-        others = 0 if device.type == "cpu" else _GPU_INPUT_SETS - 1
-        self.inputs: list[list[Tensor]] = [first, *([torch.randn_like(x) for x in first] for _ in range(others))]
-        kernels = _kernels(case, device)
-        by_name = [name for name, reason in kernels.items() if reason is None]
-        self.deviations = _deviations(case, device, by_name)
-        self.contenders = case.contenders(self.tensors, by_name)
-        self.contenders.unavailable |= {f"pyfused {name}": reason for name, reason in kernels.items() if reason}
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.case.tensors(self.device)
+
+    @functools.cached_property
+    def inputs(self) -> list[list[Tensor]]:
+        """The sets of inputs; all of them are drawn from N(0, 1), as the case's own are."""
+        own = [self.tensors[name] for name in self.case.inputs]
+        others = 0 if self.device.type == "cpu" else _GPU_INPUT_SETS - 1
+        draws = [normal(self.device, seed) for seed in range(1, 1 + others)]
+        return [own, *([draw(x.shape, 1.0, x.dtype) for x in own] for draw in draws)]
+
+    @property
+    def deviations(self) -> list[parity.Deviation]:
+        """Of backend "auto", and of each backend and plan that is as close to float64 as it must be."""
+        return self._judged[0]
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """What is wrong with each other backend and plan, by the contender's name."""
+        return self._judged[1]
+
+    @functools.cached_property
+    def _judged(self) -> tuple[list[parity.Deviation], dict[str, str]]:
+        judge = parity.Judge(self.case, self.device, self.tensors)
+        found, faults = judge.check(), {}
+        for name, reason in self._refusals.items():
+            if reason is not None:
+                continue
+            try:
+                own = judge.check(**arguments_of(name))
+            except Exception as error:
+                # One plan that does not run must not cost the times of all others; the row still fails for it.
+                faults[f"pyfused {name}"] = f"{type(error).__name__}: {error}"
+                continue
+            broken = [str(item) for item in own if not item.passed]
+            if broken:
+                faults[f"pyfused {name}"] = "not close enough to float64: " + "; ".join(broken)
+            else:
+                found += [replace(item, tensor=f"{item.tensor} ({name})") for item in own]
+        return found, faults
+
+    @functools.cached_property
+    def contenders(self) -> Contenders:
+        """Those without a fault."""
+        sound = [name for name, reason in self._refusals.items() if not reason and f"pyfused {name}" not in self.faults]
+        found = self.case.contenders(self.tensors, sound)
+        found.unavailable |= {f"pyfused {name}": reason for name, reason in self._refusals.items() if reason}
+        found.unavailable |= self.faults
+        if self.device.type != "cpu" and found.named.pop("torch.compile", None) is not None:
+            found.unavailable["torch.compile"] = "on a GPU it is timed in rows of its own, those of test_compiled"
+        return found
+
+    @functools.cached_property
+    def _refusals(self) -> dict[str, str | None]:
+        return _refusals(self.case, self.device)
 
     def calls(self, backward: bool) -> dict[str, list]:
         dy = self.tensors["dy"]
@@ -51,9 +97,12 @@ class Prepared:
             for name, contender in self.contenders.named.items()
         }
 
-    def peak_bytes(self, backward: bool) -> dict[str, int]:
-        return {name: memory.peak_bytes(calls[0], self.device) for name, calls in self.calls(backward).items()}
+    @functools.cached_property
+    def peak_bytes(self) -> dict[str, int]:
+        """Of forward and backward."""
+        return {name: memory.peak_bytes(calls[0], self.device) for name, calls in self.calls(backward=True).items()}
 
+    @functools.cached_property
     def saved_bytes(self) -> dict[str, int]:
         dy = self.tensors["dy"]
         return {
@@ -65,20 +114,9 @@ class Prepared:
         }
 
 
-def _kernels(case: Case, device: torch.device) -> dict[str, str | None]:
-    """Backend with kernels -> why it cannot compute the case; on a CPU, where kernels are slow stand-ins, none."""
-    names = () if device.type == "cpu" else backends.BACKENDS
-    return {name: refusal(case, device, name) for name in names if name != "portable"}
-
-
-def _deviations(case: Case, device: torch.device, by_name: Sequence[str] = ()) -> list[parity.Deviation]:
-    judge = parity.Judge(case, device)
-    found = judge.check()
-    further = {name: judge.check(backend=name) for name in by_name}
-    further |= {label: parity.check(other, device) for label, other in case.gated_too().items()}
-    for label, items in further.items():
-        found += [replace(item, tensor=f"{item.tensor} ({label})") for item in items]
-    return found
+def _refusals(case: Case, device: torch.device) -> dict[str, str | None]:
+    """What is timed beside "auto" -> why it cannot be; on a CPU, where kernels are slow stand-ins, nothing."""
+    return {} if device.type == "cpu" else refusals(case, device)
 
 
 @pytest.fixture(scope="module")
@@ -88,37 +126,35 @@ def prepared(case: Case, bench_session: Session) -> Iterator[Prepared]:
         torch.cuda.empty_cache()
 
 
-def _row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> None:
+def _checked_row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> None:
+    # Before anything is drawn.
+    compare.unless_recorded(prepared.case.name, measured, timing.clock_for(prepared.device, graph).mode)
+    _row(prepared, compare, graph, measured, list(prepared.faults))
+    if prepared.faults:
+        lines = (f"{name}: {fault}" for name, fault in prepared.faults.items())
+        pytest.fail(f"{prepared.case.name} was timed without\n" + "\n".join(lines), pytrace=False)
+
+
+def _row(prepared: Prepared, compare: Compare, graph: bool, measured: str, wrong: Sequence[str] = ()) -> None:
     backward = measured != "forward"
     case = prepared.case
-    work = case.work()[measured]
     compare(
         case.name,
         prepared.calls(backward),
         measured=measured,
         graph=graph,
         deviations=[item for item in prepared.deviations if backward or item.tensor.startswith("y")],
-        facts={
-            **case.facts(),
-            "flops": work.flops,
-            "bytes": work.nbytes,
-            "floor_seconds": _floor(case, prepared.device, measured),
-        },
-        peak_bytes=prepared.peak_bytes(backward) if backward else {},
-        saved_bytes=prepared.saved_bytes() if backward else {},
+        facts=row_facts(case, prepared.device, measured),
+        peak_bytes=prepared.peak_bytes if backward else {},
+        saved_bytes=prepared.saved_bytes if backward else {},
         unavailable=prepared.contenders.unavailable,
+        wrong=wrong,
     )
 
 
-def _floor(case: Case, device: torch.device, measured: str) -> float | None:
-    """The floor is modelled for one GPU only."""
-    known = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
-    return case.floor_seconds()[measured] if known else None
-
-
 def test_forward(prepared: Prepared, graph: bool, compare: Compare) -> None:
-    _row(prepared, compare, graph, "forward")
+    _checked_row(prepared, compare, graph, "forward")
 
 
 def test_forward_backward(prepared: Prepared, graph: bool, compare: Compare) -> None:
-    _row(prepared, compare, graph, "forward+backward")
+    _checked_row(prepared, compare, graph, "forward+backward")

@@ -28,14 +28,16 @@ def test_overhead(case: Case, backend: str, compare: Compare, bench_session: Ses
     reason = refusal(case, device, backend)
     if reason is not None:
         pytest.skip(reason)
+    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
+    compare.unless_recorded(name, "forward", clock.mode)
     ours = functools.partial(getattr(pyfused, case.operator), backend=backend)
     eager = getattr(operators.OPERATORS[case.operator], f"eager_{case.operator}")
     compare(
-        f"overhead {case.name}, {backend}",
+        name,
         {"pyfused": [_call(case, device, ours)], "eager": [_call(case, device, eager)]},
         kind="overhead",
         measured="forward",
-        clock=timing.HostClock(device),
+        clock=clock,
         deviations=[item for item in parity.check(case, device, backend=backend) if item.tensor == "y"],
         facts=case.facts() | {"backend": backend},
     )

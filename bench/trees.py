@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyfused.bench import signals
+from pyfused.bench.signals import run_to_the_end
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,40 +40,23 @@ def resolve(ref: str) -> str:
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
     """``commit`` in a temporary directory that goes with the block, with this tree's bench/ in the place of its own."""
-    with tempfile.TemporaryDirectory(prefix="pyfused-base-") as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = signals.enter(stack, lambda: tempfile.TemporaryDirectory(prefix="pyfused-base-"))
         tree = Path(scratch, "tree")
         # Not `git worktree`: whenever the run is cut short, nothing of it may stay in this repository.
-        _git("clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(tree))
-        _git("-C", str(tree), "checkout", "--quiet", "--detach", commit)
+        run_to_the_end(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(tree)])
+        run_to_the_end(["git", "-C", str(tree), "checkout", "--quiet", "--detach", commit])
         bench = tree / "pyfused" / "bench"
         bench.unlink(missing_ok=True)
         bench.symlink_to(ROOT / "bench")
         yield tree
 
 
-def _git(*arguments: str) -> None:
-    """Runs git; when that is cut short, nothing of it is left that still writes: it starts processes of its own."""
-    with subprocess.Popen(["git", *arguments], start_new_session=True) as process:
-        try:
-            process.wait()
-        except BaseException:
-            deadline = time.monotonic() + 5.0
-            # Until the last of the group has gone.
-            with contextlib.suppress(ProcessLookupError):
-                while time.monotonic() < deadline:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.poll()
-                    time.sleep(0.01)
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-
-
 def build_kernels(tree: Path) -> None:
     """Compiles the tree's CUDA C++ kernels, if any, in place; where nvcc is missing setup.py leaves them out."""
     if (tree / "setup.py").exists():
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=tree, check=True, stdout=sys.stderr)
+        run_to_the_end(command, cwd=tree, stdout=sys.stderr)
 
 
 class WorkerError(RuntimeError):
@@ -95,20 +79,27 @@ class Tree:
     def __init__(self, name: str, root: Path, device: torch.device, threads: int) -> None:
         self.name, self.root = name, root
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "pyfused.bench.compare_worker", str(device), str(threads)]
-        # A session of its own: an interruption is this process's to handle.
-        self._process = subprocess.Popen(
-            command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        self._environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        self._command = [sys.executable, "-m", "pyfused.bench.compare_worker", str(device), str(threads)]
+        self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Tree:
+        try:
+            with signals.signals_held():
+                # A session of its own: an interruption is this process's to handle.
+                self._process = subprocess.Popen(
+                    self._command, cwd=self.root, env=self._environment, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, text=True, start_new_session=True,
+                )  # fmt: skip
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
     def wait(self) -> None:
         """Until it has imported the tree's package.
@@ -127,13 +118,13 @@ class Tree:
             TreeError: it raised.
             WorkerError: its process has ended.
         """
-        assert self._process.stdin is not None
+        assert self._process is not None
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps([request, arguments]), file=self._process.stdin, flush=True)
         return self._reply()
 
     def _reply(self) -> Any:
-        assert self._process.stdout is not None
+        assert self._process is not None
         line = self._process.stdout.readline()
         if not line:
             raise WorkerError(f"the {self.name}'s process ended with status {self._process.wait()}")

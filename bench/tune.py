@@ -25,15 +25,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused import backend as backends
-from pyfused import measured, observe, preference
+from pyfused import measured, preference
 from pyfused.bench import operators, timing
 from pyfused.bench import rows as row_format
-from pyfused.bench.cases import Case, refusal
+from pyfused.bench.cases import Case, observed, refusal
 from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
 from pyfused.kernels.launch import Chosen, LaunchWork, Target
 from pyfused.ops.lora_linear import choose_plan
@@ -114,13 +113,7 @@ def _names(func: torch._ops.OpOverload) -> list[str]:
 
 def directions(case: Case) -> list[Direction]:
     """Forward and backward of the case's kernels."""
-    # Fake ones take no time to draw.
-    with FakeTensorMode():
-        drawn = case.tensors(torch.device("cpu"))
-    tensors = {
-        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        for name, tensor in drawn.items()
-    }
+    tensors = case.tensors(torch.device("meta"))
     for name in (*case.inputs, *case.trained):
         tensors[name].requires_grad_()
     with _RawCalls() as calls:
@@ -132,18 +125,8 @@ def directions(case: Case) -> list[Direction]:
 
 def kernels_and_sizes(case: Case, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, float]]:
     """(the operator whose kernels serve the case, `preference`'s sizes), which depend on where ``tensors`` are."""
-    seen: list[tuple[str, Mapping[str, float]]] = []
-
-    def observer(operator: str, **facts) -> None:
-        seen.append((facts.get("kernels", operator), facts["sizes"]))
-
-    observe.observers.append(observer)
-    try:
-        case.call(getattr(pyfused, case.operator), tensors)
-    finally:
-        observe.observers.remove(observer)
-    (found,) = seen
-    return found
+    facts = observed(case, getattr(pyfused, case.operator), tensors)
+    return facts.get("kernels", facts["operator"]), facts["sizes"]
 
 
 def neighbours(config: object) -> Iterator[object]:
@@ -364,7 +347,7 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
     Returns:
         The exit status: 0, or 2 when no case has such a name.
     """
-    cases = [case for case in operators.timed_cases(device) if select in case.name]
+    cases = _cases(device, select)
     if not cases:
         return _no_case(select)
     known = measured.read(output)
@@ -387,6 +370,12 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
     return 0
 
 
+def _cases(device: torch.device, select: str) -> list[Case]:
+    """With adapters of the products' dtype: a measured row is found without that of the adapters."""
+    found = operators.timed_cases(device)
+    return [case for case in found if case.parameter_dtype == case.dtype and select in case.name]
+
+
 def summary(rows: list[measured.Row]) -> Iterator[str]:
     """A line for each row of one GPU, and for each operator by how much the arithmetic is off."""
     for row in rows:
@@ -407,7 +396,7 @@ def show(capability: tuple[int, int], select: str) -> int:
     target = next(target for target in audit.TARGETS if target.capability == capability)
     # At infinitely many FLOP/s and bytes a second nothing is too slow to be tried.
     limits, jobs = Limits(float("inf"), float("inf")), os.cpu_count() or 1
-    cases = [case for case in operators.timed_cases(torch.device("cuda")) if select in case.name]
+    cases = _cases(torch.device("cuda"), select)
     for case in cases:
         for direction in directions(case):
             for chosen in chosen_by(direction, target):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import ASTSource, make_backend
+from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, projection_residual
@@ -309,30 +309,48 @@ def cases(targets: tuple[Target, ...], full: bool, text: str = "") -> list[Case]
                 kernel = target.capability, launch.kernel.__name__
                 case = Case(target, label, launch, disassembled=kernel not in disassembled)
                 disassembled.add(kernel)
-                found.setdefault((target.capability, *_signature(launch, target)[1]), case)
+                found.setdefault((target.capability, *specialisation(launch, target).key), case)
     return list(found.values())
 
 
-def _signature(launch: Launch, target: Target):
-    """The source and options that Triton's launcher would compile, and a key that identifies them."""
+@dataclass(frozen=True)
+class Specialisation:
+    """What Triton compiles for a launch: launches of equal ``key`` share one compilation."""
+
+    gpu: GPUTarget
+    source: ASTSource
+    options: object
+    key: tuple[str, ...]
+
+    def compile(self) -> CompiledKernel:
+        """As the launch itself would, cache on disk included; needs no GPU."""
+        return triton.compile(self.source, target=self.gpu, options=self.options.__dict__)
+
+
+def specialisation(launch: Launch, target: Target) -> Specialisation:
+    """As Triton's launcher would have it on the target."""
     gpu = GPUTarget("cuda", target.capability[0] * 10 + target.capability[1], 32)
     backend = make_backend(gpu)
     function = launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
+    options = {
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg,
+        # Of the environment, as a launch adds them: they are part of what the cache is asked for.
+        "debug": function.debug or triton.knobs.runtime.debug,
+        "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
+    }  # fmt: skip
     bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, extra = bind(**launch.arguments, **options)
-    parsed, signature, constants, attributes = function._pack_args(backend, extra, bound, specialization, options)
+    bound, specialized, extra = bind(**launch.arguments, **options)
+    parsed, signature, constants, attributes = function._pack_args(backend, extra, bound, specialized, options)
     source = ASTSource(function, signature, constants, attributes)
-    key = function.__name__, str(signature), str(constants), str(attributes), str(options)
-    return (gpu, source, parsed), key
+    key = function.__module__, function.__name__, str(signature), str(constants), str(attributes), str(options)
+    return Specialisation(gpu, source, parsed, key)
 
 
 def compile_case(case: Case) -> Finding:
-    (gpu, source, options), _ = _signature(case.launch, case.target)
     faults: list[str] = []
     name = case.launch.kernel.__name__
     try:
-        compiled = triton.compile(source, target=gpu, options=options.__dict__)
+        compiled = specialisation(case.launch, case.target).compile()
     except Exception as error:  # the compiler's own failure is a finding like any other
         return Finding(case.label, name, case.target.capability, 0, 0, 0, 0, "", (f"does not compile: {error}",))
     usage = _cuobjdump("-res-usage", compiled.asm["cubin"])

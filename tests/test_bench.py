@@ -278,7 +278,9 @@ def test_the_table_has_a_column_for_each_backend_by_name():
     beside = {"eager": 1.2, "pyfused triton": 1.31, "pyfused cuda": 0.98}
     found = columns(_row(ratios=beside))
     assert [found[f"vs {name}"] for name in ("eager", "triton", "cuda")] == ["1.20x", "1.31x", "0.98x"]
-    assert not {"vs triton", "vs cuda"} & columns(_row()).keys()
+    assert not {"vs triton", "vs cuda", "fastest by name"} & columns(_row()).keys()
+    plans = beside | {"pyfused triton blas": 0.91, "torch.compile": 0.5}
+    assert columns(_row(ratios=plans))["fastest by name"] == "triton blas 0.91x"
 
 
 def test_overhead_rows_answer_no_number_to_reach():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ SMALL_PROJECTION = ProjectionCase((2, 11, 20), 24)
         SMALL_ATTENTION,
         SMALL_MATCHED,
         dataclasses.replace(SMALL_MATCHED, dtype=torch.bfloat16),
+        dataclasses.replace(SMALL_MATCHED, dtype=torch.bfloat16, adapter_dtype=torch.float32),
         SMALL_PROJECTION,
         dataclasses.replace(SMALL_PROJECTION, activation="identity", norm_match=False, dtype=torch.bfloat16),
     ],
@@ -212,78 +214,6 @@ def test_check_leaves_slow_stand_ins_to_the_tests(monkeypatch):
     assert check.absence("cuda", CPU) == "no library"
 
 
-def test_the_gate_covers_the_contender_with_float32_adapters(monkeypatch):
-    pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as operator_rows
-
-    right = parity.check
-
-    def wrong_with_float32_adapters(case, device, **options):
-        return right(case, device, function=_flipped if case.adapter_dtype else pyfused.lora_linear)
-
-    case = LoRACase(33, 40, 24, rank=3, dtype=torch.bfloat16)
-    assert all(item.passed for item in operator_rows._deviations(case, CPU))
-    monkeypatch.setattr(parity, "check", wrong_with_float32_adapters)
-    prepared = operator_rows.Prepared(case, CPU)
-    assert "pyfused (float32 adapters)" in prepared.contenders.named
-    for measured in ("forward", "forward+backward"):
-        given = {}
-        operator_rows._row(prepared, lambda *a, given=given, **options: given.update(options), False, measured)
-        failed = {item.tensor for item in given["deviations"] if not item.passed}
-        assert "y (float32 adapters)" in failed
-        assert "y" not in failed
-    monkeypatch.undo()
-    for other in (SMALL, dataclasses.replace(SMALL_ADAPTER, dtype=torch.bfloat16)):
-        assert not any("adapters" in item.tensor for item in operator_rows._deviations(other, CPU))
-
-
-# ---- rows of each backend by name
-
-
-def test_on_a_gpu_every_backend_that_serves_the_case_is_timed_by_name(monkeypatch):
-    pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as operator_rows
-
-    asked = []
-
-    def answer(case, device, backend):
-        asked.append((case, device, backend))
-        return "out of order" if backend == "triton" else None
-
-    monkeypatch.setattr(operator_rows, "refusal", answer)
-    gpu = torch.device("cuda", 0)
-    assert operator_rows._kernels(SMALL, CPU) == {}
-    assert asked == []
-    assert operator_rows._kernels(SMALL, gpu) == {"triton": "out of order", "cuda": None}
-    assert asked == [(SMALL, gpu, "triton"), (SMALL, gpu, "cuda")]
-
-
-def test_a_row_holds_each_backend_and_is_gated_by_it(monkeypatch):
-    """Kernels played by the portable backend, but for the contender's name."""
-    pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as operator_rows
-
-    right = parity.Judge.check
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
-    monkeypatch.setattr(operator_rows, "_kernels", lambda case, device: {"triton": "too wide", "portable": None})
-    monkeypatch.setattr(
-        parity.Judge,
-        "check",
-        lambda judge, backend="auto": right(judge, function=_without_norms if backend == "portable" else None),
-    )
-    for case in (SMALL_PROJECTION, SMALL_MATCHED):
-        prepared = operator_rows.Prepared(case, CPU)
-        assert list(prepared.contenders.named)[:3] == ["pyfused", "pyfused portable", "eager"]
-        assert prepared.contenders.unavailable["pyfused triton"] == "too wide"
-        for measured in ("forward", "forward+backward"):
-            given = {}
-            operator_rows._row(prepared, lambda *a, given=given, **options: given.update(options), False, measured)
-            broken = {item.tensor for item in given["deviations"] if not item.passed}
-            assert "y (portable)" in broken
-            assert not any(name for name in broken if "(portable)" not in name)
-            assert any(item.tensor.startswith("d") for item in given["deviations"]) == (measured != "forward")
-
-
 # ---- overhead
 
 
@@ -309,9 +239,12 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
     from pyfused.bench.session import Session, Settings
 
     rows = []
-    overhead_rows.test_overhead(
-        case, "portable", lambda name, calls, **row: rows.append((name, calls, row)), Session(Settings(CPU, tmp_path))
-    )
+
+    def compare(name, calls, **row):
+        rows.append((name, calls, row))
+
+    compare.unless_recorded = lambda *row: None
+    overhead_rows.test_overhead(case, "portable", compare, Session(Settings(CPU, tmp_path)))
     ((name, calls, row),) = rows
     assert name == f"overhead {case.name}, portable"
     assert (row["kind"], row["measured"], row["clock"].mode) == ("overhead", "forward", "host time")
@@ -407,6 +340,7 @@ def test_plans_are_those_that_the_backend_has():
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
     """Every backend would serve CPU tensors of every operator that is to have CUDA C++ kernels; none is called."""
+    monkeypatch.delitem(sys.modules, "pyfused._C", raising=False)
     served = frozenset(operators.OPERATORS) - {"projection_residual"}
     monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
     monkeypatch.setattr(backends, "CUDA_OPERATORS", {"cpu": served, "cuda": served})
@@ -498,10 +432,12 @@ def test_every_contender_computes_the_same(monkeypatch):
     for case in (SMALL, SMALL_ADAPTER, SMALL_MAPS, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION):
         tensors = case.tensors(CPU)
         inputs = [tensors[name] for name in case.inputs]
-        found = case.contenders(tensors, ["portable"])
+        plan = f"portable {case.plans('portable')[-1]}"
+        by_name = ["portable"] if isinstance(case, ProjectionCase) else ["portable", plan]
+        found = case.contenders(tensors, by_name)
         assert found.unavailable["torch.compile"] == "left out here"
-        assert list(found.named)[:2] == ["pyfused", "pyfused portable"]
-        assert "pyfused portable" not in case.contenders(tensors).named
+        assert [name for name in found.named if "pyfused" in name] == ["pyfused", *(f"pyfused {n}" for n in by_name)]
+        assert [name for name in case.contenders(tensors).named if "pyfused" in name] == ["pyfused"]
         assert (SDPA in found.named) == isinstance(case, CrossAttentionCase)
         wanted = parity.results(case, getattr(pyfused.reference, case.operator), tensors)
         for name, contender in found.named.items():
@@ -583,6 +519,12 @@ def test_timed_cases_are_those_of_the_targets():
     attention = [[case for case in found if isinstance(case, CrossAttentionCase)] for found in (on_cpu, on_gpu)]
     assert _shapes([c for c in attention[0] if not c.norm_match], "tokens") == {(t,) for t in targets.ATTENTION_CPU}
     assert _shapes(attention[1], "batch", "tokens", "norm_match") == set(targets.ATTENTION_H200)
+    for found in (lora[1], adapter[1], attention[1]):
+        # Each with the modules' default adapters too, but for drop-path.
+        adapters = [case.adapter_dtype for case in found if not case.facts().get("drop_path")]
+        assert adapters == [None, torch.float32] * (len(adapters) // 2)
+    assert not any(case.adapter_dtype for case in on_cpu)
+
     wide = {(1370, 1024, 16, 64, 1024)}
     assert [_shapes(found, "length", "channels", "heads", "head_dim", "context_channels") for found in attention] == [
         wide,

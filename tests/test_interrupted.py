@@ -30,8 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _compile(cache: Path, report: Path, start: object = None) -> None:
     """Writes the digest of every kernel of `projection_residual` at its smallest, compiled for sm_80 or loaded."""
-    import triton
-
     from pyfused.kernels import audit
 
     os.environ["TRITON_CACHE_DIR"] = str(cache)
@@ -39,8 +37,7 @@ def _compile(cache: Path, report: Path, start: object = None) -> None:
     if start is not None:
         start.wait()
     for case in audit.cases(audit.TARGETS[:1], False, "projection size 1"):
-        (gpu, source, options), _ = audit._signature(case.launch, case.target)
-        compiled = triton.compile(source, target=gpu, options=options.__dict__)
+        compiled = audit.specialisation(case.launch, case.target).compile()
         digests.append((case.launch.kernel.__name__, hashlib.sha256(compiled.asm["cubin"]).hexdigest()))
     report.write_text(json.dumps(digests))
 

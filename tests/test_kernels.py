@@ -17,7 +17,17 @@ import pyfused  # noqa: E402
 from pyfused import reference  # noqa: E402
 from pyfused.kernels import adapter_residual, audit, bottleneck_plan, cross_attention_residual  # noqa: E402
 from pyfused.kernels import lora_linear_plan as plan  # noqa: E402
-from pyfused.kernels.launch import INTERPRETER, SHARED_MEMORY, Target, offset_type, record, target  # noqa: E402
+from pyfused.kernels.launch import (  # noqa: E402
+    INTERPRETER,
+    SHARED_MEMORY,
+    Target,
+    bucket,
+    offset_type,
+    record,
+    row_length,
+    strides,
+    target,
+)
 from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
 from pyfused.ops.lora_linear import MAX_RANK_ONE_LAUNCH, choose_plan  # noqa: E402
 
@@ -185,6 +195,24 @@ def test_projection_takes_a_second_launch_for_norms_alone():
     assert matched == [f"_projection_{name}_kernel" for name in ("fwd", "match", "bwd")]
 
 
+def test_configurations_are_chosen_for_sizes_in_steps():
+    assert [bucket(1, length) for length in (1, 2, 3, 1379, 1576, 2048)] == [
+        (1, 1), (1, 2), (1, 4), (1, 2048), (1, 2048), (1, 2048)
+    ]  # fmt: skip
+    assert [bucket(batch, 49) for batch in (2, 7, 8, 63)] == [(2, 49), (8, 49), (8, 49), (64, 49)]
+
+
+def test_what_a_kernel_is_told_of_a_length():
+    rows, images = torch.empty(2, 48, 8), torch.empty(2, 8, 48).transpose(1, 2)
+    assert row_length(48, rows, None) == {"length": 48, "LENGTH_MULTIPLE_OF": 1}
+    assert row_length(48, rows, images) == {"length": 48, "LENGTH_MULTIPLE_OF": 16}
+    assert row_length(49, torch.empty(2, 8, 49).transpose(1, 2)) == {"length": 49, "LENGTH_MULTIPLE_OF": 1}
+    # The stride of a dimension with one element may be any number.
+    odd = torch.empty(77).as_strided((1, 3, 16), (77, 16, 1))
+    assert strides("x", "blc", odd) == {"stride_xb": 0, "stride_xl": 16, "stride_xc": 1}
+    assert strides("x", "bl", None) == {"stride_xb": 0, "stride_xl": 0}
+
+
 def _in_splits(monkeypatch, module, splits):
     """So many slots for the sums over rows, of which two are added up at a time."""
     monkeypatch.setattr(module, "_GROUP", 2)
@@ -243,14 +271,13 @@ def test_sums_of_each_context_over_more_splits_than_one_group(monkeypatch, conte
 
 
 _RELU = """
-import torch, triton
+import torch
 from pyfused.kernels import audit
 from pyfused.kernels.launch import record
 gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
 with record(gpu) as launches:
     audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")()
-(target, source, options), _ = audit._signature(launches[0], gpu)
-print(triton.compile(source, target=target, options=options.__dict__).asm["ptx"])
+print(audit.specialisation(launches[0], gpu).compile().asm["ptx"])
 """
 
 

@@ -249,6 +249,14 @@ sys.exit(tune.show((9, 0), "adapter_residual"))
     assert lines[0].endswith("; 1 of 1 neighbours are sound")
 
 
+def test_what_is_tuned_has_a_row_of_its_own_to_be_found_by():
+    found = tune._cases(torch.device("cuda"), "")
+    assert {case.operator for case in found} == set(operators.OPERATORS)
+    assert {case.parameter_dtype for case in found} == {torch.bfloat16}
+    named = tune._cases(torch.device("cuda"), "6304x768->3072")
+    assert [case.dropout_p for case in named] == [0.0, 0.1]
+
+
 def test_a_name_that_no_case_has(capsys):
     assert tune.show((9, 0), "nothing") == 2
     assert "-k must be part of a case's name, got 'nothing'" in capsys.readouterr().err

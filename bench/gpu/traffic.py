@@ -1,6 +1,6 @@
 """Bytes that a call of each operator moves through a GPU's DRAM, by Nsight Compute, beside those it must move.
 
-``python -m pyfused.bench.traffic --record DIRECTORY`` runs itself again under ``ncu`` and adds rows to the record.
+``python -m pyfused.bench.gpu.traffic --record DIRECTORY`` runs itself again under ``ncu`` and adds rows to the record.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _command(ncu: str, plan: Path) -> list[str]:
     return [
         ncu, "--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "demangled",
         "--metrics", f"{READ},{WRITTEN}", "--cache-control", "none", "--clock-control", "none",
-        "--profile-from-start", "off", sys.executable, "-m", "pyfused.bench.traffic", "--calls", str(plan),
+        "--profile-from-start", "off", sys.executable, "-m", "pyfused.bench.gpu.traffic", "--calls", str(plan),
     ]  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def measure(ncu: str, record: Path, commit: str | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pyfused.bench.traffic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pyfused.bench.gpu.traffic", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--record", type=Path, metavar="DIRECTORY", help="whose rows.json gets the rows")
     what.add_argument("--calls", type=Path, metavar="FILE", help="make the calls that ncu is to count")

@@ -10,20 +10,21 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyfused import files
+from pyfused.bench.signals import signals_held
 
 # Seconds between asking a command to stop and the next, harsher request.
 # xdist waits ten seconds for its workers before it sums up.
 _AFTER_INTERRUPT, _AFTER_TERMINATE = 14.0, 2.0
 _TAIL = 4000
-
-
-class Terminated(BaseException):
-    """One of the signals of `terminable` arrived; its name."""
+# Of the seconds that a step is expected to take: a model's figure.
+_SLACK = 1.5
+# Lines of all that is said at the end about what failed, and characters of one.
+_REASONS, _WIDTH = 30, 200
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Step:
         refusals: patterns of output by which a command that failed says that it cannot be done here, and why (the first
             group); such a step counts as skipped.
         shown: whether all output is printed; else, and only when the step did not pass, its end.
+        needs: seconds that it is expected to take. It gets half as many again, even where its share is less, and does
+            not start where fewer are left.
+        whole: its share is in seconds: it gets all of them, where so many are left, before others share the rest.
     """
 
     name: str
@@ -48,6 +52,23 @@ class Step:
     absent: str | None = None
     refusals: Sequence[str] = ()
     shown: bool = False
+    needs: float = 0.0
+    whole: bool = False
+
+
+def usable(budget: float) -> float:
+    """Seconds of a budget that steps get; the rest is for stopping the last of them."""
+    return max(0.0, budget - _AFTER_INTERRUPT - _AFTER_TERMINATE)
+
+
+def limit(step: Step, later: Sequence[Step], left: float) -> float | None:
+    """Seconds that ``step`` gets of those that are left for it and the later ones; None when they are too few."""
+    if left < max(step.needs, 1.0):
+        return None
+    if step.whole:
+        return min(step.share, left)
+    rest = sum(each.share for each in (step, *later) if each.absent is None and not each.whole)
+    return min(left, max(left * step.share / rest, _SLACK * step.needs))
 
 
 @dataclass
@@ -82,39 +103,59 @@ class Outcome:
 class Runner:
     """Runs steps and keeps steps.json, whole and valid at any moment, and output.log in one directory.
 
+    Where steps.json is there, it is added to: a step that passed in it does not run again.
+
     Args:
         directory: made if it is not there.
         budget: seconds for all steps together.
         facts: what steps.json says beside the steps.
         cwd: where the commands start.
         environment: what every command's environment has besides this process's own.
+        lost: asked after a step that did not pass: why no later one can, or None.
     """
 
     def __init__(
-        self, directory: Path, budget: float, facts: Mapping[str, object], cwd: Path, environment: Mapping[str, str]
+        self,
+        directory: Path,
+        budget: float,
+        facts: Mapping[str, object],
+        cwd: Path,
+        environment: Mapping[str, str],
+        lost: Callable[[], str | None] = lambda: None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.record, self.log = directory / "steps.json", directory / "output.log"
-        self.outcomes: list[Outcome] = []
+        self.outcomes = read_outcomes(directory) if self.record.exists() else []
         self._deadline = time.monotonic() + budget
-        self._facts, self._cwd, self._environment = {"budget": budget, **facts}, cwd, environment
+        self._facts, self._cwd, self._environment, self._lost = {"budget": budget, **facts}, cwd, environment, lost
 
     def run(self, steps: Sequence[Step]) -> bool:
         """Whether every step passed or was skipped. An exception in between, `Terminated` too, ends the command."""
-        self.outcomes = [Outcome(step.name) for step in steps]
+        chosen = {step.name: step for step in steps}
+        for outcome in self.outcomes:
+            if outcome.name in chosen and outcome.status == "passed":
+                print(f"{outcome.name}: passed before", flush=True)
+                del chosen[outcome.name]
+        self.outcomes = [item for item in self.outcomes if item.name not in chosen]
+        waiting = [(step, Outcome(step.name)) for step in chosen.values()]
+        self.outcomes += [outcome for _, outcome in waiting]
         self._write()
-        for place, (step, outcome) in enumerate(zip(steps, self.outcomes, strict=True)):
-            rest = sum(later.share for later in steps[place:] if later.absent is None)
-            left = self._deadline - time.monotonic() - _AFTER_INTERRUPT - _AFTER_TERMINATE
+        gone = None
+        for place, (step, outcome) in enumerate(waiting):
+            left = usable(self._deadline - time.monotonic())
             if step.absent is not None:
                 outcome.status, outcome.reason = "skipped", step.absent
-            elif left < 1.0:
-                outcome.status, outcome.reason = "not run", "no time was left"
+            elif gone is not None:
+                outcome.status, outcome.reason = "not run", gone
+            elif (seconds := limit(step, [later for later, _ in waiting[place + 1 :]], left)) is None:
+                outcome.status = "not run"
+                outcome.reason = f"it needs about {max(step.needs, 1.0):.0f} s, {left:.0f} s were left"
             else:
-                self._run(step, outcome, left * step.share / rest)
+                self._run(step, outcome, seconds)
+                gone = None if outcome.good else self._lost()
             self._write()
             self._tell(step, outcome)
-        return all(outcome.good for outcome in self.outcomes)
+        return all(outcome.good for _, outcome in waiting)
 
     def _run(self, step: Step, outcome: Outcome, limit: float) -> None:
         outcome.command, outcome.limit, outcome.status = list(step.command(limit)), round(limit, 1), "running"
@@ -136,28 +177,31 @@ class Runner:
 
     def _wait(self, step: Step, command: list[str], limit: float) -> tuple[str, int]:
         """(status, exit status), once nothing of the command runs any more."""
-        with self.log.open("ab") as log:
-            try:
+        overran, process = False, None
+        try:
+            with self.log.open("ab") as log, signals_held():
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._cwd,
                     env=os.environ | self._environment | step.environment, start_new_session=True,
                     preexec_fn=_interruptible,
                 )  # fmt: skip
-            except OSError as error:
-                log.write(f"{error}\n".encode())
-                return "failed", 127
-        overran = False
-        try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             overran = True
             # As by Ctrl-C, on which pytest and the benchmark sum up what they have.
             _ask(process, signal.SIGINT, _AFTER_INTERRUPT)
+        except OSError as error:
+            if process is not None:
+                raise
+            with self.log.open("ab") as log:
+                log.write(f"{error}\n".encode())
+            return "failed", 127
         finally:
-            if process.poll() is None:
-                _ask(process, signal.SIGTERM, _AFTER_TERMINATE)
-            # Also what the command has left behind: it would disturb the next one.
-            _ask(process, signal.SIGKILL, None)
+            if process is not None:
+                if process.poll() is None:
+                    _ask(process, signal.SIGTERM, _AFTER_TERMINATE)
+                # Also what the command has left behind: it would disturb the next one.
+                _ask(process, signal.SIGKILL, None)
         status = "overran" if overran else "failed" if process.returncode else "passed"
         return status, process.returncode
 
@@ -195,6 +239,30 @@ class Runner:
             for name, status, took, limit, why in lines
         )
 
+    def failures(self) -> str:
+        """Of each step that is not good, why: the end of its output, in so few lines that all stand together."""
+        bad = [item for item in self.outcomes if not item.good]
+        each = max(1, _REASONS // max(len(bad), 1) - 1)
+        lines = []
+        for item in bad:
+            said = [line for line in item.tail.splitlines() if line.strip()][-each:]
+            lines += [f"{item.name} {item.status}{f': {item.reason}' if item.reason else ''}"]
+            lines += [f"    {line[:_WIDTH]}" for line in said]
+        return "\n".join(lines[:_REASONS])
+
+
+def read_outcomes(directory: Path) -> list[Outcome]:
+    """What the steps.json there says of each step.
+
+    Raises:
+        OSError: there is none to read.
+        ValueError: it is something else.
+    """
+    try:
+        return [Outcome(**item) for item in json.loads((directory / "steps.json").read_text())["steps"]]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / 'steps.json'} is no record of steps: {error}") from error
+
 
 def _interruptible() -> None:
     """A shell's job in the background ignores SIGINT, and so would all that it starts."""
@@ -208,22 +276,3 @@ def _ask(process: subprocess.Popen, number: signal.Signals, seconds: float | Non
         os.killpg(process.pid, number)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP raise `Terminated`, once: the clean-up that follows is not disturbed."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def handler(number: int, frame: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise Terminated(signal.Signals(number).name)
-
-    # SIGINT also because commands inherit it when it is ignored, as in what a shell has put into the background.
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

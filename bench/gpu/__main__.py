@@ -1,0 +1,7 @@
+"""``python -m pyfused.bench.gpu``."""
+
+import sys
+
+from pyfused.bench.gpu.run import main
+
+sys.exit(main())

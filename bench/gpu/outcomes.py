@@ -1,0 +1,76 @@
+"""What became of each of many things, in one file that is whole and valid at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from pyfused import files
+
+# Of an outcome: what is under way when the file is written, so that a file left so names what hung or was cut off.
+RUNNING, PASSED, FAILED, SKIPPED = "running", "passed", "failed", "skipped"
+
+
+class Outcomes:
+    """Name -> what became of it, a JSON object with a "status"; continued when the file is there.
+
+    Args:
+        path: its directory is made if it is not there.
+        facts: what the file says besides.
+
+    Raises:
+        OSError: the file cannot be read or written.
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, object]) -> None:
+        self.path, self.facts = path, dict(facts)
+        self.items: dict[str, dict[str, object]] = {}
+        if path.exists():
+            try:
+                self.items = json.loads(path.read_text())["outcomes"]
+                all(item["status"] for item in self.items.values())
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} holds no outcomes: {error!r}") from error
+        self._write()
+
+    def status(self, name: str) -> str | None:
+        return str(self.items[name]["status"]) if name in self.items else None
+
+    def put(self, name: str, status: str, **details: object) -> None:
+        self.items[name] = {"status": status, **details}
+        self._write()
+
+    def tell(self, **facts: object) -> None:
+        """Adds to the facts."""
+        self.facts |= facts
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(self.path) as partial:
+            partial.write_text(json.dumps(self.facts | {"outcomes": self.items}, indent=1, default=str) + "\n")
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes: after an access beyond its memory, a GPU does nothing more in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def go_on(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Starts this module of `pyfused.bench.gpu` again in place of this process, with a GPU that answers."""
+    print(f"{module}: the GPU does not answer any more; going on in a new process", flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", f"pyfused.bench.gpu.{module}", *arguments])

@@ -1,0 +1,38 @@
+"""Rows against torch.compile on a GPU, after all that need no compilation of seconds; on a CPU the operators' own rows
+have it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyfused.bench import operators, parity, timing
+from pyfused.bench.cases import Case, row_facts, row_id
+from pyfused.bench.plugin import SESSION, Compare
+from pyfused.bench.session import Session
+
+_COMPILED = "torch.compile"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.stash[SESSION].settings.device
+    metafunc.parametrize("case", operators.compiled_cases(device), ids=row_id)
+
+
+def test_compiled_forward_backward(case: Case, compare: Compare, bench_session: Session) -> None:
+    device, measured = bench_session.settings.device, "forward+backward"
+    name, clock = f"{case.name}, beside torch.compile", timing.clock_for(device, graph=True)
+    compare.unless_recorded(name, measured, clock.mode)
+    tensors = case.tensors(device)
+    contenders = case.contenders(tensors)
+    if _COMPILED in contenders.unavailable:
+        pytest.skip(contenders.unavailable[_COMPILED])
+    inputs = [tensors[name] for name in case.inputs]
+    compare(
+        name,
+        {key: [contenders.named[key].call(inputs, tensors["dy"], backward=True)] for key in ("pyfused", _COMPILED)},
+        measured=measured,
+        graph=True,
+        clock=clock,
+        deviations=parity.Judge(case, device, tensors).check(),
+        facts=row_facts(case, device, measured),
+    )

@@ -1,0 +1,72 @@
+"""Runs a function of a test over the stub driver, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stub_driver import build, inside
+
+TESTS = build.HERE.parent
+# The compute capabilities, as digits, that everything is tried for.
+GPUS = (80, 90, 100, 120)
+
+
+def over_stub(
+    function: Callable[..., object], *arguments: object, gpu: int = 90, compiling: bool = False, quiet: bool = True
+) -> object:
+    """What ``function(*arguments)`` returns over the driver of a GPU of that compute capability.
+
+    Args:
+        function: of a module that lies in tests/; what it does there it sees by `stub_driver.inside.watch`.
+        arguments: JSON, as is what it returns; dataclasses come back as dictionaries.
+        gpu: one of the compute capabilities that the audit compiles for, as digits.
+        compiling: kernels are compiled really, 1 to 2 CPU seconds each; otherwise something that does nothing stands in
+            for their machine code.
+        quiet: what the process writes to stderr is shown where it fails alone.
+
+    Raises:
+        RuntimeError: with what the process wrote, where the function raises.
+    """
+    from pyfused.kernels.audit import TARGETS
+
+    (target,) = (target for target in TARGETS if target.capability == divmod(gpu, 10))
+    libcuda = build.library()
+    path = _before("PYTHONPATH", TESTS, TESTS / "contract")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": path, "PYFUSED_BACKEND": "triton", "OMP_NUM_THREADS": "1",
+        "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", libcuda), "TRITON_LIBCUDA_PATH": str(libcuda),
+        "TRITON_CACHE_DIR": str(build.CACHE / "triton"),
+        "STUB_CAPABILITY": str(gpu), "STUB_MULTIPROCESSORS": str(target.multiprocessors),
+        "STUB_SHARED_MEMORY": str(target.shared_memory),
+    }  # fmt: skip
+    module = Path(sys.modules[function.__module__].__file__).relative_to(TESTS).with_suffix("").as_posix()
+    command = [sys.executable, "-m", "stub_driver.inside", str(libcuda / "libcuda.so.1"), str(compiling)]
+    command += [module.replace("/", "."), function.__qualname__, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+    if not quiet:
+        sys.stderr.write(done.stderr)
+    if done.returncode != 0:
+        raise RuntimeError(f"{function.__qualname__} over the stub driver, exit code {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _before(variable: str, *folders: Path) -> str:
+    """The environment's list of folders with these before its own."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(variable)])])
+
+
+def compilations(function: Callable[..., object], *arguments: object, gpu: int = 90) -> list[str]:
+    """The distinct compilations that ``function(*arguments)`` asks for: each one's kernel and Triton's key for it."""
+    found = over_stub(_compilations, function.__module__, function.__qualname__, arguments, gpu=gpu)
+    return [f"{specialisation['kernel']} {specialisation['key']}" for specialisation in found]
+
+
+def _compilations(module: str, name: str, arguments: list) -> list[inside.Specialisation]:
+    function = getattr(importlib.import_module(module), name)
+    return inside.compiled_by(lambda: function(*arguments))
