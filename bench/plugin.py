@@ -34,7 +34,7 @@ SESSION = pytest.StashKey[Session]()
 _RECORDED_DEVIATIONS = 16
 
 # What a run that is cut short should have measured comes first.
-_ORDER = ("test_machine", "test_operators", "test_overhead", "test_models", "test_training", "test_compiled")
+_ORDER = ("test_machine", "test_overhead", "test_operators", "test_models", "test_training", "test_compiled")
 
 Contenders = Mapping[str, Sequence[Callable[[], object]]]
 
@@ -61,9 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_makereport(item: pytest.Item) -> None:
     # The disk is full, say: no later row could be written either.
-    error = item.config.stash[SESSION].unwritten
-    if error is not None:
-        item.session.shouldstop = f"{error.filename}: {error.strerror}"
+    session = item.config.stash[SESSION]
+    if session.unwritten is not None:
+        item.session.shouldstop = f"{session.unwritten.filename}: {session.unwritten.strerror}"
+    elif session.spoiled is not None:
+        item.session.shouldstop = f"a capture failed: {session.spoiled}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -140,7 +142,7 @@ class Compare:
             self._session.add(result)
             pytest.fail(f"{name} is not close enough to float64:\n" + "\n".join(broken), pytrace=False)
         if graph and device.type == "cuda":
-            contenders = _captured(contenders, result)
+            contenders = self._captured(contenders, result)
 
         interleaved = timing.Interleaved(contenders, subject, clock)
         if rounds is None:
@@ -159,21 +161,22 @@ class Compare:
         self._session.add(result)
         return result
 
-
-def _captured(contenders: Contenders, row: Row) -> Contenders:
-    """Every contender as CUDA graphs; a baseline that cannot be captured is left out and the row says why."""
-    graphs = {name: _graphs(name, calls, row) for name, calls in contenders.items()}
-    return {name: calls for name, calls in graphs.items() if calls}
-
-
-def _graphs(name: str, calls: Sequence[Callable[[], object]], row: Row) -> Sequence[Callable[[], object]]:
-    try:
-        return [timing.captured(call) for call in calls]
-    except RuntimeError as error:
-        if name == row.subject:
-            raise
-        row.unavailable = row.unavailable | {f"{name} as a CUDA graph": str(error).partition("\n")[0]}
-        return ()
+    def _captured(self, contenders: Contenders, row: Row) -> Contenders:
+        """Every contender as CUDA graphs; the first that cannot be captured ends the session, and if it is a baseline,
+        it and those after it are left out, and the row says why."""
+        graphs: Contenders = {}
+        # The subject first, without which there is no row.
+        for name in sorted(contenders, key=lambda name: name != row.subject):
+            if self._session.spoiled is None:
+                try:
+                    graphs[name] = [timing.captured(call) for call in contenders[name]]
+                    continue
+                except timing.CaptureError as error:
+                    self._session.spoiled = f"{name} in {row.name}: {error}"
+                    if name == row.subject:
+                        raise
+            row.unavailable = row.unavailable | {f"{name} as a CUDA graph": self._session.spoiled}
+        return {name: graphs[name] for name in contenders if name in graphs}
 
 
 @pytest.fixture

@@ -17,6 +17,10 @@ from pyfused.bench.report import print_report
 from pyfused.bench.rows import Row
 from pyfused.bench.session import Session, Settings
 
+# The exit status of a run after whose last row nothing more can be measured in the process.
+SPOILED = 6
+_CHARACTERS = 200
+
 
 class Watcher:
     """The pytest plugin of one run: hands the session in, moves the bar, shows what failed or was skipped."""
@@ -24,6 +28,7 @@ class Watcher:
     def __init__(self, session: Session, progress: Progress) -> None:
         self.session, self.progress = session, progress
         self.task = progress.add_task("collecting", total=None)
+        self.faults: list[str] = []
         session.on_round = self._on_round
         session.on_row = self._on_row
 
@@ -43,6 +48,7 @@ class Watcher:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.session.unwritten is None:
             self._say(f"FAILED {report.nodeid}\n{report.longreprtext}", "red")
+            self.faults.append(_in_a_line(report))
         elif report.skipped:
             self._say(f"skipped {report.nodeid}: {report.longrepr[2]}", "yellow")
         if report.when == "teardown":
@@ -62,6 +68,14 @@ class Watcher:
         self.progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _in_a_line(report: pytest.TestReport) -> str:
+    """Which row failed, and the line that says why."""
+    lines = [line for line in report.longreprtext.splitlines() if line.strip()]
+    # pytest marks what was raised with an E; a failure without a traceback ends with its reason.
+    raised = [line[1:].strip() for line in lines if line.startswith("E ")]
+    return f"{report.nodeid.rpartition('::')[2]}: {(raised or lines[-1:] or ['no reason given'])[0]}"[:_CHARACTERS]
+
+
 def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()) -> int:
     """Measures every row, or those that ``select`` names, and prints the table.
 
@@ -72,7 +86,8 @@ def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()
 
     Returns:
         The exit status: 0 when every row was measured or skipped with a reason, 1 when a row failed parity or a
-        contender crashed, 2 when interrupted or when the record cannot be continued, 5 when ``select`` selects nothing.
+        contender crashed, 2 when interrupted or when the record cannot be continued, `SPOILED` when another process has
+        to go on, 5 when ``select`` selects nothing.
 
     Raises:
         OSError: a row could not be written; those before it are.
@@ -95,13 +110,20 @@ def run(settings: Settings, select: str | None = None, paths: Sequence[str] = ()
             arguments = ["-c", os.devnull, f"--rootdir={Path(__file__).parent}", "-p", "no:cacheprovider"]
             arguments += ["-p", "no:terminal", f"--benchmark-storage=file://{scratch}"]
             arguments += ["-k", select] if select else []
-            status = pytest.main([*arguments, str(Path(__file__).parent), *paths], [Watcher(session, progress), plugin])
+            watcher = Watcher(session, progress)
+            status = pytest.main([*arguments, str(Path(__file__).parent), *paths], [watcher, plugin])
     if session.unwritten is not None:
         raise session.unwritten
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         print(f"pyfused bench: no row is named by -k {select!r}", file=sys.stderr)
     if session.rows:
         print_report(session.rows, sys.stdout)
-        pictures = session.draw()
+        pictures = session.draw() if settings.pictures else []
         print(f"written: {session.file.path}", *(f"         {path}" for path in pictures), sep="\n")
-    return int(status)
+    # Once more: a long report stands between them and the row.
+    for fault in watcher.faults:
+        print(f"FAILED {fault}")
+    if session.spoiled is None:
+        return int(status)
+    print(f"pyfused bench: a capture failed, the next --record goes on: {session.spoiled}", file=sys.stderr)
+    return SPOILED

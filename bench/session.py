@@ -29,6 +29,7 @@ class Settings:
         commit: recorded where the checkout has no .git to ask.
         record: the very directory for the results, in place of a new one below ``output``. Rows that it has are not
             measured again, but for those that failed.
+        pictures: whether ratios.png and curves.png are drawn at the end.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -37,6 +38,7 @@ class Settings:
     seconds_per_row: float = 5.0
     commit: str | None = None
     record: Path | None = None
+    pictures: bool = True
 
 
 class Session:
@@ -44,6 +46,7 @@ class Session:
 
     Attributes:
         unwritten: what kept a row from being written; the run ends there.
+        spoiled: which capture failed and why; the run ends with its row.
         continued: how many rows the record had.
         on_row: called with each finished row.
         on_round: called between rounds, never while a clock runs, with (row name, round, rounds).
@@ -67,6 +70,7 @@ class Session:
         self._check_device()
         self._state: tuple[float, dict[str, str] | None] | None = None
         self.unwritten: OSError | None = None
+        self.spoiled: str | None = None
         self.on_row: Callable[[Row], None] = lambda row: None
         self.on_round: Callable[[str, int, int], None] = lambda name, number, total: None
 

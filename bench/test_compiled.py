@@ -20,8 +20,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_compiled_forward_backward(case: Case, compare: Compare, bench_session: Session) -> None:
     device, measured = bench_session.settings.device, "forward+backward"
-    name, clock = f"{case.name}, beside torch.compile", timing.clock_for(device, graph=True)
-    compare.unless_recorded(name, measured, clock.mode)
+    name = f"{case.name}, beside torch.compile"
+    compare.unless_recorded(name, measured, timing.mode_of(device, graph=True))
     tensors = case.tensors(device)
     contenders = case.contenders(tensors)
     if _COMPILED in contenders.unavailable:
@@ -32,7 +32,6 @@ def test_compiled_forward_backward(case: Case, compare: Compare, bench_session: 
         {key: [contenders.named[key].call(inputs, tensors["dy"], backward=True)] for key in ("pyfused", _COMPILED)},
         measured=measured,
         graph=True,
-        clock=clock,
         deviations=parity.Judge(case, device, tensors).check(),
         facts=row_facts(case, device, measured),
     )

@@ -128,7 +128,7 @@ def prepared(case: Case, bench_session: Session) -> Iterator[Prepared]:
 
 def _checked_row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> None:
     # Before anything is drawn.
-    compare.unless_recorded(prepared.case.name, measured, timing.clock_for(prepared.device, graph).mode)
+    compare.unless_recorded(prepared.case.name, measured, timing.mode_of(prepared.device, graph))
     _row(prepared, compare, graph, measured, list(prepared.faults))
     if prepared.faults:
         lines = (f"{name}: {fault}" for name, fault in prepared.faults.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import subprocess
@@ -83,6 +84,11 @@ def cache_flush(device: torch.device) -> Call:
     return lambda: torch.amax(numbers, dim=0, out=largest)
 
 
+class CaptureError(RuntimeError):
+    """A call cannot be captured as a CUDA graph. torch's allocator may then take the capture for under way until the
+    process ends: nothing more should be captured in it."""
+
+
 class CudaClock:
     """Times each call by CUDA events, after `cache_flush`.
 
@@ -92,8 +98,10 @@ class CudaClock:
             idle GPU instead, so that what the host needs to launch them counts in full.
     """
 
+    MODES = ("eager launches", "graph replay")
+
     def __init__(self, device: torch.device, graph: bool = False) -> None:
-        self.mode = "graph replay" if graph else "eager launches"
+        self.mode = self.MODES[graph]
         self._device, self._graph, self._flush = device, graph, cache_flush(device)
 
     def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
@@ -112,21 +120,42 @@ class CudaClock:
         return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
 
 
+def mode_of(device: torch.device, graph: bool = False) -> str:
+    """The mode of `clock_for`'s clock."""
+    return CudaClock.MODES[graph] if device.type == "cuda" else WallClock.mode
+
+
 def clock_for(device: torch.device, graph: bool = False) -> Clock:
     return CudaClock(device, graph) if device.type == "cuda" else WallClock()
 
 
 def captured(call: Call) -> Call:
-    """``call`` as a CUDA graph, captured after three runs on a side stream; calling it replays the graph."""
-    side = torch.cuda.Stream()
+    """``call`` as a CUDA graph, captured after three runs on a side stream; calling it replays the graph.
+
+    Raises:
+        CaptureError: it cannot be captured.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
+    # Not `torch.cuda.graph`, which gives all free memory back first, to be asked for anew, and where a capture fails
+    # leaves its own stream the current one.
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
+        side.synchronize()
+        graph.capture_begin()
+        try:
+            kept = call()
+        except Exception as error:
+            # What ends a broken capture has nothing to say but that it was broken.
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise CaptureError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise CaptureError(str(error).partition("\n")[0]) from error
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
 
     def replay() -> object:
         graph.replay()

@@ -371,7 +371,7 @@ def test_on_a_gpu_input_sets_take_turns_that_are_drawn_apart(monkeypatch, case):
 def test_on_a_gpu_torch_compile_has_rows_of_its_own(monkeypatch):
     """On a GPU that is a CPU but in name."""
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_compiled, timing
+    from pyfused.bench import test_compiled
     from pyfused.bench import test_operators as rows
 
     monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: None)
@@ -386,7 +386,6 @@ def test_on_a_gpu_torch_compile_has_rows_of_its_own(monkeypatch):
     assert "test_compiled" in prepared.contenders.unavailable["torch.compile"]
 
     compare = Compared()
-    monkeypatch.setattr(timing, "clock_for", lambda device, graph: SimpleNamespace(mode="graph replay"))
     session = SimpleNamespace(settings=SimpleNamespace(device=CPU))
     test_compiled.test_compiled_forward_backward(SMALL[3], compare, session)
     assert compare.given["calls"].keys() == {"pyfused", "torch.compile"}

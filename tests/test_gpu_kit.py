@@ -112,6 +112,7 @@ def made(tmp_path, monkeypatch):
 
     checked = []
     monkeypatch.setattr(kit, "ROOT", tmp_path)
+    monkeypatch.setattr(kit.rows, "provenance", lambda device: {"commit": "abc", "dirty": False})
     monkeypatch.setattr(kit, "run_to_the_end", ran_command)
     monkeypatch.setattr(library, "check", lambda path, capability: checked.append((path.read_text(), capability)))
     for name in kit._SOURCES:
@@ -134,7 +135,8 @@ def test_the_kit_has_the_library_and_the_wheels_and_says_what_to_run(made, capsy
     printed = capsys.readouterr().out
     assert f"0.0 MiB  in {root / 'build' / 'gpu-kit'}, for compute capability 100" in printed
     last = printed.splitlines()[-1]
-    assert last.strip() == kit.command(kit.FOLDER)
+    assert last.strip() == kit.command(kit.FOLDER, "abc")
+    assert "has changes" not in printed
     folder = root / kit.FOLDER
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {library.NAME, "one-1.0-py3-none-any.whl"}
     # Again: nothing of the first is left over.
@@ -144,12 +146,31 @@ def test_the_kit_has_the_library_and_the_wheels_and_says_what_to_run(made, capsy
     assert not (folder / "wheels" / "old.whl").exists()
 
 
-def test_the_command_is_one_of_make_gpu():
-    words = re.search(r"ARGS='(.*)'$", kit.command(kit.FOLDER))[1].split()
-    arguments = run._arguments(words)
+@pytest.mark.parametrize("output", [None, "somewhere else"])
+def test_the_command_runs_as_a_shell_takes_it(tmp_path, output):
+    seen = tmp_path / "python3"
+    seen.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@" --\n')
+    seen.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **({} if output is None else {"OUT": output})}
+    command = ["sh", "-c", kit.command(kit.FOLDER, "abc")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    install, (site, *words), _ = [part.splitlines() for part in printed.split("--\n")]
+    assert install[1:4] == ["-m", "pip", "install"]
+    assert site == install[install.index("--target") + 1] == str(tmp_path / kit.FOLDER / "site")
+    assert words[:2] == ["-m", "pyfused.bench.gpu"]
+    arguments = run._arguments(words[2:])
     assert arguments.library == kit.FOLDER / library.NAME
     assert arguments.steps == ["truth", "questions", "speed"]
-    assert 'PYTHONPATH="$PWD/build/gpu-kit/site" make gpu ' in kit.command(kit.FOLDER)
+    assert arguments.commit == "abc"
+    assert arguments.output == (None if output is None else Path(output))
+
+
+def test_a_commit_that_the_files_are_not_of_is_left_out(made, monkeypatch, capsys):
+    monkeypatch.setattr(kit.rows, "provenance", lambda device: {"commit": "abc", "dirty": True})
+    assert kit.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "the working tree has changes" in printed
+    assert "--commit" not in printed
 
 
 def test_a_kit_that_is_too_large_is_refused(made, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from pyfused.bench import operators
 from pyfused.bench import run as bench_run
-from pyfused.bench.gpu import ahead, speed
+from pyfused.bench.gpu import ahead, outcomes, speed
 from pyfused.kernels.launch import Target
 
 H200 = Target((9, 0), 132, 232_448, "NVIDIA H200")
@@ -39,3 +39,27 @@ def test_kernels_are_compiled_first_and_rows_get_what_is_left(tmp_path, monkeypa
     rows = 4 * len(operators.timed_cases(CUDA))
     # The rounds take a third of the 120 s that are left: the rest of a row costs more than they do.
     assert 0.2 * 120 < rows * settings.seconds_per_row < 0.4 * 120
+
+
+def test_another_process_goes_on_after_a_capture_that_failed(tmp_path, monkeypatch):
+    again = []
+
+    def replaced(program, command):
+        again.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(speed, "target", lambda device: H200)
+    monkeypatch.setattr(ahead, "specialisations", lambda calls, target: {})
+    monkeypatch.setattr(ahead, "compile_ahead", lambda *given: ahead.Ahead(compiled=0))
+    monkeypatch.setattr(bench_run, "run", lambda settings, select: bench_run.SPOILED)
+    monkeypatch.setattr(outcomes.os, "execv", replaced)
+    arguments = ["--record", str(tmp_path), "--seconds", "150", "--commit", "abc"]
+    with pytest.raises(SystemExit):
+        speed.main([*arguments, "--restarts", "1"])
+    ((_, _, module, *rest),) = again
+    assert module == "pyfused.bench.gpu.speed"
+    assert rest[:2] == ["--record", str(tmp_path)]
+    assert rest[-4:] == ["--restarts", "0", "--commit", "abc"]
+    assert 100 < float(rest[rest.index("--seconds") + 1]) <= 150
+    # Not for ever: a row whose own capture fails would be met again and again.
+    assert speed.main(rest) == bench_run.SPOILED

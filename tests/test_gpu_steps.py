@@ -170,6 +170,8 @@ def test_what_a_step_gets():
     assert steps.limit(whole, [shares, other], 500.0) == 90.0
     assert steps.limit(whole, [shares, other], 30.0) == 30.0
     assert steps.limit(whole, [shares, other], 4.0) is None
+    # The last one has everything.
+    assert steps.limit(whole, [], 500.0) == steps.limit(whole, [absent], 500.0) == 500.0
     # A quarter of what is left, where that is more than half as much again as it needs.
     assert steps.limit(shares, [other, absent, whole], 400.0) == 100.0
     assert steps.limit(other, [whole, shares], 400.0) == 300.0

@@ -54,7 +54,7 @@ class Cost:
     number: float = 16e-9
     case: float = 0.1
     sanitized: float = 0.5
-    row: float = 0.15
+    row: float = 0.4
     compiled: float = 4.0
     model: float = 8.0
 

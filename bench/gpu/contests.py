@@ -225,21 +225,36 @@ def host_times(device: torch.device, target: Target) -> Iterator[Contest]:
         (lora, "x", pyfused.LoRALinear.from_linear(base, lora_dtype=FP32)),
         (adapter_residual, "z", pyfused.BottleneckAdapter(64, hidden=16, device=device)),
         (cross_attention_residual, "x context", pyfused.ScaledCrossAttention(64, 64, 4, **where)),
-        (projection_residual, "o", AdapterBlend(64, device=device)),
+        (projection_residual, "o", AdapterBlend(64, **where)),
     )
     for home, names, module in modules:
-        case = dataclasses.replace(home.TINY, dtype=dtype)
-        tensors = case.tensors(device)
-        eager = getattr(home, f"eager_{case.operator}")
-        leaves = [tensors[name].requires_grad_() for name in (*case.inputs, *case.trained)]
-        bound = case.call(functools.partial(functools.partial, eager), tensors)
-        inputs = [tensors[name] for name in names.split()]
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # The formula has parameters of the module's dtype, and casts them as plain torch must.
+        case = dataclasses.replace(home.TINY, dtype=dtype)
+        if parameters[0].dtype != dtype:
+            case = dataclasses.replace(case, adapter_dtype=parameters[0].dtype)
+        tensors = case.tensors(device)
+        leaves = [tensors[name].requires_grad_() for name in (*case.inputs, *case.trained)]
+        bound = case.call(functools.partial(functools.partial, getattr(home, f"eager_{case.operator}")), tensors)
+        inputs = [tensors[name] for name in names.split()]
         ours = _training(functools.partial(module, *inputs), [*inputs, *parameters])
-        calls = {"eager": _training(bound, leaves), type(module).__name__: ours}
+        calls = {"eager": _training(_narrowing(bound, dtype), leaves), type(module).__name__: ours}
         if device.type == "meta":
             calls[type(module).__name__] = ahead.launching(ours)
         yield Contest(case.operator, calls, alike=False)
+
+
+def _narrowing(call: functools.partial, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """``call``, with float32 tensors among its arguments cast in every call."""
+    wide = [isinstance(value, Tensor) and value.dtype != dtype for value in call.args]
+    if not any(wide):
+        return call
+
+    def narrowed() -> Tensor:
+        values = (value.to(dtype) if cast else value for value, cast in zip(call.args, wide, strict=True))
+        return call.func(*values, **call.keywords)
+
+    return narrowed
 
 
 def _training(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:

@@ -15,6 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from pyfused.bench import rows
 from pyfused.bench.gpu import library
 from pyfused.bench.gpu.plan import ROOT
 from pyfused.bench.signals import run_to_the_end
@@ -61,12 +64,17 @@ def fetch(folder: Path) -> None:
     run_to_the_end(command)
 
 
-def command(folder: Path) -> str:
-    """What is run in the checkout's root there; ``folder`` is relative to it."""
+def command(folder: Path, commit: str | None) -> str:
+    """What is run in the checkout's root there, without make and git.
+
+    Args:
+        folder: of the kit, relative to the root.
+        commit: of the checkout; None where there is none that its files are of.
+    """
     site = f"$PWD/{folder}/site"
     install = f'python3 -m pip install --quiet --no-index --no-deps --upgrade --target "{site}" {folder}/wheels/*.whl'
-    options = f"--library {folder}/{library.NAME} --steps {_STEPS}"
-    return f'{install} && PYTHONPATH="{site}" make gpu ARGS={shlex.quote(options)}'
+    options = f"--library {folder}/{library.NAME} --steps {_STEPS}{f' --commit {commit}' if commit else ''}"
+    return f'{install} && PYTHONPATH="{site}" python3 -m pyfused.bench.gpu {options} ${{OUT:+--output "$OUT"}}'
 
 
 def size(folder: Path) -> int:
@@ -103,7 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if taken > LIMIT:
         print(f"make gpu-kit: the folder may take {LIMIT >> 20} MiB", file=sys.stderr)
         return 1
-    print(f"there, in the checkout's root:\n    {command(FOLDER)}")
+    made = rows.provenance(torch.device("cpu"))
+    if made["dirty"]:
+        print("the working tree has changes: the record will name no commit")
+    commit = None if made["dirty"] else made["commit"]
+    print("A second call with --resume RECORD does what the record lacks. Where OUT is set, records lie there.")
+    print(f"Copy the checkout with {FOLDER}, which git ignores, and run in its root, in ten minutes a call:")
+    print(f"    {command(FOLDER, commit)}")
     return 0
 
 

@@ -71,6 +71,6 @@ def answers(device: torch.device) -> bool:
 
 
 def go_on(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Starts this module of `pyfused.bench.gpu` again in place of this process, with a GPU that answers."""
-    print(f"{module}: the GPU does not answer any more; going on in a new process", flush=True)
+    """Starts this module of `pyfused.bench.gpu` again in place of this process, in which the GPU is of no more use."""
+    print(f"{module}: going on in a new process", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", f"pyfused.bench.gpu.{module}", *arguments])

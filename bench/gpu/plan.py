@@ -178,11 +178,8 @@ def _steps(machine: Machine, record: Path, commit: str | None) -> list[Step]:
         # The rest of the limit is for what it prints at the end.
         return lambda seconds: [
             sys.executable, "-m", f"pyfused.bench.gpu.{name}", *into, "--seconds", f"{0.9 * seconds:.0f}",
-            "--workers", str(machine.workers),
+            "--workers", str(machine.workers), *named,
         ]  # fmt: skip
-
-    def speed(seconds: float) -> list[str]:
-        return [*module("speed")(seconds), *named]
 
     def bench(select: str, rows: int) -> Callable[[float], list[str]]:
         command = [sys.executable, "-m", "pyfused.cli", "bench", "--device", "cuda", *into, "-k", select, *named]
@@ -201,7 +198,7 @@ def _steps(machine: Machine, record: Path, commit: str | None) -> list[Step]:
         ),
         Step("truth", 90, module("truth"), shown=True, needs=needs["truth"], whole=True),
         Step("questions", 90, module("questions"), shown=True, needs=needs["questions"], whole=True),
-        Step("speed", 180, speed, shown=True, needs=needs["speed"], whole=True),
+        Step("speed", 180, module("speed"), shown=True, needs=needs["speed"], whole=True),
         Step("small", 40, tests("small"), needs=needs["small"]),
         *(_sanitize(machine, name, 70, needs[name]) for name in ("memcheck", "racecheck", "initcheck")),
         Step("models", 120, bench("test_models", 3), shown=True, needs=needs["models"]),

@@ -105,9 +105,10 @@ def host_summary(numbers: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def ask(question: Question, device: torch.device, target: Target, deadline: float, outcomes: Outcomes) -> bool:
-    """Puts the answer into the record; False as soon as the GPU no longer answers."""
+    """Puts the answer into the record; False when the rest needs another process."""
     numbers: dict[str, dict[str, float]] = {}
     faults: list[str] = []
+    usable = True
     began = time.monotonic()
     outcomes.put(question.name, RUNNING)
     count = sum(1 for _ in question.contests(torch.device("meta"), target))
@@ -126,7 +127,9 @@ def ask(question: Question, device: torch.device, target: Target, deadline: floa
                 numbers[label] = measure(contest, device, left / (count - reached) / 3, question.host)
             except Exception as error:
                 faults.append(f"{label}: " + " ".join(f"{type(error).__name__}: {error}".split()))
-                if contest is None or not answers(device):
+                # Nothing more is captured in a process in which a capture failed.
+                usable = not isinstance(error, timing.CaptureError) and answers(device)
+                if contest is None or not usable:
                     break
     finally:
         found.close()
@@ -137,7 +140,7 @@ def ask(question: Question, device: torch.device, target: Target, deadline: floa
         mode="host time" if question.host else "graph replay" if device.type == "cuda" else "wall clock",
         took=round(time.monotonic() - began, 1), gpu=timing.gpu_state(device),
     )  # fmt: skip
-    return not faults or answers(device)
+    return usable
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -148,6 +151,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=cores, help="compilers at work at once (default: one for a core)"
     )
+    parser.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--continued", action="store_true", help="leave what failed as it is, and compile nothing ahead"
@@ -166,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(arguments.device)
     deadline = time.monotonic() + arguments.seconds
     try:
-        outcomes = Outcomes(arguments.record / "questions.json", {"provenance": rows.provenance(device)})
+        made = rows.provenance(device, arguments.commit)
+        outcomes = Outcomes(arguments.record / "questions.json", {"provenance": made})
     except (OSError, ValueError) as error:
         print(f"questions: {error}", file=sys.stderr)
         return 1
@@ -194,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes.tell(compiled_late=late)
         if place < len(left):
             rest = ["--seconds", f"{max(1.0, deadline - time.monotonic()):.1f}", "--device", arguments.device]
+            rest += ["--commit", arguments.commit] if arguments.commit else []
             go_on("questions", ["--record", str(arguments.record), "--continued", *rest])
     return tell(found, outcomes, device)
 

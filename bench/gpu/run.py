@@ -30,6 +30,8 @@ from pyfused.bench.gpu.steps import Step
 BUDGET, LONGEST = 540.0, 590.0
 # Where no GPU is, a dry run is for this one.
 H200 = ("NVIDIA H200", "90", 132)
+# Step -> lines of its end that stand once more before the table: other output may be long.
+RECAP = {"truth": 4, "questions": 6}
 # A tensor there and back; run apart, in a process that a driver in trouble may take along.
 _ASK = "import torch; torch.zeros(1, device='cuda').add_(1).item()"
 
@@ -78,9 +80,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--steps", type=_steps, metavar="NAME,NAME", help="only these (default: all that fit one call)")
     parser.add_argument("--library", type=Path, metavar="FILE", help="a compiled _C.abi3.so, in place of the build")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <gpu>/<date>/ is made")
-    where.add_argument("--resume", type=Path, metavar="RECORD", help="add to this record what it does not hold yet")
+    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <gpu>/<date>/ is made")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RECORD",
+        help="add to this record what it does not hold yet; with --output to a copy of it there",
+    )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, default=BUDGET, metavar="SECONDS",
         help=f"for all steps (default {BUDGET:g}, at most {LONGEST:g})",
@@ -155,6 +159,8 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         record = arguments.resume.resolve()
         _must_continue(record, where)
+        if arguments.output is not None:
+            record = _copied(record, arguments.output.resolve())
     else:
         record = rows.run_directory((arguments.output or rows.default_output()).resolve(), device)
     # The record first: nothing is changed where it cannot be written.
@@ -192,6 +198,17 @@ def _must_continue(record: Path, where: dict[str, object]) -> None:
         was, now = before.get(fact), where.get(fact)
         if was and now and was != now:
             raise _Refused(f"--resume: {record} is of {fact} {was}, this is {now}")
+
+
+def _copied(record: Path, output: Path) -> Path:
+    """The record's copy as <gpu>/<date>/ below ``output``; itself where it lies there already."""
+    copy = output / record.parent.name / record.name
+    if copy == record:
+        return record
+    if copy.exists():
+        raise _Refused(f"--resume: {copy} is there already")
+    shutil.copytree(record, copy)
+    return copy
 
 
 def dry_run(machine: Machine, chosen: Sequence[str], budget: float) -> tuple[str, bool]:
@@ -238,6 +255,9 @@ def _run(chosen: Sequence[Step], record: Path, budget: float, facts: dict[str, o
         said = f"stopped by {signal_name}"
     except OSError as error:
         said = f"{error.filename or 'the record'}: {error.strerror or error}"
+    for outcome in runner.outcomes:
+        lines = outcome.tail.splitlines()[-RECAP.get(outcome.name, 0) :] if outcome.name in RECAP else []
+        print(*lines, sep="\n", end="\n" * bool(lines))
     print(f"\n{runner.table()}\nrecord: {record}")
     if not good:
         print(runner.failures())

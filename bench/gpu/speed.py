@@ -18,6 +18,8 @@ from pyfused.bench import operators
 from pyfused.bench.cases import triton_calls
 from pyfused.bench.gpu import ahead
 from pyfused.bench.gpu.budget import Work
+from pyfused.bench.gpu.outcomes import go_on
+from pyfused.bench.rows import RowFile
 from pyfused.bench.session import Settings
 from pyfused.kernels.launch import Target, target
 
@@ -25,6 +27,8 @@ _SELECT = "test_machine or test_operators or test_overhead or test_compiled"
 # Rows beside four of each case: of the machine and of host time. What compiling ahead and the rounds may take of the
 # time; the rest is for tensors, gates, captures and what is compared with.
 _OTHERS, _AHEAD, _ROUNDS = 15, 0.3, 0.35
+# Seconds of one row's rounds, however many are left.
+_LONGEST = 4.0
 
 
 def calls(device: torch.device) -> Iterator[Callable[[], object]]:
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, required=True, metavar="DIRECTORY", help="whose rows.json gets the rows")
     parser.add_argument("--seconds", type=float, required=True, help="for all of it")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
+    parser.add_argument("--restarts", type=int, default=3, help="in a new process, after a capture that failed")
     parser.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
     arguments = parser.parse_args(argv)
     began, device = time.monotonic(), torch.device("cuda")
@@ -55,12 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     launches = ahead.specialisations(calls(device), here)
     print(ahead.compile_ahead(launches, here, arguments.workers, _AHEAD * arguments.seconds), flush=True)
 
-    from pyfused.bench.run import run
+    from pyfused.bench.run import SPOILED, run
 
     left = arguments.seconds - (time.monotonic() - began)
-    rows = 4 * len(operators.timed_cases(device)) + _OTHERS
-    each = max(0.1, _ROUNDS * left / rows)
-    return run(Settings(device, seconds_per_row=each, commit=arguments.commit, record=arguments.record), _SELECT)
+    measured = len(RowFile(arguments.record).rows)
+    rows = max(1, 4 * len(operators.timed_cases(device)) + _OTHERS - measured)
+    settings = Settings(
+        device, seconds_per_row=min(_LONGEST, max(0.1, _ROUNDS * left / rows)), commit=arguments.commit,
+        record=arguments.record, pictures=False,
+    )  # fmt: skip
+    status = run(settings, _SELECT)
+    if status != SPOILED or arguments.restarts < 1:
+        return status
+    rest = ["--record", str(arguments.record), "--workers", str(arguments.workers)]
+    rest += ["--seconds", f"{max(1.0, arguments.seconds - (time.monotonic() - began)):.1f}"]
+    rest += ["--restarts", str(arguments.restarts - 1), *(["--commit", arguments.commit] if arguments.commit else [])]
+    go_on("speed", rest)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Step:
         shown: whether all output is printed; else, and only when the step did not pass, its end.
         needs: seconds that it is expected to take. It gets half as many again, even where its share is less, and does
             not start where fewer are left.
-        whole: its share is in seconds: it gets all of them, where so many are left, before others share the rest.
+        whole: its share is in seconds: it gets all of them, where so many are left, before others share the rest; the
+            last step gets what is left.
     """
 
     name: str
@@ -65,9 +66,11 @@ def limit(step: Step, later: Sequence[Step], left: float) -> float | None:
     """Seconds that ``step`` gets of those that are left for it and the later ones; None when they are too few."""
     if left < max(step.needs, 1.0):
         return None
+    others = [each for each in later if each.absent is None]
     if step.whole:
-        return min(step.share, left)
-    rest = sum(each.share for each in (step, *later) if each.absent is None and not each.whole)
+        # What nobody comes after to take would be lost.
+        return min(step.share, left) if others else left
+    rest = sum(each.share for each in (step, *others) if not each.whole)
     return min(left, max(left * step.share / rest, _SLACK * step.needs))
 
 

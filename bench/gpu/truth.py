@@ -142,6 +142,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=cores, help="compilers at work at once (default: one for a core)"
     )
+    parser.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("-k", dest="select", default="", metavar="TEXT", help="only calls whose names contain this")
     parser.add_argument(
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"truth: no call's name contains {arguments.select!r}", file=sys.stderr)
         return 1
     try:
-        outcomes = Outcomes(arguments.record / "truth.json", {"provenance": rows.provenance(device)})
+        outcomes = Outcomes(arguments.record / "truth.json", {"provenance": rows.provenance(device, arguments.commit)})
     except (OSError, ValueError) as error:
         print(f"truth: {error}", file=sys.stderr)
         return 1
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(found, flush=True)
     if not run(left, outcomes, device, deadline):
         rest = ["--seconds", f"{max(1.0, deadline - time.monotonic()):.1f}", "--device", arguments.device]
+        rest += ["--commit", arguments.commit] if arguments.commit else []
         go_on("truth", ["--record", str(arguments.record), "-k", arguments.select, "--continued", *rest])
     return tell(chosen, outcomes, device, time.monotonic() - began)
 
