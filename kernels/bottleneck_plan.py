@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, bucket
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, suits_best
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def rows_config(
     vectorised: bool,
     beside: int,
 ) -> RowsConfig:
-    """Of the tiles that fit on chip the one for which the busiest multiprocessor moves the fewest bytes.
+    """Of the tiles that fit on chip the one for which, at sizes like these, the busiest multiprocessor moves the fewest
+    bytes.
 
     ``weight_bytes``: of one element of a weight, which every tile reads whole. ``vectorised``: rows can be loaded 16
     bytes at a time; if not, more threads share the addresses. ``beside``: tiles as wide as the middle that live beside
@@ -90,11 +91,12 @@ def rows_config(
         stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
         return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
 
-    def bytes_moved(config: RowsConfig) -> float:
-        work = rows_work(config, *bucket(batch, length), channels, width, dtype, weight_bytes)
+    def bytes_moved(config: RowsConfig, batch: int, length: int) -> float:
+        work = rows_work(config, batch, length, channels, width, dtype, weight_bytes)
         return -(-work.programs // target.multiprocessors) * work.nbytes
 
-    return min((config(rows) for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most), key=bytes_moved)
+    configs = [config(rows) for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most]
+    return suits_best(configs, bytes_moved, batch, length)
 
 
 def rows_work(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -225,19 +225,25 @@ def rows_like(x: torch.Tensor, width: int, channels_first: bool, dtype: torch.dt
     return x.new_empty((batch, length, width), dtype=dtype)
 
 
-def bucket(batch: int, length: int) -> tuple[int, int]:
-    """(B, L) for which a configuration is chosen in place of this one.
+def like_sizes(batch: int, length: int) -> list[tuple[int, int]]:
+    """(B, L) of the sizes that share a configuration with this one: some between two powers of two.
 
-    A matrix's rows, or the number of images, rounded up to a power of two: they change with the batch, and every other
-    configuration of a kernel is one more to compile.
+    Of a matrix by its rows, of images by their number: these change with the batch, and every other configuration of a
+    kernel is one more to compile.
     """
-    if batch == 1:
-        return 1, _power_of_two(length)
-    return _power_of_two(batch), length
+    number = length if batch == 1 else batch
+    top = 1 << max(0, number - 1).bit_length()
+    found = sorted({top // 2 + -(-top * part // 16) for part in range(1, 9)})
+    return [(1, each) if batch == 1 else (each, length) for each in found]
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
+def suits_best(
+    configs: Sequence[_Config], cost: Callable[[_Config, int, int], float], batch: int, length: int
+) -> _Config:
+    """The one whose cost(config, B, L) over the least of any is lowest, in the mean of `like_sizes`."""
+    sizes = like_sizes(batch, length)
+    least = [min(cost(config, *size) for config in configs) for size in sizes]
+    return min(configs, key=lambda config: sum(cost(config, *s) / best for s, best in zip(sizes, least, strict=True)))
 
 
 def multiple(number: int) -> int:
@@ -261,7 +267,8 @@ def vectorised(*tensors: torch.Tensor | None) -> bool:
     """Whether Triton can load these by vectors: it takes a stride for aligned when it is a multiple of 16 elements."""
 
     def one(x: torch.Tensor) -> bool:
-        dense = any(size >= 16 and stride == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-        return dense and all(stride == 1 or stride % 16 == 0 for stride in x.stride())
+        taken = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+        dense = any(size >= 16 and stride == 1 for size, stride in taken)
+        return dense and all(stride == 1 or stride % 16 == 0 for _, stride in taken)
 
     return all(one(tensor) for tensor in tensors if tensor is not None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, bucket
+from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, suits_best
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def gemm_config(
     drop_x: bool,
     drop_p: bool,
 ) -> GemmConfig:
-    """The tile whose waves over the multiprocessors waste least, among those that fit, or else the smallest.
+    """The tile whose waves over the multiprocessors waste least at sizes like these, among those that fit, or else the
+    smallest.
 
     ``k`` is for rows measured at it: the formula does not depend on it. ``weight_bytes``: of one element of W, which
     may be wider than x and is staged as it is. ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads
@@ -111,10 +112,8 @@ def gemm_config(
         staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
         return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers
 
-    images, positions = bucket(batch, length)
-
-    def cost(tile: GemmConfig) -> float:
-        tiles = images * -(-positions // tile.block_m) * -(-n // tile.block_n)
+    def cost(tile: GemmConfig, batch: int, length: int) -> float:
+        tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
         waves = -(-tiles // target.multiprocessors)
         # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
         return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
@@ -122,7 +121,8 @@ def gemm_config(
     if not vectorised:
         # Single elements of 2 bytes cannot be copied asynchronously: fewer stages lose nothing.
         tiles = tuple(replace(tile, num_warps=8, num_stages=2) for tile in tiles)
-    return min(filter(fits, tiles), key=cost, default=tiles[-1])
+    fitting = [tile for tile in tiles if fits(tile)]
+    return suits_best(fitting or tiles[-1:], cost, batch, length)
 
 
 def gemm_work(
@@ -142,8 +142,7 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
     padded = block_rank(rank)
     block_k = 16 if padded > 128 else 64 if padded < 64 and dtype.itemsize == 2 else 32
-    images, positions = bucket(batch, length)
-    tiles = images * -(-positions // 64)
+    tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
     return PassConfig(
         64, block_k, splits, num_warps=4 if padded < 64 else 8, num_stages=3 if dtype.itemsize == 2 else 2

@@ -202,8 +202,7 @@ def projection_residual_fwd(
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
     squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None
     shared = {
-        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y,
-        **row_length(length, o, residual, y), "channels": channels,
+        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y, "channels": channels,
         "stride_gate": _stride(gate), **strides("x", "blc", residual), **strides("y", "blc", y),
         "factor": factor, "skip": skip, "ACTIVATION": activation, "OFFSET": offset_type(o, weight, residual),
     }  # fmt: skip
@@ -211,7 +210,7 @@ def projection_residual_fwd(
         launch(
             _projection_fwd_kernel, (batch * tiles_l * tiles_n,), **shared,
             o_ptr=o, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if save or norm_match else None, squares_ptr=squares,
-            k=k, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
+            **row_length(length, o, residual, y), k=k, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
             **strides("o", "blk", o), **strides("w", "nk", weight), stride_bias=_stride(bias),
             PRECISION=dot_precision(o.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -221,7 +220,8 @@ def projection_residual_fwd(
             row_tiles = triton.cdiv(length, block_m)
             launch(
                 _projection_match_kernel, (batch * row_tiles,), **shared,
-                pre_ptr=pre, squares_ptr=squares, tiles_l=row_tiles, tiles_n=tiles_n, eps=eps,
+                pre_ptr=pre, squares_ptr=squares, **row_length(length, residual, y), tiles_l=row_tiles, tiles_n=tiles_n,
+                eps=eps,
                 BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, num_stages=2,
             )  # fmt: skip
     return y, pre if save else o.new_empty(0)

@@ -40,7 +40,7 @@ def _triton_refusal() -> str | None:
 
 def _cuda_refusal() -> str | None:
     try:
-        importlib.import_module("pyfused._C")
+        library = importlib.import_module("pyfused._C")
     except ModuleNotFoundError:
         # The build leaves word of why it made no library; a bare checkout has neither.
         record = Path(__file__).with_name("_C.absent")
@@ -48,6 +48,8 @@ def _cuda_refusal() -> str | None:
         return f"this installation has no compiled kernels (pyfused._C){why}"
     except ImportError as error:
         return f"its compiled kernels (pyfused._C) do not load: {error}"
+    if not hasattr(library, "probe"):
+        return "its compiled kernels (pyfused._C) are older than this version: they have to be built again"
     return None
 
 
@@ -118,7 +120,7 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: st
 
 def _absence(device: torch.device) -> str | None:
     """Why torch has no such GPU."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and (device.index or 0) < torch.cuda.device_count():
         return None
     try:
         torch.cuda.get_device_capability(device)
@@ -194,7 +196,11 @@ def _launch_refusal(device: torch.device) -> str | None:
             return None
         with torch.cuda.device(index):
             message = sys.modules["pyfused._C"].probe()
-        _PROBED[index] = None if message is None else f"an empty kernel of its library failed there: {message}"
+        reason = None if message is None else f"an empty kernel of its library failed there: {message}"
+        if reason is not None and "cudaErrorMemoryAllocation" in reason:
+            # A GPU that is full now may not be later.
+            return reason
+        _PROBED[index] = reason
     return _PROBED[index]
 
 
@@ -205,7 +211,7 @@ def has_cuda_kernels(operator: str, device: torch.device) -> bool:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block can have; where there is no GPU, what an H100 or H200 has."""
-    if device.type != "cuda":
+    if device.type != "cuda" or _absence(device) is not None:
         return 232_448
     # torch's type stubs lack it.
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]

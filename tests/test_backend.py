@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -197,8 +198,8 @@ def test_a_library_without_code_for_the_gpu_is_refused(compiled, library, capabi
 
 def test_each_gpu_is_asked_once_and_has_an_answer_of_its_own(ampere, library):
     other = torch.device("cuda", 1)
-    library.answers[1] = "out of memory (cudaErrorMemoryAllocation)"
-    refused = "an empty kernel of its library failed there: out of memory (cudaErrorMemoryAllocation)"
+    library.answers[1] = "unspecified launch failure (cudaErrorLaunchFailure)"
+    refused = "an empty kernel of its library failed there: unspecified launch failure (cudaErrorLaunchFailure)"
     for _ in range(3):
         assert refusal("cuda", GPU, torch.float16, OPERATOR) is None
         assert refusal("cuda", other, torch.bfloat16, OPERATOR) == refused
@@ -209,6 +210,51 @@ def test_each_gpu_is_asked_once_and_has_an_answer_of_its_own(ampere, library):
         assert f"cuda: {refused}" in str(caught.value)
     assert library.launches == [0, 1]
     assert library.current == 0
+
+
+def test_a_full_gpu_is_asked_again(ampere, library):
+    library.answers[0] = "out of memory (cudaErrorMemoryAllocation)"
+    assert choose("auto", GPU, torch.float16, OPERATOR) == "triton"
+    del library.answers[0]
+    assert choose("auto", GPU, torch.float16, OPERATOR) == "cuda"
+    assert library.launches == [0, 0]
+
+
+def test_a_second_gpu_that_is_not_there_is_a_reason(ampere, library):
+    """torch has started CUDA, and answers for the first."""
+
+    def capability(device=None):
+        if torch.device(device).index == 1:
+            raise AssertionError("Invalid device id")
+        return 8, 0
+
+    ampere.setattr(torch.cuda, "get_device_capability", capability)
+    ampere.setattr(torch.cuda, "is_initialized", lambda: True)
+    ampere.setattr(torch.cuda, "device_count", lambda: 1)
+    assert refusal("cuda", GPU, torch.float16) is None
+    assert refusal("cuda", torch.device("cuda", 1), torch.float16) == "torch has no cuda:1 here: Invalid device id"
+    assert choose("auto", torch.device("cuda", 1), torch.float16, OPERATOR) == "portable"
+
+
+def test_a_library_of_an_older_version_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyfused._C", types.ModuleType("pyfused._C"))
+    assert "older than this version: they have to be built again" in backends._cuda_refusal()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about GPUs that are not there")
+def test_fake_tensors_on_a_gpu_that_is_not_there_are_served_by_portable():
+    from pyfused.bench import operators
+
+    for case in operators.tiny_cases(torch.device("cuda")):
+        shapes = case.tensors(torch.device("meta"))
+        with FakeTensorMode():
+            tensors = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in shapes.items()}
+            function = getattr(pyfused, case.operator)
+            for backend in ("auto", "portable"):
+                y = case.call(function, tensors, backend=backend)
+                assert y.device.type == "cuda"
+            with pytest.raises(RuntimeError, match="triton: torch has no cuda:0 here"):
+                case.call(function, tensors, backend="triton")
 
 
 def test_a_gpu_without_an_index_is_the_current_one(compiled, library):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -15,17 +16,25 @@ triton = pytest.importorskip("triton")
 
 import pyfused  # noqa: E402
 from pyfused import reference  # noqa: E402
-from pyfused.kernels import adapter_residual, audit, bottleneck_plan, cross_attention_residual  # noqa: E402
+from pyfused.kernels import (  # noqa: E402
+    adapter_residual,
+    audit,
+    bottleneck_plan,
+    cross_attention_residual,
+    lora_linear,
+    projection_residual,
+)
 from pyfused.kernels import lora_linear_plan as plan  # noqa: E402
 from pyfused.kernels.launch import (  # noqa: E402
     INTERPRETER,
     SHARED_MEMORY,
     Target,
-    bucket,
+    like_sizes,
     offset_type,
     record,
     row_length,
     strides,
+    suits_best,
     target,
 )
 from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
@@ -195,11 +204,81 @@ def test_projection_takes_a_second_launch_for_norms_alone():
     assert matched == [f"_projection_{name}_kernel" for name in ("fwd", "match", "bwd")]
 
 
-def test_configurations_are_chosen_for_sizes_in_steps():
-    assert [bucket(1, length) for length in (1, 2, 3, 1379, 1576, 2048)] == [
-        (1, 1), (1, 2), (1, 4), (1, 2048), (1, 2048), (1, 2048)
-    ]  # fmt: skip
-    assert [bucket(batch, 49) for batch in (2, 7, 8, 63)] == [(2, 49), (8, 49), (8, 49), (64, 49)]
+def test_sizes_between_two_powers_of_two_share_a_configuration():
+    assert like_sizes(1, 1) == [(1, 1)]
+    assert like_sizes(1, 2) == [(1, 2)]
+    assert like_sizes(1, 1379) == like_sizes(1, 2048) == [(1, 1024 + 128 * part) for part in range(1, 9)]
+    assert like_sizes(1, 2049)[0] == (1, 2048 + 256)
+    assert like_sizes(7, 49) == like_sizes(8, 49) == [(5, 49), (6, 49), (7, 49), (8, 49)]
+    # The cheapest everywhere but at one size, where it costs four times the other, is not the best of all.
+    costs = {"steep": lambda length: 1.0 if length < 1900 else 12.0, "flat": lambda length: 2.0}
+    assert suits_best(["flat", "steep"], lambda name, batch, length: costs[name](length), 1, 1500) == "flat"
+    assert suits_best(["flat", "steep"], lambda name, batch, length: costs[name](length), 1, 700) == "steep"
+
+
+def _rows(batch, length, channels, side_by_side):
+    shape = (batch, channels, length) if side_by_side else (batch, length, channels)
+    made = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return made.transpose(1, 2) if side_by_side else made
+
+
+def _layouts(length):
+    """(label, launches) of calls whose rows lie in memory in every combination of ways."""
+    tensor = functools.partial(torch.empty, device="meta")
+    seed = tensor(1, dtype=torch.int64)
+    for batch, first, second, third in itertools.product((1, 8), *[(False, True)] * 3):
+        x, y, dy = (_rows(batch, length, 64, order) for order in (first, second, third))
+        label = f"{batch}, {first}, {second}, {third}"
+        weights = tensor(16, 64), tensor(16), tensor(64, 16), tensor(64)
+        for save, needed in itertools.product((False, True), (False, True)):
+            with record(Target((9, 0), 132, SHARED_MEMORY[9, 0])) as launches:
+                _, h = adapter_residual.adapter_residual_fwd(
+                    x, *weights, y, None, None, None, 1.0, "gelu", 0.0, second, first, save
+                )
+                adapter_residual.adapter_residual_bwd(
+                    dy, x, *weights, None, None, h if save else None, None, 1.0, "gelu", 0.0, first, False, needed,
+                    needed, True,
+                )  # fmt: skip
+                for plan_name in ("one_launch", "shrink_expand"):
+                    parameters = tensor(64, 64, dtype=torch.bfloat16), tensor(16, 64), tensor(64, 16)
+                    _, p = lora_linear.lora_linear_fwd(x, *parameters, None, seed, 1.0, 0.1, second, plan_name, True)
+                    lora_linear.lora_linear_bwd(
+                        dy, x, *parameters, p, seed, 1.0, 0.1, first, plan_name, needed, True, True
+                    )
+                core = (
+                    tensor(batch, 4, 2, 64, dtype=torch.bfloat16),
+                    None,
+                    tensor(batch, 4, 2, 64, dtype=torch.bfloat16),
+                )
+                settings = 0.1, save, 1e-6, 0.0
+                _, kept = cross_attention_residual.cross_attention_residual_fwd(
+                    x, *core, None, None, None, *settings, save
+                )
+                cross_attention_residual.cross_attention_residual_bwd(
+                    dy, x, *core, None, None, kept if save else None, None, *settings, needed, needed, True
+                )
+                blend = tensor(64, 64, dtype=torch.bfloat16), None
+                _, pre = projection_residual.projection_residual_fwd(
+                    x, *blend, y, None, 0.1, 0.9, "identity", save, 1e-6, save
+                )
+                projection_residual.projection_residual_bwd(
+                    dy, x, *blend, y if save else None, None, pre if save else None, 0.1, 0.9, "identity", save, 1e-6,
+                    True, True, save, False,
+                )  # fmt: skip
+            yield from ((f"{label}: {launch.kernel.__name__}", launch) for launch in launches)
+
+
+@pytest.mark.parametrize("length", [48, 49])
+def test_kernels_are_told_a_length_where_positions_lie_side_by_side(length):
+    told = set()
+    for label, launch in _layouts(length):
+        if "LENGTH_MULTIPLE_OF" in launch.arguments:
+            along = [value for name, value in launch.arguments.items() if re.fullmatch(r"stride_\w+l", name)]
+            wanted = 16 if 1 in along and length % 16 == 0 else 1
+            assert launch.arguments["LENGTH_MULTIPLE_OF"] == wanted, label
+            told.add(launch.kernel.__name__)
+    assert told == {name for name in told if name.endswith("_kernel")}
+    assert len(told) >= 10
 
 
 def test_what_a_kernel_is_told_of_a_length():
@@ -279,6 +358,33 @@ with record(gpu) as launches:
     audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")()
 print(audit.specialisation(launches[0], gpu).compile().asm["ptx"])
 """
+
+
+_VECTORS = """
+import torch
+from pyfused.kernels import audit
+from pyfused.kernels.launch import record
+gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
+calls = {
+    "_adapter_fwd_kernel": audit._adapter_residual_call((8, 3136, 64), 64, torch.bfloat16),
+    "_lora_gemm_kernel": audit._lora_linear_call(1, 1576, 768, 768, 16, torch.bfloat16, 0.0, "shrink_expand", False),
+}
+for name, call in calls.items():
+    with record(gpu) as launches:
+        call()
+    launch = next(launch for launch in launches if launch.kernel.__name__ == name)
+    print(audit.specialisation(launch, gpu).compile().asm["ptx"])
+"""
+
+
+def test_a_length_and_a_rank_that_16_divides_make_vectors():
+    """Of images whose positions lie side by side, and of P's rows."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ptx = subprocess.run([sys.executable, "-c", _VECTORS], capture_output=True, text=True, check=True, env=environment)
+    assert ptx.stdout.count(".visible .entry") == 2
+    assert "global.v4.b32" in ptx.stdout
+    # Single elements of 16 bits.
+    assert not re.findall(r"\b(?:ld|st)\.global[\w.:]*\.b16", ptx.stdout)
 
 
 def test_relu_keeps_nan_on_a_gpu():
