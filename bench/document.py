@@ -1,4 +1,4 @@
-"""The figures in README.md, from the newest committed records: `make document`.
+"""The figures in README.md, and its plot, from the newest committed records: `make document`.
 
 Everything between the two markers is written here; no figure stands outside them.
 """
@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pyfused import files
 from pyfused.bench.cross_attention_residual import SDPA
 from pyfused.bench.report import time_text
 from pyfused.bench.rows import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
+PLOT = Path("docs", "measured.svg")
 BEGIN, END = "<!-- record: begin -->", "<!-- record: end -->"
 # Column -> the contenders that it may hold, the first that a row has.
 _BASELINES = {
@@ -44,8 +46,7 @@ def committed_records(root: Path = ROOT) -> list[Path]:
 
 def block(records: Sequence[Path], root: Path = ROOT) -> str:
     """The text between the markers, from the last GPU record and the last CPU record of ``records``."""
-    on_cpu = [path for path in records if path.parent.parent.name.startswith("cpu-")]
-    on_gpu = [path for path in records if path not in on_cpu]
+    on_cpu, on_gpu = _by_kind(records)
     return "\n\n".join(
         [
             _section(on_gpu[-1], root) if on_gpu else "On a GPU: not yet measured.",
@@ -53,6 +54,21 @@ def block(records: Sequence[Path], root: Path = ROOT) -> str:
             _EXPLANATION,
         ]
     )
+
+
+def plot(records: Sequence[Path], root: Path = ROOT) -> str:
+    """An SVG of the rows that `block` shows of the last GPU record, or where there is none, of the last CPU record.
+
+    Its title is that record's directory.
+    """
+    from pyfused.bench import figures
+
+    on_cpu, on_gpu = _by_kind(records)
+    record = (on_gpu or on_cpu)[-1]
+    picture = figures.summary([row for row in read_rows(record) if _shown(row)])
+    if picture is None:
+        raise ValueError(f"no row of {record} has a baseline")
+    return picture.svg(letters=True, Title=record.parent.relative_to(root).as_posix())
 
 
 def inserted(text: str, figures: str) -> str:
@@ -66,6 +82,12 @@ def inserted(text: str, figures: str) -> str:
     if not (begin and end) or any(marker in part for marker in (BEGIN, END) for part in (before, old, after)):
         raise ValueError(f"the text must have {BEGIN} and {END} once each, in this order")
     return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+
+
+def _by_kind(records: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Those on a CPU, and those on a GPU."""
+    on_cpu = [path for path in records if path.parent.parent.name.startswith("cpu-")]
+    return on_cpu, [path for path in records if path not in on_cpu]
 
 
 def _section(record: Path, root: Path) -> str:
@@ -125,10 +147,15 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def main() -> int:
-    """Writes README.md anew; 1 when that cannot be done."""
-    readme = ROOT / "README.md"
+    """Writes README.md and its plot anew; 1 when that cannot be done."""
+    readme, target = ROOT / "README.md", ROOT / PLOT
     try:
-        readme.write_text(inserted(readme.read_text(), block(committed_records())))
+        records = committed_records()
+        text, drawn = inserted(readme.read_text(), block(records)), plot(records)
+        target.parent.mkdir(exist_ok=True)
+        for path, content in ((readme, text), (target, drawn)):
+            with files.replacing(path) as partial:
+                partial.write_text(content)
     except ValueError as error:
         print(f"pyfused.bench.document: {error}", file=sys.stderr)
         return 1

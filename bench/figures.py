@@ -45,6 +45,37 @@ def overview(rows: Sequence[Row]) -> Picture | None:
 
 
 @styled
+def summary(rows: Sequence[Row]) -> Picture | None:
+    """A line for each operator and for the models, with a dot for each of their rows and baselines; None when there is
+    none."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.name.partition(" ")[0] if row.kind == "operator" else "whole models", []).append(row)
+    names = [name for name in style.contenders(rows, "ratios") if name != BASE and not name.startswith("pyfused")]
+    if not names:
+        return None
+    figure = Figure(figsize=(style.WIDTH, 1.3 + 0.42 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        found = [
+            (row.ratios[name], at) for at, group in enumerate(groups.values()) for row in group if name in row.ratios
+        ]
+        x, y = zip(*found, strict=True)
+        # Side by side, so that none hides another.
+        shifted = [at + (place - (len(names) - 1) / 2) * 0.6 / len(names) for at in y]
+        colour, marker = style.look(name)
+        axes.scatter(x, shifted, s=22, color=colour, marker=marker, label=f"against {name}", zorder=4)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    style.ratio_axis(axes, [ratio for row in rows for name, ratio in row.ratios.items() if name in names])
+    axes.set_xlabel("baseline's time / pyfused's time (right of 1x: pyfused is faster)")
+    style.clean(axes)
+    figure.suptitle(_where(rows[0]), fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4)
+    return Picture("measured", figure, f"Times of baselines over those of pyfused, {len(rows)} rows.")
+
+
+@styled
 def bars(rows: Sequence[Row], name: str) -> Picture | None:
     """Every ratio of these rows as a bar from 1x, by what was measured; None when there is none.
 

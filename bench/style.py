@@ -97,11 +97,16 @@ class Picture:
         width, height = self.figure.get_size_inches() * 96
         return round(width), round(height)
 
-    def data_uri(self) -> str:
-        """The figure as an SVG that follows the reader's colour scheme."""
+    def svg(self, letters: bool = False, **metadata: str) -> str:
+        """The figure as an SVG that follows the reader's colour scheme.
+
+        Args:
+            letters: text stays text, in the reader's own font, which is shorter; else (the default) it is drawn.
+            metadata: what the SVG says of itself, such as Title.
+        """
         stream = io.StringIO()
-        with matplotlib.rc_context(_STYLE):
-            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none" if letters else "path"}):
+            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, **metadata})
         drawn = stream.getvalue()
         names = {light: f"var(--c{index})" for index, light in enumerate(_DARK)}
         for light, variable in names.items():
@@ -111,8 +116,11 @@ class Picture:
             return ":root{" + "".join(f"--c{index}:{colour};" for index, colour in enumerate(colours)) + "}"
 
         both = f"{scheme(list(_DARK))}@media(prefers-color-scheme:dark){{{scheme(list(_DARK.values()))}}}"
-        drawn = drawn.replace("<defs>", f"<style>{both}</style><defs>", 1)
-        return "data:image/svg+xml;base64," + base64.b64encode(drawn.encode()).decode()
+        return drawn.replace("<defs>", f"<style>{both}</style><defs>", 1)
+
+    def data_uri(self) -> str:
+        """`svg` as an address."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg().encode()).decode()
 
 
 def styled(draw: Callable[..., Picture | None]) -> Callable[..., Picture | None]:

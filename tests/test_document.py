@@ -54,6 +54,33 @@ def test_the_readme_shows_the_newest_committed_records():
 
 
 @pytest.mark.host
+def test_the_plot_is_of_the_record_that_the_readme_shows():
+    if not (ROOT / ".git").exists():
+        pytest.skip("which records are committed is known in a git checkout only")
+    drawn = ROOT / document.PLOT
+    assert f"]({document.PLOT.as_posix()})" in (ROOT / "README.md").read_text().partition("\n## ")[0]
+    assert drawn.stat().st_size < 60_000
+    records = document.committed_records()
+    (title,) = re.findall(r"<dc:title>(bench/results/.*)</dc:title>", document.plot(records))
+    assert f"<dc:title>{title}</dc:title>" in drawn.read_text(), "make document"
+    assert ROOT / title / "rows.json" in records
+
+
+@pytest.mark.host
+def test_what_can_be_drawn_anew_is_not_in_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("what git tracks is known in a git checkout only")
+    command = ["git", "-C", str(ROOT), "ls-files"]
+    tracked = {
+        Path(name) for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    }
+    pictures = {path for path in tracked if path.suffix in (".png", ".svg", ".html", ".jpg", ".gif", ".pdf")}
+    assert pictures == {document.PLOT}
+    results = {path for path in tracked if path.is_relative_to("bench/results")}
+    assert {path.name for path in results} == {"rows.json"}
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_no_figure_is_written_by_hand(path):
     assert written_by_hand(path.read_text()) == []

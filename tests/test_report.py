@@ -27,7 +27,7 @@ from pyfused.bench.rows import Row
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-OLD_RECORD = ROOT / "bench/results/cpu-2x-intel-r-xeon-r-processor/2026-11-21-150008"
+OLD_RECORD = ROOT / "bench/results/cpu-2x-intel-r-xeon-r-processor-2-50ghz/2026-11-21-115040"
 WHERE = {"device": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "pyfused": "0.1.0", "commit": "abc"}
 CASES = [LoRACase(400, 768, n) for n in (768, 2304, 3072)]
 
