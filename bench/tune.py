@@ -377,14 +377,9 @@ def _cases(device: torch.device, select: str) -> list[Case]:
 
 
 def summary(rows: list[measured.Row]) -> Iterator[str]:
-    """A line for each row of one GPU, and for each operator by how much the arithmetic is off."""
+    """A line for each row."""
     for row in rows:
         yield f"{row.subject}, M = {row.rows}, {row.sizes}: {row.found}"
-    table = measured.Table(rows)
-    for operator in sorted({row.subject for row in rows}):
-        fit = table.fit(operator, rows[0].gpu, rows[0].capability)
-        if fit is not None:
-            yield f"{operator}, where nothing was measured: by the arithmetic of pyfused.costs, {fit}"
 
 
 def show(capability: tuple[int, int], select: str) -> int:

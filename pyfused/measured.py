@@ -1,14 +1,12 @@
 """What `pyfused tune` has measured on GPUs: the backend, and the launch configuration, that was fastest where.
 
 The rows lie in kernels/measured.json, one a line, to be read and reviewed like code. Where none is for the GPU and the
-sizes of a call, arithmetic decides, corrected by what the others show.
+sizes of a call, arithmetic decides.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pyfused import files
-from pyfused.costs import costs
 
 PATH = Path(__file__).parent / "kernels" / "measured.json"
 
@@ -47,46 +44,6 @@ class Row:
     source: dict[str, object]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """By how much the costs of an operator by arithmetic are off on one GPU.
-
-    Attributes:
-        gpu, capability: where it was measured.
-        factor: cuda's time in triton's, over cuda's cost in triton's: the geometric mean of all rows.
-        spread: by which factor, from 1 on, a row is off that mean at most.
-        count: of rows.
-    """
-
-    gpu: str
-    capability: tuple[int, int]
-    factor: float
-    spread: float
-    count: int
-
-    @classmethod
-    def of(cls, rows: list[Row]) -> Fit | None:
-        """The fit to rows of one operator on one GPU; None where none has times of both backends."""
-        logs = []
-        for row in rows:
-            if row.found.keys() >= {"cuda", "triton"}:
-                cuda, triton, _ = costs(row.subject, row.capability, row.sizes)
-                # Where arithmetic knows of no such kernels there is nothing to be fitted.
-                if math.isfinite(cuda):
-                    logs.append(math.log(row.found["cuda"] / row.found["triton"] * triton / cuda))
-        if not logs:
-            return None
-        mean = statistics.fmean(logs)
-        spread = math.exp(max(abs(log - mean) for log in logs))
-        return cls(rows[0].gpu, rows[0].capability, math.exp(mean), spread, len(logs))
-
-    def __str__(self) -> str:
-        return (
-            f"cuda's, fitted to {self.count} rows of {self.gpu}, times {self.factor:.2f}; within a factor of "
-            f"{self.spread:.2f}"
-        )
-
-
 class Table:
     """Rows, found by what they were measured for."""
 
@@ -95,14 +52,6 @@ class Table:
         self._found: dict[tuple[str, str, str], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.rows):
             self._found.setdefault((row.gpu, row.subject, row.dtype), []).append(row)
-        operators: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            operators.setdefault((row.subject, row.gpu), []).append(row)
-        self._fits: dict[str, list[Fit]] = {}
-        for (operator, _), group in sorted(operators.items()):
-            fit = Fit.of(group)
-            if fit is not None:
-                self._fits.setdefault(operator, []).append(fit)
 
     def nearest(self, gpu: str, subject: str, dtype: str, rows: float, sizes: dict[str, object]) -> Row | None:
         """The row for these sizes with the least M from ``rows`` on, else the greatest; at most a factor of 2 away."""
@@ -112,20 +61,6 @@ class Table:
                 best = row
                 if rows <= row.rows:
                     break
-        return best
-
-    def fit(self, operator: str, gpu: str, capability: tuple[int, int]) -> Fit | None:
-        """The fit to the rows of this GPU, else of the one whose compute capability is nearest."""
-        best, least = None, math.inf
-        for fit in self._fits.get(operator, ()):
-            # Majors are further apart than any two minors.
-            far = (
-                0
-                if fit.gpu == gpu
-                else 1 + abs(16 * (fit.capability[0] - capability[0]) + fit.capability[1] - capability[1])
-            )
-            if far < least:
-                best, least = fit, far
         return best
 
 
@@ -138,7 +73,7 @@ def read(path: Path = PATH) -> list[Row]:
     try:
         items = json.loads(path.read_text())
         rows = [Row(**item | {"capability": tuple(item["capability"])}) for item in items]
-        # Also what a table makes of them: the sizes that the costs need, times that have a logarithm.
+        # Also what a table makes of them.
         Table(rows)
         for row in rows:
             if not isinstance(row.rows, int) or row.rows < 1:

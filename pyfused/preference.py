@@ -17,8 +17,7 @@ Preference = tuple[tuple[str, ...], Callable[[], str]]
 def preference(operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float]) -> Preference:
     """(backends in the order in which "auto" takes them for this call, function that says why in this order).
 
-    A row measured on this GPU for such sizes decides; else the costs by arithmetic, times what rows measured at other
-    sizes, or on the GPU that is most like this one, show them to be off by.
+    A row measured on this GPU for such sizes decides; else the costs by arithmetic.
 
     Args:
         operator: whose kernels serve the call.
@@ -31,11 +30,11 @@ def preference(operator: str, device: torch.device, dtype: torch.dtype, sizes: M
         return _CUDA, lambda: "only by name: without a GPU kernels are interpreted or emulated"
     capability = torch.cuda.get_device_capability(device)
     if not measured.TABLE.rows:
-        return _by_costs(operator, capability, sizes, None)
+        return _by_costs(operator, capability, sizes)
     gpu = torch.cuda.get_device_properties(device).name
     row = measured.TABLE.nearest(gpu, operator, str(dtype).removeprefix("torch."), sizes["M"], others(sizes))
     if row is None:
-        return _by_costs(operator, capability, sizes, measured.TABLE.fit(operator, gpu, capability))
+        return _by_costs(operator, capability, sizes)
     order = tuple(row.found)
     # Portable, which serves every call, is measured too: whoever was not there to be measured comes after it.
     return order + tuple(name for name in _TRITON if name not in order), lambda: _times(row)
@@ -50,7 +49,6 @@ def _times(row: measured.Row) -> str:
     return f"measured at M = {row.rows}: " + ", ".join(f"{name} {time:.1f} us" for name, time in row.found.items())
 
 
-def _by_costs(operator, capability, sizes, fit: measured.Fit | None) -> Preference:
+def _by_costs(operator: str, capability: tuple[int, int], sizes: Mapping[str, float]) -> Preference:
     cuda, triton, why = costs(operator, capability, sizes)
-    order = _CUDA if cuda * (1.0 if fit is None else fit.factor) <= triton else _TRITON
-    return order, lambda: f"{why()} ({'not measured yet' if fit is None else fit})"
+    return _CUDA if cuda <= triton else _TRITON, lambda: f"{why()} (not measured)"

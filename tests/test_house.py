@@ -20,7 +20,7 @@ host = pytest.mark.host
 MAY_IMPORT: dict[str, set[str]] = {
     "costs": set(),
     "files": set(),
-    "measured": {"costs", "files"},
+    "measured": {"files"},
     "preference": {"costs", "measured"},
     "backend": {"preference"},
     "observe": set(),

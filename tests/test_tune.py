@@ -213,17 +213,6 @@ def test_a_row_has_the_sizes_of_a_call_on_its_gpu(monkeypatch):
     assert found.rows[0].sizes["cuda_rows"] == 0
 
 
-def test_the_summary_tells_how_far_arithmetic_is_off():
-    sizes = {"C": 768, "h": 64, "dropout_p": 0.0, "cuda_rows": 64}
-    found = {"cuda": 30.0, "triton": 40.0, "portable": 100.0}
-    row = measured.Row("G", (9, 0), "adapter_residual", "bfloat16", 640, sizes, found, {})
-    tuned = replace(row, subject="_adapter_fwd_kernel", found={"num_stages": 3})
-    *rows, fit = tune.summary([tuned, row, replace(row, rows=1280)])
-    assert [line.partition(",")[0] for line in rows] == ["_adapter_fwd_kernel", "adapter_residual", "adapter_residual"]
-    # By arithmetic both move 7680 bytes a row.
-    assert fit.endswith("cuda's, fitted to 2 rows of G, times 0.75; within a factor of 1.00")
-
-
 def test_new_rows_take_the_place_of_those_for_the_same():
     row = measured.Row("G", (9, 0), "k", "bfloat16", 8, {"C": 1, "h": 2}, {"num_stages": 3}, {})
     other, newer = replace(row, rows=9), replace(row, sizes={"h": 2, "C": 1}, found={"num_stages": 4})
