@@ -26,9 +26,10 @@ from pyfused.kernels.bottleneck import (
     sums_slots,
     tile_rows,
 )
-from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, block_width, rows_config, weights_config
+from pyfused.kernels.bottleneck_plan import block_width, rows_config, weights_config
 from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask, known_multiple
 from pyfused.kernels.launch import (
+    MAX_REGISTERS,
     configuration,
     device_guard,
     dot_precision,

@@ -35,8 +35,6 @@ class WeightsConfig:
     num_stages: int
 
 
-# All that a thread can have, up to 8 warps: the compiler would rather spill a few to fit a second block.
-MAX_REGISTERS = 255
 # Padded narrow width -> most rows of a tile, by what multiplies matrices; 16-bit numbers, without dropout and with it
 # (drawing a mask takes registers). wgmma reads operands from shared memory; mma.sync passes them through registers.
 _MMA_SYNC = {16: 128, 32: 128, 64: 128, 128: 64, 256: 32, 512: 16}

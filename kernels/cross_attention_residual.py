@@ -25,9 +25,10 @@ from pyfused.kernels.bottleneck import (
     sums_slots,
     tile_rows,
 )
-from pyfused.kernels.bottleneck_plan import MAX_REGISTERS, rows_config, weights_config
+from pyfused.kernels.bottleneck_plan import rows_config, weights_config
 from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero, known_multiple
 from pyfused.kernels.launch import (
+    MAX_REGISTERS,
     configuration,
     device_guard,
     dot_precision,

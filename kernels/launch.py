@@ -22,6 +22,10 @@ _Config = TypeVar("_Config")
 SHARED_MEMORY = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
 
 
+# All that a thread can have, up to 8 warps: the compiler would rather spill a few to fit a second block.
+MAX_REGISTERS = 255
+
+
 @dataclass(frozen=True)
 class Target:
     """The GPU that a launch configuration is chosen for, with the name that rows measured on it carry.

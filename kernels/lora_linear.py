@@ -14,6 +14,7 @@ import triton.language as tl
 from pyfused.kernels.device import dropout_keep_mask, known_multiple, swizzle
 from pyfused.kernels.launch import (
     INTERPRETER,
+    MAX_REGISTERS,
     configuration,
     device_guard,
     dot_precision,
@@ -369,6 +370,8 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
+        # So few columns are loaded one by one, and the compiler would spill to fit blocks that nobody starts.
+        maxnreg=MAX_REGISTERS if columns < 16 else None,
     )  # fmt: skip
     _sum_partials(parts, gradient, scaling)
     if factor is None:
