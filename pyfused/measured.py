@@ -78,6 +78,8 @@ def read(path: Path = PATH) -> list[Row]:
         for row in rows:
             if not isinstance(row.rows, int) or row.rows < 1:
                 raise ValueError(f"rows must be a whole number from 1 on, got {row.rows!r}")
+            if not row.found or not all(0 < value < float("inf") for value in row.found.values()):
+                raise ValueError(f"found must hold positive numbers, got {row.found!r}")
         return rows
     except FileNotFoundError:
         return []

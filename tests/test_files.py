@@ -70,7 +70,7 @@ class TestMeasured:
     @pytest.mark.parametrize(
         "text",
         [
-            "", "[", "{}", "[1]", "3", "null", "[" * 100_000, json.dumps([ROW | {"sizes": {"K": 1}}]),
+            "", "[", "{}", "[1]", "3", "null", "[" * 100_000, json.dumps([ROW | {"found": {}}]),
             json.dumps([ROW | {"capability": 3}]), json.dumps([ROW | {"found": {"triton": 0.0, "cuda": 1.0}}]),
             json.dumps([ROW | {"found": {"triton": "fast", "cuda": 1.0}}]), json.dumps([ROW | {"speed": 1}]),
             json.dumps([ROW | {"rows": "5"}]),
