@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -68,6 +69,29 @@ def answers(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def parser(step: str, what: str) -> argparse.ArgumentParser:
+    """Of a program of `pyfused.bench.gpu` whose record is <step>.json; `parsed` reads its arguments."""
+    made = argparse.ArgumentParser(prog=f"python -m pyfused.bench.gpu.{step}", description=what)
+    made.add_argument("--record", type=Path, required=True, metavar="DIRECTORY", help=f"where {step}.json grows")
+    made.add_argument("--seconds", type=float, default=90.0, help="for all of it (default 90)")
+    cores = len(os.sched_getaffinity(0))
+    made.add_argument("--workers", type=int, default=cores, help="compilers at work at once (default: one for a core)")
+    made.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--continued", action="store_true", help="leave what failed as it is, and compile nothing ahead")
+    return made
+
+
+def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, within their ranges."""
+    arguments = made.parse_args(argv)
+    if not 0 < arguments.seconds < float("inf"):
+        made.error(f"--seconds must be a positive number, got {arguments.seconds:g}")
+    if arguments.workers < 1:
+        made.error(f"--workers must be at least 1, got {arguments.workers}")
+    return arguments
 
 
 def go_on(module: str, arguments: Sequence[str]) -> NoReturn:

@@ -8,12 +8,10 @@ take turns, in CUDA graphs; what gives other numbers prints no time. questions.j
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from pyfused.bench import rows, timing
 from pyfused.bench.gpu import ahead
 from pyfused.bench.gpu.budget import Work
 from pyfused.bench.gpu.contests import Contest, Question, every_call, questions, scratch
-from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, Outcomes, answers, go_on
+from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, Outcomes, answers, go_on, parsed, parser
 from pyfused.kernels import launch
 from pyfused.kernels.launch import Target
 
@@ -144,24 +142,8 @@ def ask(question: Question, device: torch.device, target: Target, deadline: floa
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pyfused.bench.gpu.questions", description=__doc__)
-    parser.add_argument("--record", type=Path, required=True, metavar="DIRECTORY", help="where questions.json grows")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for all of it (default 90)")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="compilers at work at once (default: one for a core)"
-    )
-    parser.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--continued", action="store_true", help="leave what failed as it is, and compile nothing ahead"
-    )
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.seconds < float("inf"):
-        parser.error(f"--seconds must be a positive number, got {arguments.seconds:g}")
-    if arguments.workers < 1:
-        parser.error(f"--workers must be at least 1, got {arguments.workers}")
-    return arguments
+    made = parser("questions", __doc__)
+    return parsed(made, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

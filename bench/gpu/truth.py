@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 # Deterministic cuBLAS, which the poisoning switches on, wants a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,7 +26,7 @@ from pyfused.bench import parity, rows
 from pyfused.bench.cases import normal
 from pyfused.bench.gpu import ahead
 from pyfused.bench.gpu.budget import Work
-from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, SKIPPED, Outcomes, answers, go_on
+from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, SKIPPED, Outcomes, answers, go_on, parsed, parser
 from pyfused.bench.gpu.truth_cases import Call, calls, results
 from pyfused.kernels import launch
 from pyfused.kernels.launch import Target
@@ -135,25 +134,9 @@ def run(chosen: Sequence[Call], outcomes: Outcomes, device: torch.device, deadli
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pyfused.bench.gpu.truth", description=__doc__)
-    parser.add_argument("--record", type=Path, required=True, metavar="DIRECTORY", help="where truth.json grows")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for all of it (default 90)")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="compilers at work at once (default: one for a core)"
-    )
-    parser.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("-k", dest="select", default="", metavar="TEXT", help="only calls whose names contain this")
-    parser.add_argument(
-        "--continued", action="store_true", help="leave what failed as it is, and compile nothing ahead"
-    )
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.seconds < float("inf"):
-        parser.error(f"--seconds must be a positive number, got {arguments.seconds:g}")
-    if arguments.workers < 1:
-        parser.error(f"--workers must be at least 1, got {arguments.workers}")
-    return arguments
+    made = parser("truth", __doc__)
+    made.add_argument("-k", dest="select", default="", metavar="TEXT", help="only calls whose names contain this")
+    return parsed(made, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
