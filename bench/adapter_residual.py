@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfused.bench.baselines import Contender, Contenders, narrowed
 from pyfused.bench.cases import Case, Work, normal, short, with_both_adapters
 from pyfused.ops.adapter_residual import PLANS
-from pyfused.reference.adapter_residual import ACTIVATIONS
+from pyfused.reference.adapter import ACTIVATIONS
 
 # (z's shape, h): 16 images of ViT-B/16 (197 tokens), and 2 of ViT-L/14 at 518 px (1370 tokens).
 CPU_ROWS = (((16, 197, 768), 64), ((2, 1370, 1024), 256))

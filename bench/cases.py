@@ -14,8 +14,9 @@ from torch._subclasses import FakeTensorMode
 
 import pyfused
 from pyfused import backend as backends
-from pyfused import observe
 from pyfused.bench.baselines import Contenders
+from pyfused.ops import decision
+from pyfused.ops.decision import Decision
 
 # Measured on an NVIDIA H200: bf16 matrix product in FLOP/s, device copy in bytes/s (read plus written).
 H200_FLOPS = 790e12
@@ -172,25 +173,17 @@ def triton_calls(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
 
     for plan in dict.fromkeys(("auto", *case.plans("triton"))):
         own = plan if plan in case.plans("portable") else "auto"
-        if "triton" not in observed(case, operator, tensors, plan=own).get("limits", ()):
+        if "triton" not in decided(case, operator, tensors, plan=own).limits:
             yield plan, functools.partial(both, own)
 
 
-def observed(case: Case, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> dict[str, Any]:
-    """What the operator tells its observers of one call without gradients, its name as "operator"."""
-    told: list[dict[str, Any]] = []
-
-    def observer(operator: str, **facts) -> None:
-        told.append({"operator": operator, **facts})
-
-    observe.observers.append(observer)
-    try:
-        with torch.no_grad():
-            case.call(function, tensors, **options)
-    finally:
-        observe.observers.remove(observer)
-    (facts,) = told
-    return facts
+def decided(case: Case, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Decision:
+    """What the operator decides about one call without gradients."""
+    told: list[Any] = []
+    with torch.no_grad(), decision.observed(told.append):
+        case.call(function, tensors, **options)
+    (made,) = told
+    return made
 
 
 def normal(device: torch.device, seed: int) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfused.bench.baselines import Contender, Contenders
 from pyfused.bench.cases import Case, Work, normal, short
 from pyfused.ops.projection_residual import keeps_projection
-from pyfused.reference.adapter_residual import ACTIVATIONS
+from pyfused.reference.adapter import ACTIVATIONS
 
 # (B, L, C) of ViT-L/14 at 518 px, whose image adapters are square.
 CPU_ROWS, GPU_ROWS = (2, 1370, 1024), (16, 1370, 1024)

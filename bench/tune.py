@@ -32,7 +32,7 @@ from pyfused import backend as backends
 from pyfused import measured, preference
 from pyfused.bench import operators, timing
 from pyfused.bench import rows as row_format
-from pyfused.bench.cases import Case, observed, refusal
+from pyfused.bench.cases import Case, decided, refusal
 from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
 from pyfused.kernels.launch import Chosen, LaunchWork, Target
 from pyfused.ops.lora_linear import choose_plan
@@ -125,8 +125,8 @@ def directions(case: Case) -> list[Direction]:
 
 def kernels_and_sizes(case: Case, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, float]]:
     """(the operator whose kernels serve the case, `preference`'s sizes), which depend on where ``tensors`` are."""
-    facts = observed(case, getattr(pyfused, case.operator), tensors)
-    return facts.get("kernels", facts["operator"]), facts["sizes"]
+    made = decided(case, getattr(pyfused, case.operator), tensors)
+    return made.kernels, made.sizes
 
 
 def neighbours(config: object) -> Iterator[object]:

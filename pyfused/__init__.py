@@ -24,7 +24,10 @@ from pyfused.modules import (
 )
 from pyfused.modules.lora import LoRAModule
 from pyfused.modules.report import LoRAReport
-from pyfused.ops import adapter_residual, cross_attention_residual, lora_linear, projection_residual
+from pyfused.ops.adapter_residual import adapter_residual
+from pyfused.ops.cross_attention_residual import cross_attention_residual
+from pyfused.ops.lora_linear import lora_linear
+from pyfused.ops.projection_residual import projection_residual
 
 __version__ = "0.1.0"
 

@@ -1,23 +1,25 @@
-"""What a row of a call costs with the CUDA C++ and with the Triton kernels, by arithmetic.
+"""What a call costs with the CUDA C++ and with the Triton kernels, by arithmetic.
 
-What counts is the instruction that multiplies, what one of them does twice, and how many bytes the kernels read and
-write through the second-level cache. The unit is that of an operator: two costs are there to be compared.
+Three things count: which instruction multiplies, what one backend computes twice, and how many bytes the kernels read
+and write through the second-level cache. Each operator has its own unit: its two costs are compared with each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-# Cost of a row with cuda and with triton, infinite where there are no kernels, and what says how it comes about: code
-# that is traced makes no text of sizes.
+# The costs with cuda and with triton, infinite where there are no kernels, and a function that explains them: traced
+# code cannot make text of sizes.
 Costs = tuple[float, float, Callable[[], str]]
 
 # Operators whose tiles of rows keep a narrow middle on chip -> what the middle's width is called in their sizes.
 _NARROW = {"adapter_residual": "h", "cross_attention_residual": "J"}
 
-# Of one element of x, in the time of how many multiplications: its way from memory (2 bytes of 1.7 TB/s beside 312
-# TFLOP/s, an A100; others lie between half and one and a half of it), and its dropout mask (a quarter of Philox's 80
-# integer instructions, at 16 multiplications each).
+# An A100: multiplications in one microsecond (312 TFLOP/s).
+_PER_MICROSECOND = 156e6
+# The time that one element of x takes, counted in multiplications. To load it from memory: 2 bytes at 1.7 TB/s beside
+# 312 TFLOP/s, an A100; other GPUs take between 0.5 and 1.5 of it. To draw its dropout mask: a quarter of Philox's 80
+# integer instructions, at 16 multiplications each.
 _FROM_MEMORY, _MASK = 184, 320
 # Triton's products use wgmma (9.x) or tcgen05 (10.x); mma.sync, cuda's, has about 0.62 of wgmma's rate (Luo et al.,
 # "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024).
@@ -45,7 +47,12 @@ def _lora_linear(capability: tuple[int, int], sizes: Mapping[str, float]) -> Cos
     elif rank * columns < _FROM_MEMORY:
         # So do Triton's, rather than read x once more.
         triton = n + rank * columns
-    return cuda, triton, lambda: f"each of x costs as much as {cuda:.0f} products with cuda, {triton:.0f} with triton"
+
+    def why() -> str:
+        by_cuda, by_triton = (sizes["M"] * sizes["K"] * cost / _PER_MICROSECOND for cost in (cuda, triton))
+        return f"forward takes {by_cuda:.1f} us with cuda, {by_triton:.1f} us with triton, by an A100's rates"
+
+    return cuda, triton, why
 
 
 def _bottleneck(capability: tuple[int, int], channels: float, narrow: float, cuda_rows: float) -> Costs:

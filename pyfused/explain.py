@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 
 from pyfused import backend as backends
 from pyfused import observe
+from pyfused.ops import decision
+from pyfused.ops.decision import Decision, LeftToTorch
 from pyfused.preference import preference
 
 
@@ -147,20 +149,31 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
     explanation = Explanation()
     path: list[str] = []
 
-    def observer(operator: str, **facts: Any) -> None:
+    def observer(told: Decision | LeftToTorch) -> None:
         module = path[-1] if path else ""
-        if operator == observe.PLAIN:
-            explanation.plain.append(PlainPart(module, **facts))
+        if isinstance(told, LeftToTorch):
+            explanation.plain.append(PlainPart(module, told.what, told.why))
         else:
-            explanation.calls.append(_DESCRIBE[operator](module, operator, facts))
+            explanation.calls.append(_call(module, told))
 
-    with torch.no_grad(), _path_tracked(model, path):
-        observe.observers.append(observer)
-        try:
-            observe.undisturbed(model_or_function, example_inputs, kwargs)
-        finally:
-            observe.observers.remove(observer)
+    with torch.no_grad(), _path_tracked(model, path), decision.observed(observer):
+        observe.undisturbed(model_or_function, example_inputs, kwargs)
     return explanation
+
+
+def _call(module: str, decided: Decision) -> OperatorCall:
+    return OperatorCall(
+        module=module,
+        operator=decided.operator,
+        shapes=decided.shapes,
+        dtype=decided.dtype,
+        device=decided.device,
+        backend=decided.backend,
+        plan=decided.plan,
+        backward_plan=decided.backward_plan,
+        why=(*decided.reasons, *_not_taken(decided)),
+        saved_bytes=decided.saved_bytes,
+    )
 
 
 @contextlib.contextmanager
@@ -182,118 +195,14 @@ def _drop_last(path: list[str]) -> None:
     path.pop()
 
 
-def _describe_lora_linear(module: str, operator: str, facts: dict) -> OperatorCall:
-    x, chosen, sizes = facts["x"], facts["backend"], facts["sizes"]
-    (plan, reason), (backward, backward_reason) = facts["plans"]
-    reasons = [reason] if reason == backward_reason else [f"forward: {reason}", f"backward: {backward_reason}"]
-    return OperatorCall(
-        module=module,
-        operator=operator,
-        shapes=tuple((letter, int(sizes[letter])) for letter in "MKNR"),
-        dtype=x.dtype,
-        device=x.device,
-        backend=chosen,
-        plan=plan,
-        backward_plan=backward,
-        why=(*reasons, *_not_taken(chosen, x.device, x.dtype, operator, sizes, facts["limits"])),
-        # P, and what autocast made of x.
-        saved_bytes=sizes["M"] * (sizes["R"] + sizes["K"] * facts["cast"]) * x.element_size(),
-    )
-
-
-def _describe_adapter_residual(module: str, operator: str, facts: dict) -> OperatorCall:
-    z, chosen, plan = (facts[name] for name in ("z", "backend", "plan"))
-    m, channels, hidden = (facts["sizes"][letter] for letter in "MCh")
-    return OperatorCall(
-        module=module,
-        operator=operator,
-        shapes=(("M", m), ("C", channels), ("h", hidden)),
-        dtype=z.dtype,
-        device=z.device,
-        backend=chosen,
-        plan=plan,
-        backward_plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, z.device, z.dtype, operator, facts["sizes"], facts["limits"])),
-        # What autocast made of z is no input of the call, and kept too.
-        saved_bytes=m * (hidden * (plan == "save") + channels * facts["cast"]) * z.element_size(),
-    )
-
-
-def _describe_cross_attention_residual(module: str, operator: str, facts: dict) -> OperatorCall:
-    x, dtype, chosen, plan = (facts[name] for name in ("x", "dtype", "backend", "plan"))
-    heads, tokens, width = (facts[name] for name in ("heads", "tokens", "head_dim"))
-    (batch, length, channels), inner = x.shape, heads * width
-    m, contexts, given = batch * length, facts["context_batch"], facts["projections"]
-    wide = torch.promote_types(dtype, torch.float32)
-    if plan == "standard":
-        # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
-        kept = m * (2 * inner + channels * facts["keeps_projection"]) + 2 * contexts * tokens * inner
-        saved = kept * dtype.itemsize + m * heads * wide.itemsize
-    else:
-        # E, c and F are inputs of the call's core, not of the call; K and V are what they are made of.
-        saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + wide.itemsize)
-        saved += contexts * tokens * 2 * inner * wide.itemsize
-        saved += m * heads * tokens * dtype.itemsize * (plan == "absorbed")
-        # They are made in float32, of what is cast to it.
-        absorbed = (given.q_weight, given.q_bias, given.out_weight)
-        saved += sum(p.numel() * wide.itemsize for p in absorbed if p is not None and p.dtype.itemsize < wide.itemsize)
-    return OperatorCall(
-        module=module,
-        operator=operator,
-        shapes=(("M", m), ("C", channels), ("H", heads), ("d", width), ("T", tokens)),
-        dtype=dtype,
-        device=x.device,
-        backend=chosen,
-        plan=plan,
-        backward_plan=plan,
-        why=(facts["reason"], *_not_taken(chosen, x.device, dtype, facts["kernels"], facts["sizes"], facts["limits"])),
-        saved_bytes=saved,
-    )
-
-
-def _describe_projection_residual(module: str, operator: str, facts: dict) -> OperatorCall:
-    o, weight, chosen = facts["o"], facts["weight"], facts["backend"]
-    channels, width = weight.shape
-    m, plan = o.numel() // width, "save" if facts["keeps"] else "-"
-    return OperatorCall(
-        module=module,
-        operator=operator,
-        shapes=(("M", m), ("K", width), ("C", channels)),
-        dtype=o.dtype,
-        device=o.device,
-        backend=chosen,
-        plan=plan,
-        backward_plan=plan,
-        why=(
-            "backward needs the projection" if facts["keeps"] else "backward needs nothing of y's size",
-            *_not_taken(chosen, o.device, o.dtype, operator, facts["sizes"]),
-        ),
-        saved_bytes=m * channels * o.element_size() * facts["keeps"],
-    )
-
-
-_DESCRIBE: dict[str, Callable[[str, str, dict], OperatorCall]] = {
-    "adapter_residual": _describe_adapter_residual,
-    "cross_attention_residual": _describe_cross_attention_residual,
-    "lora_linear": _describe_lora_linear,
-    "projection_residual": _describe_projection_residual,
-}
-
-
-def _not_taken(
-    chosen: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    operator: str,
-    sizes: Mapping[str, float],
-    limits: Mapping[str, str] | None = None,
-) -> list[str]:
+def _not_taken(decided: Decision) -> list[str]:
     """Why the backends have their order on a GPU, and for each that is preferred to the chosen one, why it did not
-    serve the call; ``sizes`` and ``limits`` as `choose`'s."""
-    order, why = preference(operator, device, dtype, sizes)
+    serve the call."""
+    device, chosen = decided.device, decided.backend
+    order, why = preference(decided.kernels, device, decided.dtype, decided.sizes)
     reasons = [why()] if device.type == "cuda" and chosen != "portable" else []
     for name in order[: order.index(chosen)]:
-        reason = backends.refusal(name, device, dtype, operator) or (limits or {}).get(name)
+        reason = backends.refusal(name, device, decided.dtype, decided.kernels) or decided.limits.get(name)
         if reason is None:
             # Interpreter and emulator serve a CPU tensor only on request; elsewhere somebody asked for another backend.
             how = {"triton": "interpreted", "cuda": "emulated"}[name]

@@ -1,4 +1,4 @@
-"""Watching a model at work: which operators it calls and how, and which modules run, without leaving a trace in it."""
+"""Watching a model at work: which modules run, without leaving a trace in it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# Each is told which backend and plan an operator call gets. Empty in normal running.
-observers: list[Callable[..., None]] = []
-# In an operator's place: what a module leaves to plain torch, with ``what`` and ``why``.
-PLAIN = "plain"
-
-
-def notify(operator: str, **facts: Any) -> None:
-    """Tell the observers."""
-    for observer in observers:
-        observer(operator, **facts)
 
 
 def module_of(function: Callable) -> nn.Module | None:

@@ -10,7 +10,7 @@ from pyfused import measured
 from pyfused.costs import costs
 
 _CUDA, _TRITON = ("cuda", "triton", "portable"), ("triton", "cuda", "portable")
-# Backends in their order, and what says why: code that is traced makes no text of sizes.
+# Backends in their order, and a function that says why: traced code cannot make text of sizes.
 Preference = tuple[tuple[str, ...], Callable[[], str]]
 
 
@@ -36,7 +36,7 @@ def preference(operator: str, device: torch.device, dtype: torch.dtype, sizes: M
     if row is None:
         return _by_costs(operator, capability, sizes)
     order = tuple(row.found)
-    # Portable, which serves every call, is measured too: whoever was not there to be measured comes after it.
+    # Portable serves every call and is measured too. A backend without a measurement comes after it.
     return order + tuple(name for name in _TRITON if name not in order), lambda: _times(row)
 
 

@@ -79,7 +79,7 @@ def _cuda_kernels(request):
         # Built where the first test needs it, not in runs without one.
         request.getfixturevalue("emulator")
     asked = callspec.params.get("operator", request.module.__name__.removeprefix("test_"))
-    operator = next((name for name in pyfused.ops.__all__ if str(asked).startswith(name)), None)
+    operator = next((name for name in pyfused.ops.OPERATORS if str(asked).startswith(name)), None)
     reason = backends.refusal("cuda", device, torch.float16, operator)
     if reason is None and operator and not Path(__file__).with_name(f"test_{operator}_cuda.py").exists():
         reason = f"its kernels for {operator} have no test_{operator}_cuda.py yet"

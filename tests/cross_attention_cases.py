@@ -15,8 +15,8 @@ import pyfused
 from pyfused import reference
 from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
-from pyfused.reference.adapter_residual import ACTIVATIONS
-from pyfused.reference.cross_attention_residual import attention_probabilities
+from pyfused.reference.adapter import ACTIVATIONS
+from pyfused.reference.cross_attention import attention_probabilities
 
 ABSORBED = PLANS[:2]
 EVERY = {"portable": PLANS, "triton": PLANS}

@@ -13,8 +13,8 @@ import torch
 from models_setup import wake
 from torch import nn
 
-from pyfused import observe
 from pyfused.modules import LoRALinear, LoRAMultiheadAttention
+from pyfused.ops import decision
 
 E, H, L, S, B = 16, 4, 5, 6, 3
 GEOMETRIES = {
@@ -162,11 +162,8 @@ def test_parameter_gradients_are_those_of_the_folded_weight():
 def test_inputs_that_are_one_tensor_share_one_product(kind, calls):
     _, lora = build({"batch_first": True})
     seen = []
-    observe.observers.append(lambda operator, **facts: seen.append(facts["sizes"]["N"] // E))
-    try:
+    with decision.observed(lambda told: seen.append(told.sizes["N"] // E)):
         lora(*inputs(lora, kind, batched=True), need_weights=False)
-    finally:
-        observe.observers.pop()
     assert len(seen) == calls + 1
     assert sum(seen) == 4
 

@@ -11,7 +11,6 @@ import torch
 
 import pyfused
 from pyfused import backend as backends
-from pyfused import observe
 from pyfused.bench import check, memory, operators, parity, targets
 from pyfused.bench.adapter_residual import AdapterCase, eager_adapter_residual
 from pyfused.bench.cases import refusal
@@ -19,6 +18,7 @@ from pyfused.bench.cross_attention_residual import SDPA, CrossAttentionCase, eag
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.bench.projection_residual import ProjectionCase, eager_projection_residual
 from pyfused.bench.rows import Row
+from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS
 
 CPU = torch.device("cpu")
@@ -252,11 +252,8 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
     assert {item.tensor for item in row["deviations"]} == {"y"}
     assert all(item.passed for item in row["deviations"])
     asked = []
-    observe.observers.append(lambda operator, **facts: asked.append((operator, facts["backend"])))
-    try:
+    with decision.observed(lambda told: asked.append((told.operator, told.backend))):
         ours, eager = (calls[key][0]() for key in ("pyfused", "eager"))
-    finally:
-        observe.observers.pop()
     assert asked == [(case.operator, "portable")]
     assert ours.grad_fn is not None
     assert eager.grad_fn is not None
@@ -656,15 +653,12 @@ def test_the_reference_operators_replace_the_modules_own(operator, module):
 
     layer, x = module(), torch.randn(3, 8)
     calls = []
-    observe.observers.append(lambda operator, **facts: calls.append(operator))
-    try:
+    with decision.observed(lambda told: calls.append(told.operator)):
         with reference_operators():
             plain = layer(x)
         assert calls == []
         assert torch.allclose(layer(x), plain)
         assert calls == [operator]
-    finally:
-        observe.observers.pop()
 
 
 def test_a_model_with_a_wrong_operator_is_rejected():

@@ -18,7 +18,7 @@ from pyfused.modules import LoRAMultiheadAttention, ScaledCrossAttention
 from pyfused.modules.cross_attention import Prepared
 from pyfused.ops import checks
 from pyfused.ops.attention import PROJECTIONS
-from pyfused.reference.cross_attention_residual import cross_attention_residual
+from pyfused.reference.cross_attention import cross_attention_residual
 
 B, L, C, WIDTH, HEADS = 3, 11, 32, 24, 4
 # Tokens of a context that the absorbed plan, and that the standard plan serves.

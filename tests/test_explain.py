@@ -8,12 +8,12 @@ from torch import nn
 
 import pyfused
 from pyfused import backend as backends
-from pyfused import observe
-from pyfused.explain import _DESCRIBE, Explanation, _bytes, explain
+from pyfused.explain import Explanation, _bytes, _call, explain
+from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS as CROSS_ATTENTION_PLANS
 from pyfused.ops.cross_attention_residual import choose_plan as choose_cross_attention_plan
 from pyfused.ops.cross_attention_residual import most_columns
-from pyfused.ops.lora_linear import resolve_plans
+from pyfused.ops.lora_linear import _decided, resolve_plans
 
 
 class Layer(nn.Module):
@@ -268,14 +268,14 @@ def test_model_buffers_hooks_mode_and_generator_are_left_as_they_were(training):
     assert all(module.training is training for module in net.modules())
     assert torch.equal(torch.get_rng_state(), generator)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-    assert observe.observers == []
+    assert decision.observers == []
 
 
 def test_a_failing_call_raises_its_own_error_and_leaves_nothing_behind():
     net = Net()
     with pytest.raises(ValueError, match="lora_linear: x must have"):
         explain(net, torch.randn(5, 17))
-    assert observe.observers == []
+    assert decision.observers == []
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert len(explain(net, torch.randn(5, 16)).calls) == 2
 
@@ -331,8 +331,8 @@ def test_the_plans_of_both_directions_are_named():
     """The low-rank term of a GPU's y (M, 14336) costs less in a pass of its own, that of dx (M, 768) in the GEMM."""
     plans = resolve_plans("auto", "triton", 14336, 768, 16, 0.0, torch.bfloat16, "cuda")
     sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
-    facts = {"x": torch.empty(5, 768, dtype=torch.bfloat16), "backend": "triton", "plans": plans, "limits": {}}
-    call = _DESCRIBE["lora_linear"]("up", "lora_linear", facts | {"sizes": sizes, "cast": False})
+    x = torch.empty(5, 768, dtype=torch.bfloat16)
+    call = _call("up", _decided(x, sizes, "triton", *plans, {}, False))
     assert (call.plan, call.backward_plan) == ("shrink_expand", "one_launch")
     assert call.why[:2] == (f"forward: {plans[0][1]}", f"backward: {plans[1][1]}")
     assert "shrink_expand / one_launch" in str(Explanation([call]))
@@ -368,9 +368,3 @@ def test_byte_units(count, text):
 def test_not_callable():
     with pytest.raises(TypeError, match="explain: model_or_function must be a module or a callable, got int"):
         explain(3)
-
-
-def test_every_operator_can_be_explained():
-    from pyfused import ops
-
-    assert set(_DESCRIBE) == set(ops.__all__)

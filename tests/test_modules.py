@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from pyfused import reference
 from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule
+from pyfused.ops import decision
 
 
 def adapted_linear(**settings) -> LoRALinear:
@@ -367,15 +368,10 @@ class TestLoRAConv2d:
         torch.testing.assert_close(module(x), module(x[None])[0])
 
     def test_a_plain_1x1_goes_through_the_operator(self):
-        from pyfused import observe
-
         calls = []
-        observe.observers.append(lambda operator, **facts: calls.append(operator))
-        try:
+        with decision.observed(lambda told: calls.append(told.operator)):
             for geometry in CONVS.values():
                 adapted_conv(nn.Conv2d(4, 8, **geometry))(torch.randn(1, 4, 9, 8))
-        finally:
-            observe.observers.pop()
         assert calls == ["lora_linear"] * 2
 
     def test_the_scaling_acts(self):

@@ -17,6 +17,7 @@ from pyfused.backend import choose
 from pyfused.costs import costs
 from pyfused.measured import Row, Table
 from pyfused.ops.cuda_limits import cuda_rows, cuda_shared_memory
+from pyfused.ops.decision import Decision
 
 GPU = torch.device("cuda", 0)
 LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0}
@@ -99,7 +100,9 @@ def test_products_of_lora_linear():
     ):
         cuda, triton, why = costs("lora_linear", capability, LORA | {"dropout_p": dropout_p})
         assert (cuda, triton) == pytest.approx(expected)
-        assert why() == f"each of x costs as much as {cuda:.0f} products with cuda, {triton:.0f} with triton"
+        rows, k = LORA["M"], LORA["K"]
+        times = [rows * k * cost / 156e6 for cost in (cuda, triton)]
+        assert why() == "forward takes {:.1f} us with cuda, {:.1f} us with triton, by an A100's rates".format(*times)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,8 @@ def test_measured_rows_are_explained(gpu, monkeypatch):
     from pyfused.explain import _not_taken
 
     monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
-    reasons = _not_taken("cuda", GPU, torch.bfloat16, "adapter_residual", ADAPTER)
+    name, dtype = "adapter_residual", torch.bfloat16
+    reasons = _not_taken(Decision(name, name, (), ADAPTER, dtype, GPU, "cuda", "save", "save", (), 0, {}))
     assert reasons == ["measured at M = 6304: triton 30.0 us, cuda 31.0 us", "not triton: not asked for"]
 
 

@@ -16,16 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused import observe
 from pyfused.models.pca import PCACompressor
 from pyfused.modules.wide import KeepsWide
 from pyfused.ops import checks
+from pyfused.ops.decision import LeftToTorch, notify
 from pyfused.ops.projection_residual import projection_residual
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 OBJECTIVES = ("reconstruction", "matched", "teacher_forced")
+_LEFT_TO_TORCH = (
+    LeftToTorch("W1, W2 and their GELUs", why="they have no residual to add to"),
+    LeftToTorch("o * sigmoid(Wf c)", why="an operator's gate is a parameter, not a tensor"),
+)
 # The label that `torch.nn.functional.cross_entropy` and transformers leave out.
 IGNORED = -100
 
@@ -136,8 +140,8 @@ class LatentWireAdapter(KeepsWide):
         if mask is not None:
             c = torch.where(_valid(caller, "mask", mask, c)[..., None], c, 0)
         n = self._normed("norm", c).to(c.dtype)
-        observe.notify(observe.PLAIN, what="W1, W2 and their GELUs", why="they have no residual to add to")
-        observe.notify(observe.PLAIN, what="o * sigmoid(Wf c)", why="an operator's gate is a parameter, not a tensor")
+        for part in _LEFT_TO_TORCH:
+            notify(part)
         g = F.gelu(F.linear(F.gelu(F.linear(n, *self._layer("first", c))), *self._layer("second", c)))
         g = F.dropout(g, self.dropout, self.training)
         # W3 g + Wskip n, then o * sigmoid(Wf c) + Ws c.

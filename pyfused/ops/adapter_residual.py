@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from pyfused import backend as backends
-from pyfused import observe
-from pyfused.ops import checks, layout, registry
+from pyfused.ops import checks, decision, layout, registry
 from pyfused.ops.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 
 _NAME = "adapter_residual"
@@ -257,17 +256,8 @@ def adapter_residual(
     }  # fmt: skip
     chosen = backends.choose(backend, z.device, z.dtype, name, sizes, limits)
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
-    if observe.observers:
-        observe.notify(
-            name,
-            backend=chosen,
-            plan=resolved,
-            reason=reason,
-            limits=limits,
-            sizes=sizes,
-            z=z,
-            cast=cast,
-        )
+    if decision.observers:
+        decision.notify(_decided(z, sizes, chosen, resolved, reason, limits, cast))
     seed = checks.seed(name, seed, z.device) if dropout_p > 0.0 else None
     # y is laid out as the residual stream, dz as z.
     rows, channels_first = layout.as_rows(channel_dim, *((z,) if residual is None else (z, residual)))
@@ -281,6 +271,26 @@ def adapter_residual(
         (resolved, chosen),
     )
     return layout.from_rows(y, z, channel_dim, channels_first[-1])
+
+
+def _decided(z, sizes, backend, plan, reason, limits, cast) -> decision.Decision:
+    shapes = tuple((letter, int(sizes[letter])) for letter in ("M", "C", "h"))
+    m, channels, hidden = (size for _, size in shapes)
+    return decision.Decision(
+        operator=_NAME,
+        kernels=_NAME,
+        shapes=shapes,
+        sizes=sizes,
+        dtype=z.dtype,
+        device=z.device,
+        backend=backend,
+        plan=plan,
+        backward_plan=plan,
+        reasons=(reason,),
+        # What autocast made of z is no input of the call, and kept too.
+        saved_bytes=m * (hidden * (plan == "save") + channels * cast) * z.element_size(),
+        limits=limits,
+    )
 
 
 def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -> None:

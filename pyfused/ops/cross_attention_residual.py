@@ -29,13 +29,13 @@ the products have. Dropout's mask has row m and column h T' + t, T' the power of
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from pyfused import backend as backends
-from pyfused import observe
-from pyfused.ops import checks, layout, registry
+from pyfused.ops import checks, decision, layout, registry
 from pyfused.ops.attention import (
     PROJECTIONS,
     PreparedContext,
@@ -239,13 +239,9 @@ def attend(
     chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits)
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
     out_bias = None if projections.out_bias is None else projections.out_bias.to(dtype)
-    if observe.observers:
-        observe.notify(
-            _NAME, backend=chosen, plan=prepared.plan, reason=prepared.reason, limits=limits, sizes=sizes,
-            kernels=operator, x=x, dtype=dtype, heads=projections.num_heads, tokens=prepared.tokens,
-            head_dim=projections.head_dim, context_batch=len(prepared.keys), projections=projections,
-            keeps_projection=keeps_projection("identity", norm_match, gate is not None and gate.requires_grad),
-        )  # fmt: skip
+    if decision.observers:
+        need_gate = gate is not None and gate.requires_grad
+        decision.notify(_decided(x, prepared, projections, norm_match, need_gate, operator, sizes, chosen, limits))
     if prepared.plan == "standard":
         # torch's attention would be the first to meet a tangent, and refuse it in its own name.
         registry.refuse_tangents(_NAME, {"x": x, "context": prepared.keys})
@@ -268,6 +264,57 @@ def attend(
         (prepared.plan, dtype, chosen),
     )
     return y.view(x.shape)
+
+
+def _decided(
+    x: Tensor,
+    prepared: PreparedContext,
+    projections: Projections,
+    norm_match: bool,
+    need_gate: bool,
+    kernels: str,
+    sizes: Mapping[str, float],
+    backend: str,
+    limits: Mapping[str, str],
+) -> decision.Decision:
+    heads, tokens, width = projections.num_heads, prepared.tokens, projections.head_dim
+    return decision.Decision(
+        operator=_NAME,
+        kernels=kernels,
+        shapes=(("M", int(sizes["M"])), ("C", x.shape[2]), ("H", heads), ("d", width), ("T", tokens)),
+        sizes=sizes,
+        dtype=prepared.dtype,
+        device=x.device,
+        backend=backend,
+        plan=prepared.plan,
+        backward_plan=prepared.plan,
+        reasons=(prepared.reason,),
+        saved_bytes=_saved_bytes(x, prepared, projections, norm_match, need_gate),
+        limits=limits,
+    )
+
+
+def _saved_bytes(
+    x: Tensor, prepared: PreparedContext, projections: Projections, norm_match: bool, need_gate: bool
+) -> int:
+    """What a training step keeps for backward beyond the call's own inputs, in bytes."""
+    dtype, heads, tokens = prepared.dtype, projections.num_heads, prepared.tokens
+    (batch, length, channels), inner, contexts = x.shape, heads * projections.head_dim, len(prepared.keys)
+    m, wide = batch * length, torch.promote_types(dtype, torch.float32)
+    if prepared.plan == "standard":
+        # q, k, v, attention's output and the logarithm of its sums, and the projected output where backward needs it.
+        projected = channels * keeps_projection("identity", norm_match, need_gate)
+        kept = m * (2 * inner + projected) + 2 * contexts * tokens * inner
+        return kept * dtype.itemsize + m * heads * wide.itemsize
+    # E, c and F are inputs of the call's core, not of the call; K and V are what they are made of.
+    saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + wide.itemsize)
+    saved += contexts * tokens * 2 * inner * wide.itemsize
+    saved += m * heads * tokens * dtype.itemsize * (prepared.plan == "absorbed")
+    # They are made in float32, of what is cast to it.
+    absorbed = (projections.q_weight, projections.q_bias, projections.out_weight)
+    return saved + sum(
+        p.numel() * wide.itemsize for p in absorbed if p is not None and p.dtype.itemsize < wide.itemsize
+    )
 
 
 def _most_cuda_columns(norm_match: bool) -> int:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pyfused import backend as backends
-from pyfused import observe
-from pyfused.ops import checks, layout, registry
+from pyfused.ops import checks, decision, layout, registry
 from pyfused.ops.cuda_limits import cuda_row_limit
 
 MAX_RANK = 256
@@ -219,8 +218,8 @@ def lora_linear(
             f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
         )
     forward, backward = resolve_plans(plan, chosen, n, k, rank, dropout_p, dtype, x.device.type)
-    if observe.observers:
-        observe.notify(name, backend=chosen, plans=(forward, backward), limits=limits, sizes=sizes, x=x, cast=cast)
+    if decision.observers:
+        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, cast))
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
     y = registry.run(
@@ -232,6 +231,26 @@ def lora_linear(
         (backward[0], chosen),
     )
     return layout.from_rows(y, x, channel_dim, channels_first)
+
+
+def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:
+    (plan, reason), (backward_plan, backward_reason) = forward, backward
+    reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
+    return decision.Decision(
+        operator="lora_linear",
+        kernels="lora_linear",
+        shapes=tuple((letter, int(sizes[letter])) for letter in "MKNR"),
+        sizes=sizes,
+        dtype=x.dtype,
+        device=x.device,
+        backend=backend,
+        plan=plan,
+        backward_plan=backward_plan,
+        reasons=reasons,
+        # P, and what autocast made of x.
+        saved_bytes=int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size(),
+        limits=limits,
+    )
 
 
 def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[str, str]:

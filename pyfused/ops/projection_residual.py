@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from pyfused import backend as backends
-from pyfused import observe
-from pyfused.ops import checks, layout, registry
+from pyfused.ops import checks, decision, layout, registry
 from pyfused.ops.adapter_residual import ACTIVATIONS
 
 _NAME = "projection_residual"
@@ -176,12 +175,31 @@ def projection_residual(
     channels, k = weight.shape
     sizes = {"M": o.numel() // max(1, k), "K": k, "C": channels, "norm_match": norm_match}
     chosen = backends.choose(backend, o.device, o.dtype, _NAME, sizes)
-    if observe.observers:
+    if decision.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
-        observe.notify(_NAME, backend=chosen, sizes=sizes, o=o, weight=weight, keeps=keeps)
+        decision.notify(_decided(o, sizes, chosen, keeps))
     return project_residual(
         _NAME, o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
     )  # fmt: skip
+
+
+def _decided(o, sizes, backend, keeps) -> decision.Decision:
+    shapes = tuple((letter, int(sizes[letter])) for letter in "MKC")
+    plan = "save" if keeps else "-"
+    return decision.Decision(
+        operator=_NAME,
+        kernels=_NAME,
+        shapes=shapes,
+        sizes=sizes,
+        dtype=o.dtype,
+        device=o.device,
+        backend=backend,
+        plan=plan,
+        backward_plan=plan,
+        reasons=("backward needs the projection" if keeps else "backward needs nothing of y's size",),
+        saved_bytes=int(sizes["M"] * sizes["C"]) * o.element_size() * keeps,
+        limits={},
+    )
 
 
 def project_residual(

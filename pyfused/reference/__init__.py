@@ -1,8 +1,8 @@
 """The obvious PyTorch of every operator: what each backend must equal. Never optimised."""
 
-from pyfused.reference.adapter_residual import adapter_residual
-from pyfused.reference.cross_attention_residual import cross_attention_residual, projection_residual
-from pyfused.reference.lora_linear import lora_linear
+from pyfused.reference.adapter import adapter_residual
+from pyfused.reference.cross_attention import cross_attention_residual, projection_residual
+from pyfused.reference.linear import lora_linear
 from pyfused.reference.philox import dropout_keep_mask
 
 __all__ = [

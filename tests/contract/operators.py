@@ -20,7 +20,7 @@ from torch import Tensor
 import pyfused
 from pyfused import backend as backends
 from pyfused import reference
-from pyfused.ops import __all__ as ALL
+from pyfused.ops import OPERATORS as ALL
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
 

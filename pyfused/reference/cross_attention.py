@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfused.reference.adapter_residual import ACTIVATIONS
+from pyfused.reference.adapter import ACTIVATIONS
 from pyfused.reference.philox import dropout_keep_mask
 
 
