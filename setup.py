@@ -32,7 +32,7 @@ MIN_TORCH = (2, 10)
 BLACKWELL_NVCC = (12, 8)
 ARCHITECTURES, OLDER_ARCHITECTURES = "80;90;100;120", "80;90"
 OBJECTS = Path("build", "cuda")
-# What says why the build made no pyfused._C; pyfused/backend.py reads it.
+# What says why the build made no pyfused._C; pyfused/choice/backends.py reads it.
 ABSENT = "_C.absent"
 
 

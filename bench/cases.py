@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import pyfused
-from pyfused import backend as backends
 from pyfused.bench.baselines import Contenders
+from pyfused.choice import backends
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
-from pyfused import backend as backends
 from pyfused.bench import parity
 from pyfused.bench.cases import Case, refusal
 from pyfused.bench.operators import parity_cases
+from pyfused.choice import backends
 
 
 def run(device: torch.device, threads: int | None = None, cases: Iterable[Case] | None = None) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from pyfused.bench.baselines import Contender, Contenders, narrowed
 from pyfused.bench.cases import Case, Work, normal, short, with_both_adapters
 from pyfused.bench.projection_residual import eager_projection_residual
-from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
+from pyfused.ops.prepared_context import PROJECTIONS
 
 SDPA = "projections + SDPA"
 # (B, T, whether norms are matched) over ViT-L/14 at 518 px, 1370 tokens of 1024, with 16 heads of 64.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import pyfused
-from pyfused import backend as backends
 from pyfused.bench import operators, parity, timing
 from pyfused.bench.cases import Case, refusal
 from pyfused.bench.plugin import SESSION, Compare
 from pyfused.bench.session import Session
+from pyfused.choice import backends
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

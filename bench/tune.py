@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
-from pyfused import backend as backends
-from pyfused import measured, preference
 from pyfused.bench import operators, timing
 from pyfused.bench import rows as row_format
 from pyfused.bench.cases import Case, decided, refusal
+from pyfused.choice import backends, measured
+from pyfused.choice import order as preference
 from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
 from pyfused.kernels.launch import Chosen, LaunchWork, Target
 from pyfused.ops.lora_linear import choose_plan

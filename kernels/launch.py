@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import triton.language as tl
 
-from pyfused import measured
+from pyfused.choice import measured
 
 _Config = TypeVar("_Config")
 

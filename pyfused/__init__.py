@@ -1,8 +1,8 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
 from pyfused import diagnostics, models
-from pyfused.backend import available_backends
-from pyfused.explain import explain
+from pyfused.choice.backends import available_backends
+from pyfused.explanation import explain
 from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
 from pyfused.methods import (
     BitFitReport,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import pyfused
-from pyfused import backend, measured
+from pyfused.choice import backends, measured
 
 # Distribution -> why somebody would want it.
 _OPTIONAL = {
@@ -178,10 +178,10 @@ def _facts() -> Iterator[tuple[str, str]]:
 
 def _how_kernels_run(device: torch.device, targets: Sequence[str]) -> str:
     """Which of the library's ``targets`` a GPU runs, or why none."""
-    reason = backend.refusal("cuda", device, torch.float16)
+    reason = backends.refusal("cuda", device, torch.float16)
     if reason is not None:
         return f"does not run: {reason}"
-    code = backend.code_for(torch.cuda.get_device_capability(device), targets)
+    code = backends.code_for(torch.cuda.get_device_capability(device), targets)
     if code is not None and code.startswith("sm_"):
         return f"runs {code}"
     # NOTES.md has what ptxas takes for each module.

@@ -14,8 +14,8 @@ from pyfused.modules import LoRALinear, LoRAModule, checkpoint, surgery, third_p
 from pyfused.modules.lora import check_settings
 from pyfused.modules.report import LoRAReport, lora_report
 from pyfused.modules.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, places, wrapper_of
-from pyfused.observe import never_called
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
+from pyfused.surgery.watch import never_called
 
 _CALLER = "inject_lora"
 _RANK, _ALPHA = 16, 32.0

@@ -10,8 +10,8 @@ from oracle import Tensors, assert_as_accurate_as_torch, exact, randn
 from torch import Tensor
 
 import pyfused
-from pyfused import backend as backends
 from pyfused import reference
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import PLANS
 
 every_plan = planned(dict.fromkeys(backends.BACKENDS, PLANS))

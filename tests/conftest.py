@@ -26,7 +26,7 @@ from emulator import library  # noqa: E402
 from emulator.build import REFUSAL  # noqa: E402
 
 import pyfused  # noqa: E402
-from pyfused import backend as backends  # noqa: E402
+from pyfused.choice import backends  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import hypothesis

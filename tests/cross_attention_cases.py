@@ -13,8 +13,8 @@ from torch import Tensor
 
 import pyfused
 from pyfused import reference
-from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
+from pyfused.ops.prepared_context import PROJECTIONS
 from pyfused.reference.adapter import ACTIVATIONS
 from pyfused.reference.cross_attention import attention_probabilities
 

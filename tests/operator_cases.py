@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

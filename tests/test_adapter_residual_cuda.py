@@ -9,9 +9,9 @@ from operator_cases import DEVICE, cuda_backend, leaves_of, run, seed
 from oracle import randn
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import ACTIVATIONS, MAX_CUDA_HIDDEN, PLANS
-from pyfused.ops.cuda_limits import cuda_shared_memory
+from pyfused.ops.contract.cuda_limits import cuda_shared_memory
 from pyfused.portable.philox import dropout_
 
 pytestmark = cuda_backend

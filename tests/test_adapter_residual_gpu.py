@@ -8,10 +8,10 @@ from adapter_residual_cases import check, draw, every_plan, sample_scale
 from operator_cases import every_backend, plain_dtype, planned, seed
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
+from pyfused.choice.order import preference
 from pyfused.ops.adapter_residual import MAX_CUDA_HIDDEN, MAX_KERNEL_HIDDEN, PLANS
 from pyfused.portable.philox import dropout_
-from pyfused.preference import preference
 
 pytestmark = pytest.mark.gpu
 

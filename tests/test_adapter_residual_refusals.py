@@ -10,7 +10,7 @@ from adapter_residual_cases import check, draw, every_plan
 from operator_cases import DEVICE, every_backend, plain_dtype
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import ACTIVATIONS, MAX_KERNEL_HIDDEN
 
 B, C, H = 4, 6, 3

@@ -13,8 +13,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import pyfused
-from pyfused import backend as backends
-from pyfused.backend import available_backends, refusal
+from pyfused.choice import backends
+from pyfused.choice.backends import available_backends, refusal
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
@@ -544,7 +544,7 @@ def _no_kernels(monkeypatch, tmp_path, error: ImportError) -> None:
         raise error
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backend.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "choice" / "backends.py"))
 
 
 def test_missing_kernels_are_explained_by_the_build(monkeypatch, tmp_path):
@@ -587,7 +587,7 @@ def _fresh(code: str, **variables: str) -> subprocess.CompletedProcess:
 def test_environment_is_read_once_at_import():
     code = """
 import os, torch, pyfused
-from pyfused.backend import choose
+from pyfused.choice.backends import choose
 cpu = torch.device("cpu")
 print(choose("auto", torch.device("cuda"), torch.float32, "lora_linear", {}))
 os.environ["PYFUSED_BACKEND"] = "triton"
@@ -598,7 +598,8 @@ print(choose("auto", cpu, torch.float32, "lora_linear", {}))
 
 
 def test_environment_with_an_unknown_backend():
-    assert _fresh("import pyfused; print(pyfused.backend.DEFAULT_BACKEND)", PYFUSED_BACKEND="").stdout == "auto\n"
+    code = "from pyfused.choice import backends; print(backends.DEFAULT_BACKEND)"
+    assert _fresh(code, PYFUSED_BACKEND="").stdout == "auto\n"
     run = _fresh("import pyfused", PYFUSED_BACKEND="fast")
     assert run.returncode != 0
     assert "ValueError: PYFUSED_BACKEND must be one of" in run.stderr

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyfused
-from pyfused import backend as backends
 from pyfused.bench import cases, operators, parity
 from pyfused.bench.adapter_residual import AdapterCase
 from pyfused.bench.cross_attention_residual import CrossAttentionCase
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.bench.projection_residual import ProjectionCase
+from pyfused.choice import backends
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}

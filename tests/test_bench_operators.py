@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import backend as backends
 from pyfused.bench import check, memory, operators, parity, targets
 from pyfused.bench.adapter_residual import AdapterCase, eager_adapter_residual
 from pyfused.bench.cases import refusal
@@ -18,6 +17,7 @@ from pyfused.bench.cross_attention_residual import SDPA, CrossAttentionCase, eag
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.bench.projection_residual import ProjectionCase, eager_projection_residual
 from pyfused.bench.rows import Row
+from pyfused.choice import backends
 from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS
 

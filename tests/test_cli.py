@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import pyfused
-from pyfused import backend as backends
 from pyfused import cli
 from pyfused.bench import operators
 from pyfused.bench.adapter_residual import AdapterCase
 from pyfused.bench.lora_linear import LoRACase
+from pyfused.choice import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 

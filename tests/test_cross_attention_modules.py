@@ -16,8 +16,8 @@ import pyfused
 from pyfused.models import TextCrossAttention
 from pyfused.modules import LoRAMultiheadAttention, ScaledCrossAttention
 from pyfused.modules.cross_attention import Prepared
-from pyfused.ops import checks
-from pyfused.ops.attention import PROJECTIONS
+from pyfused.ops.contract import checks
+from pyfused.ops.prepared_context import PROJECTIONS
 from pyfused.reference.cross_attention import cross_attention_residual
 
 B, L, C, WIDTH, HEADS = 3, 11, 32, 24, 4

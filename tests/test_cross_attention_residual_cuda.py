@@ -9,9 +9,9 @@ from operator_cases import cuda_backend, leaves_of, run, seed
 from oracle import randn
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
+from pyfused.ops.contract.cuda_limits import cuda_shared_memory
 from pyfused.ops.cross_attention_residual import MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED
-from pyfused.ops.cuda_limits import cuda_shared_memory
 
 pytestmark = cuda_backend
 

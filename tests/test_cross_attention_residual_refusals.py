@@ -13,7 +13,7 @@ from cross_attention_cases import ABSORBED, check, draw, every_plan
 from operator_cases import DEVICE, every_backend
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import ACTIVATIONS
 from pyfused.ops.cross_attention_residual import PLANS, most_columns
 

@@ -13,8 +13,8 @@ from oracle import cotangent, randn
 
 import pyfused
 from pyfused import reference
-from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS
+from pyfused.ops.prepared_context import PROJECTIONS
 
 # Each alone, all.
 SUBSETS = [subset for size in (1, 11) for subset in itertools.combinations(NAMES, size)]

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 # Stands in for the operators, on everything that they are built upon.

@@ -7,8 +7,8 @@ from operator_cases import leaves_of
 from torch import nn
 
 import pyfused
-from pyfused import backend as backends
-from pyfused.explain import Explanation, _bytes, _call, explain
+from pyfused.choice import backends
+from pyfused.explanation import Explanation, _bytes, _call, explain
 from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS as CROSS_ATTENTION_PLANS
 from pyfused.ops.cross_attention_residual import choose_plan as choose_cross_attention_plan

@@ -282,7 +282,7 @@ class TestBlock:
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
 
     def test_interpreted_kernel_in_a_block(self):
-        from pyfused.backend import TRITON_INTERPRETED, TRITON_REFUSAL
+        from pyfused.choice.backends import TRITON_INTERPRETED, TRITON_REFUSAL
         from pyfused.modules import adapter as module
 
         if TRITON_REFUSAL is not None or not TRITON_INTERPRETED:

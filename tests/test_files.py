@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 
-from pyfused import files, measured
+from pyfused import files
+from pyfused.choice import measured
 
 ROW = {
     "gpu": "G", "capability": [9, 0], "subject": "lora_linear", "dtype": "bfloat16", "rows": 64,

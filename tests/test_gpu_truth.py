@@ -17,11 +17,11 @@ import torch
 pytest.importorskip("triton")
 
 import pyfused
-from pyfused import backend as backends
 from pyfused import kernels
 from pyfused.bench.gpu import outcomes as outcomes_format
 from pyfused.bench.gpu import truth, truth_cases
 from pyfused.bench.gpu.truth_cases import BOTH, FORWARD, Call
+from pyfused.choice import backends
 from pyfused.ops import OPERATORS
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS

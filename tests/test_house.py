@@ -16,63 +16,68 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 host = pytest.mark.host
 
-# Component -> what else of pyfused it may import. "face" is `pyfused` itself: the names that users import.
+# Room, a folder or a file of pyfused -> the other rooms that it may import. A room inside a room has a dot. "face" is
+# `pyfused` itself: the names that users import.
 MAY_IMPORT: dict[str, set[str]] = {
-    "costs": set(),
     "files": set(),
-    "measured": {"files"},
-    "preference": {"costs", "measured"},
-    "backend": {"preference"},
-    "observe": set(),
+    "choice.measured": {"files"},
+    "choice": {"choice.measured"},
     "reference": set(),
     "portable": set(),
-    "kernels": {"measured"},
-    "ops": {"backend"},
-    "modules": {"ops", "backend"},
-    "inject": {"modules", "ops", "observe"},
-    "methods": {"modules", "ops"},
-    "explain": {"backend", "observe", "ops", "preference"},
-    "models": {"modules", "ops"},
-    "diagnostics": {"methods", "modules", "ops", "observe"},
-    "integrations": {"modules", "ops", "inject"},
-    "face": {"backend", "ops", "modules", "models", "diagnostics", "inject", "explain", "methods"},
-    "cli": {"face", "measured", "backend", "explain"},
+    "kernels": {"choice.measured"},
+    "ops.contract": {"choice"},
+    "ops": {"choice", "ops.contract"},
+    "surgery": {"ops.contract"},
+    "inject": {"modules", "ops", "ops.contract", "surgery"},
+    "methods": {"modules", "ops.contract", "surgery"},
+    "modules": {"ops", "ops.contract", "choice", "surgery"},
+    "models": {"modules", "ops", "ops.contract", "surgery"},
+    "diagnostics": {"methods", "modules", "ops.contract", "surgery"},
+    "explanation": {"choice", "ops", "surgery"},
+    "face": {"choice", "ops", "modules", "models", "diagnostics", "inject", "explanation", "methods"},
+    "cli": {"face", "choice", "choice.measured"},
     "bench": {
         "face",
-        "measured",
+        "choice",
+        "choice.measured",
         "files",
-        "preference",
-        "observe",
-        "backend",
         "ops",
+        "ops.contract",
         "modules",
         "models",
         "diagnostics",
-        "integrations",
         "inject",
-        "explain",
         "reference",
         "kernels",
     },
 }
 # The same, inside a function only: code that must not be loaded with the package.
-MAY_IMPORT_LATE = {"ops": {"portable", "kernels"}, "explain": {"kernels"}, "cli": {"bench", "kernels"}}
+MAY_IMPORT_LATE = {"ops": {"portable", "kernels"}, "ops.contract": {"portable", "kernels"}, "cli": {"bench", "kernels"}}
 # Component -> third-party packages besides torch; None: any.
 THIRD_PARTY: dict[str, set[str] | None] = {
     "kernels": {"triton", "numpy"},
     "models": {"timm"},
     "diagnostics": {"matplotlib"},
-    "integrations": None,
     "cli": None,
     "bench": None,
 }
+
+
+def room_of(name: str) -> str:
+    """The room of a module by its dotted name, without the file's own."""
+    parts = name.split(".")[1:]
+    return next((room for n in (2, 1) if (room := ".".join(parts[:n])) in MAY_IMPORT), "face")
 
 
 def component_of(path: Path, root: Path) -> str:
     parts = path.relative_to(root).with_suffix("").parts
     if parts[0] != "pyfused":
         return parts[0]
-    return "face" if parts[1] == "__init__" else parts[1]
+    if parts[1:] == ("__init__",):
+        return "face"
+    name = ".".join(parts).removesuffix(".__init__")
+    # What has no place in the table keeps its own name, which is then reported.
+    return parts[1] if room_of(name) == "face" else room_of(name)
 
 
 def imports_of(path: Path, root: Path) -> Iterator[tuple[str, bool, int]]:
@@ -111,11 +116,11 @@ def violations(root: Path) -> list[str]:
             found.append(f"{where}: {component!r} has no place in MAY_IMPORT")
             continue
         for name, late, line in imports_of(path, root):
-            top, *rest = name.split(".")
+            top = name.partition(".")[0]
             if top in ("kernels", "bench", "tests"):
                 found.append(f"{where}:{line}: {component} imports {name} past the package")
             elif top == "pyfused":
-                target = rest[0] if rest and rest[0] in MAY_IMPORT else "face"
+                target = room_of(name)
                 allowed = (
                     MAY_IMPORT[component] | {component} | (MAY_IMPORT_LATE.get(component, set()) if late else set())
                 )
@@ -133,6 +138,33 @@ def test_imports_point_one_way():
     assert violations(ROOT) == []
 
 
+def hidden_modules(root: Path) -> list[str]:
+    """Modules that a function or class of their own name hides: ``import pyfused.a.b as b`` would give that."""
+    found = []
+    for init in sorted(root.rglob("__init__.py")):
+        inside = {path.stem for path in init.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+        for name, _, line in imports_of(init, root.parent):
+            home, _, last = name.rpartition(".")
+            if last in inside and home.endswith(f".{last}"):
+                found.append(f"{init.relative_to(root.parent)}:{line}: {last} hides the module {home}")
+    return found
+
+
+@host
+@pytest.mark.parametrize("room", ["pyfused", "bench", "kernels"])
+def test_no_name_hides_its_module(room):
+    assert hidden_modules(ROOT / room) == []
+
+
+@host
+def test_a_hidden_module_is_found(tmp_path):
+    package = tmp_path / "pyfused"
+    package.mkdir()
+    (package / "__init__.py").write_text("from pyfused.check import check\nfrom pyfused.check import other\n")
+    (package / "check.py").write_text("")
+    assert hidden_modules(package) == ["pyfused/__init__.py:1: check hides the module pyfused.check"]
+
+
 @host
 @pytest.mark.parametrize(
     ("path", "code", "message"),
@@ -144,8 +176,8 @@ def test_imports_point_one_way():
         ("pyfused/ops/a.py", "def f():\n    import pyfused.reference", "ops imports reference"),
         ("pyfused/modules/a.py", "from pyfused import lora_linear", "modules imports face"),
         ("pyfused/modules/a.py", "def f():\n    from pyfused.portable import philox", "modules imports portable"),
-        ("pyfused/explain.py", "from pyfused.kernels import launch", "explain imports kernels"),
-        ("kernels/a.py", "from pyfused.backend import choose", "kernels imports backend"),
+        ("pyfused/explanation.py", "from pyfused.kernels import launch", "explanation imports kernels"),
+        ("kernels/a.py", "from pyfused.choice.backends import choose", "kernels imports choice"),
         ("kernels/a.py", "from ..portable import philox", "kernels imports portable"),
         ("bench/a.py", "from kernels import launch", "bench imports kernels.launch past the package"),
         ("pyfused/novel.py", "", "'novel' has no place in MAY_IMPORT"),
@@ -166,7 +198,7 @@ def test_a_wrong_import_is_found(tmp_path, path, code, message):
     [
         ("pyfused/ops/a.py", "def f():\n    from pyfused.kernels import lora_linear"),
         ("pyfused/ops/a.py", "if TYPE_CHECKING:\n    from typing_extensions import Self"),
-        ("pyfused/ops/a.py", "import math, torch.nn\nfrom . import checks\nfrom pyfused import backend"),
+        ("pyfused/ops/a.py", "import math, torch.nn\nfrom . import decision\nfrom pyfused.choice import backends"),
         ("kernels/a.py", "import triton\nfrom .launch import target\nfrom pyfused.kernels import launch"),
     ],
 )

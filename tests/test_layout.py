@@ -7,7 +7,7 @@ import torch
 from operator_cases import IMAGES, LAYOUTS
 from oracle import randn
 
-from pyfused.ops.layout import as_rows, from_rows, rows_like
+from pyfused.ops.contract.layout import as_rows, from_rows, rows_like
 
 
 def _storage(x: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from operator_cases import every_backend, plain_dtype, planned, seed
 
 import pyfused
 from pyfused import reference
-from pyfused.backend import refusal
+from pyfused.choice.backends import refusal
 from pyfused.ops.lora_linear import PLANS
 from pyfused.portable.philox import dropout_
 

@@ -10,7 +10,7 @@ from lora_linear_cases import every_plan
 from operator_cases import DEVICE, plain_dtype
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 
 M, K, N, R = 4, 6, 5, 3
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from pyfused import backend as backends
-from pyfused import measured, preference
-from pyfused.backend import choose
-from pyfused.costs import costs
-from pyfused.measured import Row, Table
-from pyfused.ops.cuda_limits import cuda_rows, cuda_shared_memory
+from pyfused.choice import backends, measured
+from pyfused.choice import order as preference
+from pyfused.choice.backends import choose
+from pyfused.choice.costs import costs
+from pyfused.choice.measured import Row, Table
+from pyfused.ops.contract.cuda_limits import cuda_rows, cuda_shared_memory
 from pyfused.ops.decision import Decision
 
 GPU = torch.device("cuda", 0)
@@ -184,7 +184,7 @@ def test_the_nearest_row(rows, nearest):
 
 
 def test_measured_rows_are_explained(gpu, monkeypatch):
-    from pyfused.explain import _not_taken
+    from pyfused.explanation import _not_taken
 
     monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
     name, dtype = "adapter_residual", torch.bfloat16

@@ -20,10 +20,10 @@ from oracle import cotangent, randn
 from torch import Tensor, nn
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 from pyfused.models import AdapterBlend
 from pyfused.modules import BottleneckAdapter, LoRALinear, ScaledCrossAttention
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 psutil = pytest.importorskip("psutil")
 

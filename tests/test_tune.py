@@ -12,16 +12,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from pyfused import backend as backends
-from pyfused import measured
 from pyfused.bench import operators, tune
 from pyfused.bench.adapter_residual import AdapterCase
 from pyfused.bench.cross_attention_residual import CrossAttentionCase
 from pyfused.bench.lora_linear import LoRACase
+from pyfused.choice import backends, measured
+from pyfused.choice.measured import Table
 from pyfused.kernels import launch
 from pyfused.kernels.bottleneck_plan import RowsConfig
 from pyfused.kernels.launch import SHARED_MEMORY, LaunchWork, Target
-from pyfused.measured import Table
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 LIMITS = tune.Limits(790e12, 1.98e9)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from pyfused import files
-from pyfused.backend import code_for
 from pyfused.bench.gpu.plan import ROOT
+from pyfused.choice.backends import code_for
 
 NAME = "_C.abi3.so"
 # Apart from this process and from pyfused, which may hold another library with the same operators. torch is loaded

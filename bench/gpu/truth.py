@@ -21,13 +21,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
 from pyfused.bench import parity, rows
 from pyfused.bench.cases import normal
 from pyfused.bench.gpu import ahead
 from pyfused.bench.gpu.budget import Work
 from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, SKIPPED, Outcomes, answers, go_on, parsed, parser
 from pyfused.bench.gpu.truth_cases import Call, calls, results
+from pyfused.choice import backends
 from pyfused.kernels import launch
 from pyfused.kernels.launch import Target
 

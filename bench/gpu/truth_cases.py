@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 import pyfused
-from pyfused import backend as backends
 from pyfused import reference
 from pyfused.bench.cases import normal, short
 from pyfused.bench.gpu import ahead
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
-from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
+from pyfused.ops.prepared_context import PROJECTIONS
 
 SEED = 20_240_607
 ROWS, NCHW, CHANNELS_LAST, PERMUTED = "rows", "NCHW", "channels_last", "permuted"

@@ -20,7 +20,7 @@ from pyfused.modules import LoRAModule
 from pyfused.modules.table import table
 from pyfused.modules.targets import heads_of, layers_of
 from pyfused.modules.wide import KeepsWide
-from pyfused.observe import calls_watched, module_of, state_kept
+from pyfused.surgery.watch import calls_watched, module_of, state_kept
 
 _CALLER = "check"
 # How many times more or less than a method's learning rate is still usual, where the documents name one.

@@ -13,7 +13,7 @@ from pyfused.modules import surgery
 from pyfused.modules.counts import Counts, count
 from pyfused.modules.table import table
 from pyfused.modules.wide import added_parameters
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 _CALLER = "bitfit"
 

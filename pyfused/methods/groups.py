@@ -12,7 +12,7 @@ from pyfused.methods.presets import RATES
 from pyfused.modules import ConvLoRA, LoRAModule, surgery
 from pyfused.modules.virtual_tokens import VirtualTokens
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 _CALLER = "param_groups"
 

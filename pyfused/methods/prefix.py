@@ -14,7 +14,7 @@ from pyfused.modules import checkpoint, surgery, virtual_tokens
 from pyfused.modules.counts import Counts, count
 from pyfused.modules.table import table
 from pyfused.modules.virtual_tokens import VirtualTokens
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 _CALLER = "PrefixTuning"
 # The entry of a checkpoint that holds the settings.

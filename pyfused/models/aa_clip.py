@@ -32,7 +32,7 @@ from pyfused.models.aa_clip_towers import (
 )
 from pyfused.modules import checkpoint, surgery
 from pyfused.modules.cross_attention import Prepared, ScaledCrossAttention
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 # The entry of a checkpoint that holds the settings.
 _SETTINGS = "adapter_settings"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 # What a cosine is multiplied by before the softmax.
 SCALE = 100.0

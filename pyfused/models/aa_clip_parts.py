@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyfused.modules.cross_attention import ScaledCrossAttention
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 from pyfused.ops.projection_residual import projection_residual
 
 

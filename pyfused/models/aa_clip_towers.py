@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pyfused.modules.cross_attention import Prepared
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 
 def towers(model: nn.Module) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from pyfused.modules.lora import check_settings as check_lora_settings
 from pyfused.modules.lora import take_over
 from pyfused.modules.targets import places
 from pyfused.modules.wide import kept_wide
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 try:
     from timm.layers import DropPath

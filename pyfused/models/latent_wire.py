@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyfused.models.pca import PCACompressor
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 from pyfused.ops.decision import LeftToTorch, notify
 from pyfused.ops.projection_residual import projection_residual
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
 from pyfused.ops.adapter_residual import ACTIVATIONS, adapter_residual
+from pyfused.ops.contract import checks
 
 if TYPE_CHECKING:
     from typing_extensions import Self

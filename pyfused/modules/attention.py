@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyfused.modules.called_attention import CalledAttention, projection
 from pyfused.modules.linear import LoRALinear
 from pyfused.modules.lora import LoRAModule
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 from pyfused.ops.lora_linear import lora_linear
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 
 class CalledAttention(nn.MultiheadAttention):

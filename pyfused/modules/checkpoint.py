@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.modules.surgery import sharded
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 _VERSION = 1
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyfused.modules.lora import check_settings
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 
 
 class ConvLoRA(KeepsWide):

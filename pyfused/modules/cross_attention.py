@@ -16,9 +16,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from pyfused.modules.attention import LoRAMultiheadAttention
 from pyfused.modules.lora import check_base
 from pyfused.modules.wide import KeepsWide
-from pyfused.ops import checks
-from pyfused.ops.attention import PROJECTIONS, PreparedContext, Projections, check_context, prepare_context
+from pyfused.ops.contract import checks
 from pyfused.ops.cross_attention_residual import PLANS, attend, cross_attention_residual, resolve_plan
+from pyfused.ops.prepared_context import PROJECTIONS, PreparedContext, Projections, check_context, prepare_context
 from pyfused.ops.projection_residual import check_eps
 
 if TYPE_CHECKING:

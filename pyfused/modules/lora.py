@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from pyfused.modules.surgery import bar_fast_paths, dressed, plain_class, sharded
 from pyfused.modules.wide import KeepsWide, added_parameters
-from pyfused.ops import checks
+from pyfused.ops.contract import checks
 from pyfused.ops.lora_linear import MAX_RANK
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
-from pyfused.ops import checks, decision, layout, registry
-from pyfused.ops.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
+from pyfused.choice import backends
+from pyfused.ops import decision
+from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 
 _NAME = "adapter_residual"
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")

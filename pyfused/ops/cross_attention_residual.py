@@ -34,9 +34,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
-from pyfused.ops import checks, decision, layout, registry
-from pyfused.ops.attention import (
+from pyfused.choice import backends
+from pyfused.ops import decision
+from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
+from pyfused.ops.prepared_context import (
     PROJECTIONS,
     PreparedContext,
     Projections,
@@ -45,7 +47,6 @@ from pyfused.ops.attention import (
     check_projections,
     prepare_context,
 )
-from pyfused.ops.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 from pyfused.ops.projection_residual import check_eps, check_gate, keeps_projection, project_residual
 
 _NAME = "cross_attention_residual"

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
-from pyfused.ops import checks, decision, layout, registry
-from pyfused.ops.cuda_limits import cuda_row_limit
+from pyfused.choice import backends
+from pyfused.ops import decision
+from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract.cuda_limits import cuda_row_limit
 
 MAX_RANK = 256
 # Beyond it P of every tile does not fit beside the tile's accumulator.

@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused import backend as backends
-from pyfused.ops import checks, decision, layout, registry
+from pyfused.choice import backends
+from pyfused.ops import decision
 from pyfused.ops.adapter_residual import ACTIVATIONS
+from pyfused.ops.contract import checks, layout, registry
 
 _NAME = "projection_residual"
 

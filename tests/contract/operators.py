@@ -18,8 +18,8 @@ from oracle import Tensors, cotangent
 from torch import Tensor
 
 import pyfused
-from pyfused import backend as backends
 from pyfused import reference
+from pyfused.choice import backends
 from pyfused.ops import OPERATORS as ALL
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS

@@ -9,8 +9,8 @@ from operators import OPERATORS, close, every_backend_of_it, function_of, given
 from oracle import cotangent
 
 import pyfused
-from pyfused import backend as backends
-from pyfused.ops.attention import PROJECTIONS
+from pyfused.choice import backends
+from pyfused.ops.prepared_context import PROJECTIONS
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import pyfused
-from pyfused import backend as backends
+from pyfused.choice import backends
 from pyfused.ops.adapter_residual import MAX_CUDA_HIDDEN, MAX_KERNEL_HIDDEN
+from pyfused.ops.contract.cuda_limits import MAX_ROWS, cuda_rows
 from pyfused.ops.cross_attention_residual import (
     MAX_CUDA_COLUMNS,
     MAX_CUDA_COLUMNS_MATCHED,
     MAX_CUDA_CONTEXTS,
     MAX_KERNEL_COLUMNS,
 )
-from pyfused.ops.cuda_limits import MAX_ROWS, cuda_rows
 from pyfused.ops.lora_linear import MAX_RANK, MAX_RANK_ONE_LAUNCH
 
 HALF = torch.float16

@@ -10,7 +10,7 @@ import torch
 from emulator import build
 from emulator.build import HERE, ROOT
 
-from pyfused import backend
+from pyfused.choice import backends
 
 TORCH = Path(torch.__file__).parent
 
@@ -28,7 +28,7 @@ def load() -> ModuleType:
     defines = ["TORCH_TARGET_VERSION=0x020a000000000000"]
     own = HERE / "library.cpp"
     path = build.build([*sources(), own], "kernels", defines=defines, include=[TORCH / "include"], link=link)
-    backend.load_cuda(path)
+    backends.load_cuda(path)
     return build.load(path)
 
 

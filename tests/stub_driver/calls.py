@@ -21,11 +21,11 @@ from torch import Tensor
 import pyfused
 from pyfused.ops.adapter_residual import ACTIVATIONS
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
-from pyfused.ops.attention import PROJECTIONS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.cross_attention_residual import most_columns, padded_columns
 from pyfused.ops.lora_linear import MAX_RANK_ONE_LAUNCH
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
+from pyfused.ops.prepared_context import PROJECTIONS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Of the activations, of the adapters beside them, and of autocast where it is on.

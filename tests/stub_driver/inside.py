@@ -141,10 +141,10 @@ def start(libcuda: str, compiling: bool) -> None:
 
 def _serve_meta_tensors() -> None:
     """Backend "triton" takes meta tensors for a GPU's."""
-    from pyfused import backend
-    from pyfused.ops import checks, registry
+    from pyfused.choice import backends
+    from pyfused.ops.contract import checks, registry
 
-    backend.refusal = lambda name, *_: "not over the stub driver" if name == "cuda" else None
+    backends.refusal = lambda name, *_: "not over the stub driver" if name == "cuda" else None
     # Otherwise the dispatcher would answer with the operator's fake.
     registry._PLAIN.append(torch._C.DispatchKeySet(torch._C.DispatchKey.Meta).raw_repr())
     launch = importlib.import_module("pyfused.kernels.launch")

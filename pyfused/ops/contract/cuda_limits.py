@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from pyfused import backend as backends
+from pyfused.choice import backends
 
 # Rows are counted in 32 bits.
 MAX_ROWS = 2**31 - 1

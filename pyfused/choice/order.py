@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pyfused import measured
-from pyfused.costs import costs
+from pyfused.choice import measured
+from pyfused.choice.costs import costs
 
 _CUDA, _TRITON = ("cuda", "triton", "portable"), ("triton", "cuda", "portable")
 # Backends in their order, and a function that says why: traced code cannot make text of sizes.

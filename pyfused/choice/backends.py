@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pyfused.preference import preference
+from pyfused.choice.order import preference
 
 BACKENDS = ("portable", "triton", "cuda")
 MIN_TRITON = (3, 6)
@@ -43,7 +43,7 @@ def _cuda_refusal() -> str | None:
         library = importlib.import_module("pyfused._C")
     except ModuleNotFoundError:
         # The build leaves word of why it made no library; a bare checkout has neither.
-        record = Path(__file__).with_name("_C.absent")
+        record = Path(__file__).parent.with_name("_C.absent")
         why = f": {record.read_text().strip()}" if record.exists() else ""
         return f"this installation has no compiled kernels (pyfused._C){why}"
     except ImportError as error:

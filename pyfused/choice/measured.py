@@ -15,7 +15,7 @@ from typing import Any
 
 from pyfused import files
 
-PATH = Path(__file__).parent / "kernels" / "measured.json"
+PATH = Path(__file__).parent.parent / "kernels" / "measured.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read(path: Path = PATH) -> list[Row]:
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path} must hold a list of rows with the fields of pyfused.measured.Row, got {wrong}"
+            f"{path} must hold a list of rows with the fields of pyfused.choice.measured.Row, got {wrong}"
         ) from None
 
 

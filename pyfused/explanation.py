@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfused import backend as backends
-from pyfused import observe
+from pyfused.choice import backends
+from pyfused.choice.order import preference
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision, LeftToTorch
-from pyfused.preference import preference
+from pyfused.surgery import watch as observe
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyfused.backend import BACKENDS
+from pyfused.choice.backends import BACKENDS
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 # The compiled library of "cuda" registers its own.

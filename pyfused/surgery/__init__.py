@@ -1,0 +1,1 @@
+"""What finds, watches and changes modules of a model, whatever the method."""
