@@ -172,7 +172,7 @@ def adapter_residual_bwd(
 
 def _gradients(
     sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dD, dd, dU, du and dgamma from the sums over rows."""
     nothing = up_weight.new_empty
     d_down = sums["down"].to(down_weight.dtype) if need_down else nothing(0)

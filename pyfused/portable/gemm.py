@@ -46,7 +46,7 @@ def _takes_onednn(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() > 0
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

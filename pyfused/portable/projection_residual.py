@@ -87,7 +87,7 @@ def projection_residual_bwd(
             c = ACTIVATIONS[activation][0](h)
             if norm_match:
                 rho, length, norm, inverse = _match(c, x, eps)
-                along = _along(upstream, c, gate, scale)
+                along = _along(upstream, c, scale)
                 dc = upstream * (rho * scale)
                 dc.addcmul_(c, along * rho * inverse / norm.masked_fill(norm == 0, torch.inf), value=-1)
                 if dx is not None:
@@ -121,9 +121,9 @@ def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Te
     return length * inverse, length, norm, inverse
 
 
-def _along(upstream: Tensor, c: Tensor, gate: Tensor | None, scale: float | Tensor) -> Tensor:
+def _along(upstream: Tensor, c: Tensor, scale: float | Tensor) -> Tensor:
     """w dy . c of each row, (images, rows, 1)."""
-    if gate is None:
+    if not isinstance(scale, Tensor):
         return (upstream * c).sum(-1, keepdim=True).mul_(scale)
     return (upstream * c) @ scale.expand(c.shape[-1])[:, None]
 

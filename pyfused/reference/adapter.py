@@ -50,10 +50,8 @@ def adapter_residual(
             training=training, seed=seed,
         )  # fmt: skip
         return y.movedim(-1, 1)
-    down_weight, down_bias, up_weight, up_bias = (
-        None if parameter is None else parameter.to(z.dtype)
-        for parameter in (down_weight, down_bias, up_weight, up_bias)
-    )
+    down_weight, up_weight = down_weight.to(z.dtype), up_weight.to(z.dtype)
+    down_bias, up_bias = (None if bias is None else bias.to(z.dtype) for bias in (down_bias, up_bias))
     hidden = ACTIVATIONS[activation](F.linear(z, down_weight, down_bias))
     if training and dropout_p > 0.0:
         assert seed is not None

@@ -50,5 +50,5 @@ def dropout_keep_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> 
     zero = torch.zeros((), dtype=torch.int64, device=device)
     key = (seed & _WORD, (seed >> 32) & _WORD)
     words = philox_4x32((quads, row & _WORD, row >> 32, zero), key)
-    words = torch.stack([word.expand(rows, quads.shape[1]) for word in words], dim=-1)
-    return words.flatten(1)[:, :columns] >= int(p * 2**32)
+    lanes = torch.stack([word.expand(rows, quads.shape[1]) for word in words], dim=-1)
+    return lanes.flatten(1)[:, :columns] >= int(p * 2**32)
