@@ -3,7 +3,7 @@
 PYFUSED_CUDA=1 turns what is missing into an error, PYFUSED_CUDA=0 leaves the kernels out. PYFUSED_CUDA_ARCHS, by
 default "80;90;100;120", or "80;90" where nvcc is older than 12.8, names the compute capabilities to compile for; the
 newest is added as PTX. MAX_JOBS is how many compilers run at once. ninja keeps the objects in build/cuda, with what
-ptxas says of each kernel (*.log), and compiles again what changed.
+ptxas says of each kernel (*.log), and compiles again what changed. `rm -rf build` starts anew.
 """
 
 from __future__ import annotations
@@ -136,39 +136,32 @@ def _architectures(nvcc_version: str) -> tuple[str, ...]:
 
 def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
     """Compile what changed, and link."""
-    import fcntl
-
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     if not re.fullmatch(r"[1-9]\d*", jobs):
         raise SystemExit(f"pyfused: MAX_JOBS must be a number from 1 on, got {jobs!r}")
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    with (OBJECTS / "lock").open("w") as lock:
-        # The compilers inherit it: those that outlive a build that was killed have ended when the next begins.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        plan, library = _write_plan(toolchain, sources)
-        # ninja prints by itself: what was printed before must not come after.
-        sys.stdout.flush()
-        command = [toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]
-        if subprocess.run(command, pass_fds=[lock.fileno()]).returncode:
-            raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(library, target)
+    plan, library = _write_plan(toolchain, sources)
+    # ninja prints by itself: what was printed before must not come after.
+    sys.stdout.flush()
+    if subprocess.run([toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]).returncode:
+        raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(library, target)
 
 
 def _write_plan(toolchain: Toolchain, sources: list[str]) -> tuple[Path, Path]:
     """What ninja reads, and the library that it makes."""
-    rules = toolchain.rules()
-    # Every object depends on it: other versions of nvcc and torch make something else of the same command, and ninja
-    # cannot know by which command an object came about whose compiler outlived it.
-    info, literal = OBJECTS / "build_info.h", json.dumps(toolchain.build_info())
-    text = f"#define PYFUSED_BUILD_INFO {literal}\n// {json.dumps(rules)}\n"
+    # Every object depends on it: other versions of nvcc and torch make something else of the same command.
+    info = OBJECTS / "build_info.h"
+    text = f"#define PYFUSED_BUILD_INFO {json.dumps(toolchain.build_info())}\n"
     if not info.exists() or info.read_text() != text:
         info.write_text(text)
     plan, library = OBJECTS / "build.ninja", OBJECTS / "_C.so"
     lines = [f"builddir = {OBJECTS}"]
-    for name, command in rules.items():
+    for name, command in toolchain.rules().items():
         words = " ".join(word if word[0] == "$" else shlex.quote(word).replace("$", "$$") for word in command)
-        # Half an object never has an object's name. What ptxas says of every kernel, wrong or not, stays in the log.
+        # Only a whole file gets its name: ninja would take half a library for a whole one where its log knows the
+        # library from an earlier build. What ptxas says of every kernel, wrong or not, stays in the log.
         done = "mv $out.part $out; code=$$?; grep -Ev '^ptxas info|bytes stack frame' $out.log; exit $$code"
         lines += [f"rule {name}", f"  command = {words} > $out.log 2>&1 && {done}"]
         if name == "link":

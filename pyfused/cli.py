@@ -184,7 +184,7 @@ def _how_kernels_run(device: torch.device, targets: Sequence[str]) -> str:
     code = backends.code_for(torch.cuda.get_device_capability(device), targets)
     if code is not None and code.startswith("sm_"):
         return f"runs {code}"
-    # NOTES.md has what ptxas takes for each module.
+    # docs/measured.md has what ptxas takes for each module.
     return (
         f"runs what its driver compiles from {code}: the first forward and the first backward of an operator wait for "
         "it, up to about a minute each, once for each user"

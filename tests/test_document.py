@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
 
+import import_table
 import pytest
 
 from pyfused.bench import document
 from pyfused.bench.rows import Row, RowFile
+from pyfused.ops import __all__ as OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
-# NOTES.md is the log of what was measured by hand, each entry with its date.
-DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "NOTES.md"]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+# What was measured by hand, each fact with its date. No other document has a figure of its own.
+BY_HAND = ROOT / "docs" / "measured.md"
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 _NUMBER = r"(?<![\w.])\d+(?:[.,]\d+)?"
 _QUANTITY = rf"(?:{_NUMBER}(?: times)?|\w+ times|twice|half|a third|a quarter)"
@@ -81,13 +86,31 @@ def test_what_can_be_drawn_anew_is_not_in_git():
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != BY_HAND], ids=lambda path: path.name)
 def test_no_figure_is_written_by_hand(path):
     assert written_by_hand(path.read_text()) == []
 
 
+@pytest.mark.host
+def test_what_was_measured_by_hand_has_its_date():
+    facts = re.findall(r"^- .*", BY_HAND.read_text(), flags=re.MULTILINE)
+    assert facts
+    assert [fact for fact in facts if not re.match(r"- \d{4}-\d\d-\d\d[:,] ", fact)] == []
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_links_of_a_document_lead_somewhere(path):
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
+    assert [target for target in targets if not (path.parent / target.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.host
 def test_the_documents_are_looked_at():
-    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= {path.name for path in DOCUMENTS}
+    looked_at = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS}
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/next.md"} <= looked_at
+    assert BY_HAND in DOCUMENTS
 
 
 @pytest.mark.parametrize(
@@ -135,6 +158,52 @@ def test_a_figure_is_found(text):
 )
 def test_what_is_no_figure_is_not(text):
     assert written_by_hand(text) == []
+
+
+# ---- what CONTRIBUTING says
+
+
+@pytest.mark.host
+def test_contributing_has_the_rooms_and_the_imports_of_test_house():
+    assert import_table.inserted(CONTRIBUTING) == CONTRIBUTING, "python tests/import_table.py"
+
+
+def test_a_document_without_the_markers_is_refused():
+    with pytest.raises(ValueError, match="in this order"):
+        import_table.inserted(f"{import_table.END} {import_table.BEGIN}")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+def test_lines_fit_a_screen(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.host
+def test_ci_runs_what_contributing_says():
+    wanted = re.findall(r"^    make (\w+)", CONTRIBUTING.partition("All three must pass")[0], flags=re.MULTILINE)
+    run = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert len(wanted) == 3
+    assert wanted == run
+
+
+@pytest.mark.host
+def test_every_file_that_contributing_names_is_there():
+    """A path in backticks with a folder in it; <op> stands for an operator that has such a file."""
+    paths = re.findall(r"`((?:\.?[\w<>*.-]+/)+[\w<>*.-]*)`", CONTRIBUTING)
+    assert len(paths) > 20
+    assert [path for path in paths if not list(ROOT.glob(path.replace("<op>", "*").rstrip("/")))] == []
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_kernel_file_has_its_device_functions_before_its_launchers(operator):
+    tree = ast.parse((ROOT / "kernels" / f"{operator}.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    on_device = [any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list) for node in functions]
+    assert on_device == sorted(on_device, reverse=True)
+    names = [node.name for node in functions]
+    assert names.index(f"{operator}_fwd") < names.index(f"{operator}_bwd")
 
 
 # ---- what is generated

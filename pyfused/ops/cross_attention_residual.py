@@ -60,7 +60,7 @@ MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED = 256, 128
 MAX_CUDA_CONTEXTS = 2**16 - 1
 
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
-# (NOTES.md), a guess elsewhere.
+# (docs/measured.md), a guess elsewhere.
 ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
 
 

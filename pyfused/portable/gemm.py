@@ -1,7 +1,7 @@
 """Matrix products by the faster of the two libraries inside torch.
 
 For float32 torch calls MKL, which leaves AVX-512 unused on CPUs that are not Intel's; there oneDNN, which torch also
-carries, is faster, and on Intel's slower. Figures in NOTES.md.
+carries, is faster, and on Intel's slower. Figures in docs/measured.md.
 """
 
 from __future__ import annotations
