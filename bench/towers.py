@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyfused import inject_lora
 from pyfused.bench import thirdparty
 from pyfused.bench.training import Classifier
-from pyfused.inject import inject_lora
 
 TARGETS = ("in_proj", "out_proj", "c_fc", "c_proj")
 RANK, ALPHA = 16, 32

@@ -36,7 +36,7 @@ def replaced(operators: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     places = [
         (module, name)
         for path, module in list(sys.modules.items())
-        if path.startswith(("pyfused.modules.", "pyfused.models."))
+        if path.startswith(("pyfused.lora.", "pyfused.modules.", "pyfused.models."))
         for name in operators
         if hasattr(module, name)
     ]

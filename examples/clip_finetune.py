@@ -28,7 +28,7 @@ from pyfused import BottleneckAdapter, PrefixTuning, Preset, bitfit, inject_lora
 from pyfused.bench import thirdparty
 from pyfused.diagnostics import check
 from pyfused.methods.presets import PRESETS, RATES
-from pyfused.modules.counts import Counts, count
+from pyfused.surgery.report import Counts, count
 
 METHODS = ("lora", "bitfit", "prefix", "adapter", "full", "head")
 # Of the whole tower; the document has none, and this is what is usual for a CLIP.

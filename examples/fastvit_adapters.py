@@ -36,7 +36,7 @@ from pyfused import diagnostics, files, models
 from pyfused.bench import thirdparty
 from pyfused.bench.training import Classifier
 from pyfused.modules import BottleneckAdapter
-from pyfused.modules.counts import Counts, count
+from pyfused.surgery.report import Counts, count
 
 # Of random towers. At timm's 1e-5 their blocks do nothing, and adapters behind layer-scales that do not train are no
 # better than the head alone; here they do train, and 0.1 lets the blocks act from the start. --pretrained has its own.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pyfused import files
 from pyfused.bench import memory, thirdparty
 from pyfused.diagnostics.checklist import LARGE_NORM
-from pyfused.modules.counts import Counts
+from pyfused.surgery.report import Counts
 
 # Of the loss in float16, at the start. At torch's 65,536 the first steps of a short run overflow and train nothing.
 _SCALE = 4096.0

@@ -3,27 +3,19 @@
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
-from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
-from pyfused.methods import (
-    BitFitReport,
-    PrefixReport,
-    PrefixTuning,
-    Preset,
-    bitfit,
-    param_groups,
-    preset,
-    preset_for,
-)
+from pyfused.lora.inject import inject_lora, remove_lora
+from pyfused.lora.report import LoRAReport
+from pyfused.lora.state import load_lora_state_dict, lora_state_dict
+from pyfused.methods import BitFitReport, PrefixReport, PrefixTuning, Preset, bitfit, param_groups, preset, preset_for
 from pyfused.modules import (
     BottleneckAdapter,
     ConvLoRA,
     LoRAConv2d,
     LoRALinear,
+    LoRAModule,
     LoRAMultiheadAttention,
     ScaledCrossAttention,
 )
-from pyfused.modules.lora import LoRAModule
-from pyfused.modules.report import LoRAReport
 from pyfused.ops.adapter_residual import adapter_residual
 from pyfused.ops.cross_attention_residual import cross_attention_residual
 from pyfused.ops.lora_linear import lora_linear

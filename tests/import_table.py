@@ -19,7 +19,8 @@ BEGIN, END = "<!-- imports: begin -->", "<!-- imports: end -->"
 def module_of(room: str) -> Path | None:
     """The file whose docstring says what the room holds; None for a room that is not built."""
     folder = ROOT / "pyfused"
-    candidates = [folder / "__init__.py"] if room == "face" else [folder / room / "__init__.py", folder / f"{room}.py"]
+    path = "" if room == "face" else room.replace(".", "/")
+    candidates = [folder / path / "__init__.py", folder / f"{path}.py"]
     return next((path for path in candidates if path.exists()), None)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pyfused.bench import document
 from pyfused.bench.rows import Row, RowFile
-from pyfused.ops import __all__ as OPERATORS
+from pyfused.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

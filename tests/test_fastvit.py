@@ -621,8 +621,9 @@ class TestModelRefusals:
 
         for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
             monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, "pyfused.models.fastvit")
-        monkeypatch.delattr(pyfused.models, "fastvit")
+        for name in ("fastvit", "fastvit_blocks"):
+            monkeypatch.delitem(sys.modules, f"pyfused.models.{name}")
+            monkeypatch.delattr(pyfused.models, name)
         with pytest.raises(ImportError, match=r"pyfused\.models needs timm, 1\.0 or later"):
             pyfused.models.add_adapters  # noqa: B018
         with pytest.raises(AttributeError, match="has no attribute 'novel'"):

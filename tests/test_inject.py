@@ -12,7 +12,7 @@ import torch
 from models_setup import small_clip, small_vit, vit_b_32, wake
 from torch import nn
 
-from pyfused.inject import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
+from pyfused import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
 from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention
 
 CLIP_TARGETS = ["in_proj", "out_proj", "c_fc", "c_proj"]

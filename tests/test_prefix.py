@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyfused import LoRALinear, LoRAMultiheadAttention, PrefixTuning, inject_lora, remove_lora
-from pyfused.modules.virtual_tokens import VirtualTokens
+from pyfused.methods.virtual_tokens import VirtualTokens
 
 E, H, N = 24, 3, 4
 

@@ -25,8 +25,11 @@ from pyfused import (
     lora_state_dict,
     remove_lora,
 )
-from pyfused.modules import surgery, third_party
-from pyfused.modules.targets import group_of
+from pyfused.lora import third_party
+from pyfused.lora.targets import group_of
+from pyfused.surgery.change import all_or_nothing
+from pyfused.surgery.guards import hold_batchnorms
+from pyfused.surgery.paths import places
 
 
 def wake(model: nn.Module) -> None:
@@ -713,12 +716,12 @@ class TestAllOrNothing:
         before = snapshot(model)
 
         def interrupted():
-            with surgery.all_or_nothing() as change:
-                place = next(p for p in surgery.places(model, lambda module: False) if p.paths == ["mlp.0"])
+            with all_or_nothing() as change:
+                place = next(p for p in places(model, lambda module: False) if p.paths == ["mlp.0"])
                 change.replace(place, LoRALinear.from_linear(place.module, rank=2, freeze=False))
-                change.freeze(model, [])
+                change.freeze(model)
                 change.keep_training(model, [model.head.weight])
-                surgery.hold_batchnorms(model, change)
+                hold_batchnorms(model, change)
                 change.set(model, "training", False)
                 raise KeyboardInterrupt
 
@@ -961,5 +964,5 @@ class TestCheckpoints:
 
 
 def test_importing_the_package_imports_no_package_of_models():
-    code = "import sys, pyfused.modules.third_party; print({'transformers', 'open_clip', 'timm'} & sys.modules.keys())"
+    code = "import sys, pyfused.lora.third_party; print({'transformers', 'open_clip', 'timm'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

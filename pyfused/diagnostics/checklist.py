@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfused.methods.bitfit import is_bias
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.targets import heads_of, layers_of
+from pyfused.methods.bias_tuning import is_bias
 from pyfused.methods.groups import methods_of
 from pyfused.methods.presets import RATES
-from pyfused.modules import LoRAModule
-from pyfused.modules.table import table
-from pyfused.modules.targets import heads_of, layers_of
-from pyfused.modules.wide import KeepsWide
+from pyfused.surgery.added import KeepsWide, added_names, added_parameters
+from pyfused.surgery.report import elements, table
 from pyfused.surgery.watch import calls_watched, module_of, state_kept
 
 _CALLER = "check"
@@ -168,16 +168,12 @@ class _Adapters:
         self.model = model
         self.modules = {path: m for path, m in model.named_modules() if isinstance(m, KeepsWide)}
         named = {id(parameter): name for name, parameter in model.named_parameters()}
-        own = {
-            id(module.get_parameter(name)): module.get_parameter(name)
-            for module in self.modules.values()
-            for name in module._wide_names()
-        }
+        own = {id(parameter): parameter for module in self.modules.values() for parameter in added_parameters(module)}
         trains = {named[key]: parameter for key, parameter in own.items() if parameter.requires_grad}
         self.own = dict(sorted(trains.items()))
         self.telling: dict[str, list[nn.Parameter]] = {}
         for path, module in self.modules.items():
-            trained = {name: p for name in module._wide_names() if (p := module.get_parameter(name)).requires_grad}
+            trained = {name: p for name in added_names(module) if (p := module.get_parameter(name)).requires_grad}
             if isinstance(module, LoRAModule):
                 pairs = {f"{path}.{name}".lstrip("."): [p] for name, p in trained.items() if name.endswith("lora_b")}
                 self.telling |= pairs
@@ -194,11 +190,10 @@ class _Adapters:
     @property
     def alive(self) -> dict[str, KeepsWide]:
         """Those of ``modules`` that have something to train; all of them where none has."""
-        trains = {id(parameter) for parameter in self.own.values()}
         some = {
             path: module
             for path, module in self.modules.items()
-            if any(id(module.get_parameter(name)) in trains for name in module._wide_names())
+            if any(parameter.requires_grad for parameter in added_parameters(module))
         }
         return some or self.modules
 
@@ -251,8 +246,8 @@ def _standing(model: nn.Module, adapters: _Adapters) -> Iterator[CheckRow]:
     yield CheckRow("adapters", "pass" if found else "fail", "; ".join(found) or wrong)
     yield from _attention(model)
     yield _frozen(adapters)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    count = sum(parameter.numel() for parameter in adapters.trained.values())
+    total = elements(model.parameters())
+    count = elements(adapters.trained.values())
     share = count / max(total, 1)
     verdict = "fail" if not count else "warn" if share > LARGE_SHARE else "pass"
     yield CheckRow("trainable share", verdict, f"{count:,} of {total:,} parameters ({100 * share:.2f} %)")
@@ -268,9 +263,7 @@ def _attention(model: nn.Module) -> Iterator[CheckRow]:
         return
     adapted = sum(id(layer.module) in loras for layer in layers)
     yield CheckRow(
-        "attention adapted",
-        "pass" if adapted else "warn",
-        f"{adapted} of {len(layers)} attention layers carry LoRA",
+        "attention adapted", "pass" if adapted else "warn", f"{adapted} of {len(layers)} attention layers carry LoRA"
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.modules import ScaledCrossAttention
-from pyfused.modules.table import table
+from pyfused.surgery.refusals import check_module
+from pyfused.surgery.report import table
 
 # A ratio between these is no change worth a word.
 UNCHANGED = (0.8, 1.25)
@@ -105,8 +106,7 @@ def gradient_ratio(
         ValueError: there is no cross-attention in the model or no such adapter, nothing in it trains, the loss is not a
             scalar, or no gradient reaches the adapter with w = 0.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"gradient_ratio: model must be an nn.Module, got {type(model).__name__}")
+    check_module("gradient_ratio", model)
     modules = dict(model.named_modules())
     crossings = [module for module in modules.values() if isinstance(module, ScaledCrossAttention)]
     if not crossings:

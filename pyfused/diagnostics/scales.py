@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyfused.modules import BottleneckAdapter
-from pyfused.modules.table import table
+from pyfused.surgery.refusals import check_module
+from pyfused.surgery.report import table
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def layer_scale_report(model: nn.Module) -> LayerScaleReport:
         TypeError: ``model`` is not an nn.Module.
         ValueError: there is no layer-scale and no adapter in it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"layer_scale_report: model must be an nn.Module, got {type(model).__name__}")
+    check_module("layer_scale_report", model)
     modules = dict(model.named_modules())
     adapters = {path: module for path, module in modules.items() if isinstance(module, BottleneckAdapter)}
     scales = {

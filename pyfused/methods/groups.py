@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from pyfused.methods.bitfit import is_bias
+from pyfused.lora.base import LoRAModule
+from pyfused.methods.bias_tuning import is_bias
 from pyfused.methods.presets import RATES
-from pyfused.modules import ConvLoRA, LoRAModule, surgery
-from pyfused.modules.virtual_tokens import VirtualTokens
-from pyfused.modules.wide import KeepsWide
+from pyfused.methods.virtual_tokens import VirtualTokens
+from pyfused.modules import ConvLoRA
 from pyfused.ops.contract import checks
+from pyfused.surgery.added import KeepsWide, added_parameters
+from pyfused.surgery.paths import near
+from pyfused.surgery.refusals import check_module
 
 _CALLER = "param_groups"
 
@@ -29,7 +32,7 @@ def methods_of(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         if isinstance(module, KeepsWide):
             method = next(method for kind, method in kinds.items() if isinstance(module, kind))
-            found |= {id(module._parameters[name]): method for name in module._wide_names()}
+            found |= {id(parameter): method for parameter in added_parameters(module)}
     added = set(found)
 
     def weights(module: nn.Module) -> list[nn.Parameter]:
@@ -45,10 +48,7 @@ def methods_of(model: nn.Module) -> dict[str, str]:
 
 
 def param_groups(
-    model: nn.Module,
-    lr: float | Mapping[str, float] | None = None,
-    weight_decay: float = 0.01,
-    lora_plus: float = 1.0,
+    model: nn.Module, lr: float | Mapping[str, float] | None = None, weight_decay: float = 0.01, lora_plus: float = 1.0
 ) -> list[dict[str, Any]]:
     """What trains in ``model`` as groups for an optimizer of Adam's kind: a rate for each method, decay where it helps.
 
@@ -72,16 +72,13 @@ def param_groups(
 
     Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_CALLER}: model must be an nn.Module, got {type(model).__name__}")
+    check_module(_CALLER, model)
     rates = dict(RATES)
     given = lr if isinstance(lr, Mapping) else {} if lr is None else dict.fromkeys(RATES, lr)
     for method, rate in given.items():
         if method not in RATES:
             known = ", ".join(RATES)
-            raise ValueError(
-                f"{_CALLER}: lr must name methods of {known}, got {method!r}; {surgery.near(str(method), RATES)}"
-            )
+            raise ValueError(f"{_CALLER}: lr must name methods of {known}, got {method!r}; {near(str(method), RATES)}")
         rates[method] = _number(f"lr of {method}" if isinstance(lr, Mapping) else "lr", rate)
     weight_decay = _number("weight_decay", weight_decay)
     lora_plus = _number("lora_plus", lora_plus)

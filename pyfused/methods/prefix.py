@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfused.modules import checkpoint, surgery, virtual_tokens
-from pyfused.modules.counts import Counts, count
-from pyfused.modules.table import table
-from pyfused.modules.virtual_tokens import VirtualTokens
+from pyfused.methods import virtual_tokens
+from pyfused.methods.virtual_tokens import VirtualTokens
 from pyfused.ops.contract import checks
+from pyfused.surgery import checkpoint
+from pyfused.surgery.change import Change
+from pyfused.surgery.paths import under
+from pyfused.surgery.procedure import Request, adapt, take_out
+from pyfused.surgery.refusals import check_model
+from pyfused.surgery.report import Counts, count, elements, table_of_alike
+from pyfused.surgery.variants import plain_class
 
 _CALLER = "PrefixTuning"
 # The entry of a checkpoint that holds the settings.
@@ -43,7 +48,7 @@ class PrefixReport(Counts):
 
     Attributes:
         rows: one `PrefixRow` per attention, or one for the sequence.
-        trainable_parameters, total_parameters, notes: see `pyfused.modules.counts.Counts`.
+        trainable_parameters, total_parameters, notes: see `pyfused.surgery.report.Counts`.
     """
 
     rows: tuple[PrefixRow, ...]
@@ -53,14 +58,12 @@ class PrefixReport(Counts):
         """Elements of all parameters of virtual tokens."""
         return sum(row.parameters for row in self.rows)
 
-    def __str__(self) -> str:
-        alike = Counter((row.kind, row.tokens, row.width, row.parameters) for row in self.rows)
-        rows = [("module", "tokens", "width", "count", "parameters")]
-        for (kind, tokens, width, size), times in alike.items():
-            rows.append((kind, str(tokens), str(width), str(times), f"{times * size:,}"))
-        lines = table(rows, "<>>>>")
-        lines += [f"prefix parameters     {self.prefix_parameters:,} in {len(self.rows)} modules", *self._lines()]
-        return "\n".join(lines)
+    def _found(self) -> list[str]:
+        alike = [(row.kind, row.tokens, row.width, row.parameters) for row in self.rows]
+        return [
+            *table_of_alike(("module", "tokens", "width", "count", "parameters"), alike, "<>>>>"),
+            f"prefix parameters     {self.prefix_parameters:,} in {len(self.rows)} modules",
+        ]
 
 
 class PrefixTuning:
@@ -116,7 +119,7 @@ class PrefixTuning:
         exclude: Sequence[str] = (),
         freeze_batchnorm: bool = True,
     ) -> None:
-        surgery.check_model(_CALLER, model)
+        check_model(_CALLER, model)
         if torch.is_inference_mode_enabled():
             raise ValueError(
                 f"{_CALLER}: model must get virtual tokens outside torch.inference_mode(), which never train"
@@ -126,13 +129,12 @@ class PrefixTuning:
         for name, flag in {**flags, "freeze_batchnorm": freeze_batchnorm}.items():
             checks.flag(_CALLER, name, flag)
         checks.probability(_CALLER, "dropout", dropout)
-        train, exclude, trained = surgery.asked(_CALLER, model, train, exclude)
-        surgery.check_parameters(_CALLER, model)
+        request = Request(_CALLER, model, train, exclude)
         for path, module in model.named_modules():
             if isinstance(module, VirtualTokens):
                 raise ValueError(f"{_CALLER}: model must have no virtual tokens yet, got {path!r}; remove() them first")
-        if not deep and exclude:
-            raise ValueError(f"{_CALLER}: exclude must be empty where deep is False, got {exclude!r}")
+        if not deep and request.exclude:
+            raise ValueError(f"{_CALLER}: exclude must be empty where deep is False, got {request.exclude!r}")
 
         def tokens(sets: int, width: int, like: nn.Module) -> VirtualTokens:
             # Float32 beside weights that are quantised; torch's device beside none.
@@ -142,28 +144,22 @@ class PrefixTuning:
             made = VirtualTokens(sets, num_virtual_tokens, width, prefix_projection, dropout, device, wide)
             return made.train(like.training)
 
-        kept = surgery.trained_before(model)
-        with surgery.all_or_nothing() as change:
-            if deep:
-                attentions, notes = _attentions(model, exclude)
-                for attention in attentions:
-                    heads, width = virtual_tokens.heads_of(attention)
-                    virtual_tokens.put_in(change, attention, tokens(2, heads * width, attention))
-            else:
-                blocks, axis, width = _blocks(model)
-                notes = []
+        if deep:
+            attentions = _attentions(request)
+        else:
+            blocks, axis, width = _blocks(model)
+
+        def put(change: Change) -> None:
+            if not deep:
                 virtual_tokens.put_before(change, blocks, axis, tokens(1, width, blocks[0]))
-            if freeze:
-                own = [
-                    p for module in model.modules() if isinstance(module, VirtualTokens) for p in module.parameters()
-                ]
-                change.freeze(model, [*kept, *own])
-            change.keep_training(model, trained)
-            if freeze and freeze_batchnorm:
-                notes += surgery.hold_batchnorms(model, change, train)
-            notes += surgery.keep_dense(model, change)
+                return
+            for attention in attentions:
+                heads, size = virtual_tokens.heads_of(attention)
+                virtual_tokens.put_in(change, attention, tokens(2, heads * size, attention))
+
+        adapt(request, put, freeze=freeze, freeze_batchnorm=freeze_batchnorm)
         self.model = model
-        self.report = _report(model, notes)
+        self.report = _report(model, request.notes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The virtual tokens by their full names, and their settings: what a prefix checkpoint holds.
@@ -173,9 +169,7 @@ class PrefixTuning:
         Raises:
             ValueError: the tokens were removed.
         """
-        own, settings = _own_state("PrefixTuning.state_dict", self.model)
-        state = {checkpoint.plain_name(name): tensor for name, tensor in own.items()}
-        return state | {_SETTINGS: checkpoint.packed_settings(settings)}
+        return checkpoint.packed(*_own_state("PrefixTuning.state_dict", self.model), _SETTINGS)
 
     def load_state_dict(self, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
         """Copy a checkpoint, as `state_dict` gives it, into the model; all or nothing.
@@ -203,19 +197,21 @@ class PrefixTuning:
                 parametrization).
         """
         _own_state("PrefixTuning.remove", self.model)
-        with surgery.all_or_nothing() as change:
+
+        def take(change: Change) -> None:
             for module in list(self.model.modules()):
                 virtual_tokens.take_out(change, module)
-            surgery.release_dense(self.model, change)
-            surgery.release_batchnorms(self.model, change)
+
+        take_out(self.model, take)
 
 
-def _attentions(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[nn.Module], list[str]]:
-    """The attentions that get tokens, and notes about those that do not."""
+def _attentions(request: Request) -> list[nn.Module]:
+    """The attentions that get tokens; what is to be said of others goes to the notes."""
+    model = request.model
     found: list[nn.Module] = []
     why: Counter[tuple[str, str]] = Counter()
     everywhere = model.named_modules(remove_duplicate=False)
-    aside = {id(module) for path, module in everywhere if surgery.under(path, exclude)}
+    aside = {id(module) for path, module in everywhere if under(path, request.exclude)}
     for module in model.modules():
         meant = virtual_tokens.is_attention(module) or virtual_tokens.seems_attention(module)
         if not meant or id(module) in aside:
@@ -225,17 +221,14 @@ def _attentions(model: nn.Module, exclude: tuple[str, ...]) -> tuple[list[nn.Mod
             found.append(module)
         else:
             why[type(module).__name__, reason] += 1
-    notes = [f"{times} {kind} got no virtual tokens: {reason}" for (kind, reason), times in why.items()]
+    request.notes += [f"{times} {kind} got no virtual tokens: {reason}" for (kind, reason), times in why.items()]
     if not found:
+        because = f" ({'; '.join(request.notes)})" if request.notes else ""
         raise ValueError(
             f"{_CALLER}: model must have attentions outside exclude, nn.MultiheadAttention or modules whose forward "
-            f"calls scaled_dot_product_attention, got a {type(model).__name__} with none{_because(notes)}"
+            f"calls scaled_dot_product_attention, got a {type(model).__name__} with none{because}"
         )
-    return found, notes
-
-
-def _because(notes: list[str]) -> str:
-    return f" ({'; '.join(notes)})" if notes else ""
+    return found
 
 
 def _blocks(model: nn.Module) -> tuple[Any, int, int]:
@@ -273,7 +266,6 @@ def _report(model: nn.Module, notes: list[str]) -> PrefixReport:
     rows = []
     for path, module in _virtual(model):
         owner = path.rpartition(".")[0]
-        kind = surgery.plain_class(type(model.get_submodule(owner)))[0].__name__
-        size = sum(parameter.numel() for parameter in module.parameters())
-        rows.append(PrefixRow(owner, kind, module.count, module.width, size))
-    return PrefixReport(**count(model), notes=tuple(notes), rows=tuple(rows))
+        kind = plain_class(type(model.get_submodule(owner)))[0].__name__
+        rows.append(PrefixRow(owner, kind, module.count, module.width, elements(module.parameters())))
+    return PrefixReport(**count(model, notes), rows=tuple(rows))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pyfused.modules.surgery import near
 from pyfused.ops.contract import checks
+from pyfused.surgery.paths import near
 
 # Of Adam's kind. LoRA, BitFit and prefix as the document on CLIP has them, adapters as AA-CLIP's of images; what trains
 # whole beside them takes LoRA's, the document having one rate for all.

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pyfused.models.report import AdapterReport, AdapterRow
 
 if TYPE_CHECKING:
-    from pyfused.models.aa_clip import (
-        AdaptedCLIP,
-        AdaptedCLIPReport,
-        AdaptedFeatures,
-        ImageFeatures,
-        TextFeatures,
-    )
+    from pyfused.models.aa_clip import AdaptedCLIP, AdaptedCLIPReport, AdaptedFeatures, ImageFeatures, TextFeatures
     from pyfused.models.aa_clip_maps import (
         anomaly_logits,
         anomaly_map,
@@ -28,13 +22,8 @@ if TYPE_CHECKING:
     )
     from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
     from pyfused.models.aa_clip_prompts import anomaly_prompts
-    from pyfused.models.fastvit import (
-        AttentionBlockAdapter,
-        ConvLoRAStage,
-        RepMixerBlockAdapter,
-        add_adapters,
-        remove_adapters,
-    )
+    from pyfused.models.fastvit import add_adapters, remove_adapters
+    from pyfused.models.fastvit_blocks import AttentionBlockAdapter, ConvLoRAStage, RepMixerBlockAdapter
     from pyfused.models.latent_wire import LatentWire, LatentWireAdapter, latent_wire_loss, left_padded_labels
     from pyfused.models.pca import PCACompressor
 
@@ -85,7 +74,8 @@ _HOMES = {
         "text_stage_loss",
     ),
     "aa_clip_prompts": ("anomaly_prompts",),
-    "fastvit": ("AttentionBlockAdapter", "ConvLoRAStage", "RepMixerBlockAdapter", "add_adapters", "remove_adapters"),
+    "fastvit": ("add_adapters", "remove_adapters"),
+    "fastvit_blocks": ("AttentionBlockAdapter", "ConvLoRAStage", "RepMixerBlockAdapter"),
     "latent_wire": ("LatentWire", "LatentWireAdapter", "latent_wire_loss", "left_padded_labels"),
     "pca": ("PCACompressor",),
 }

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pyfused.models.aa_clip_parts import AdapterBlend, ImageCrossAttention, SimpleProj, TextCrossAttention
 from pyfused.models.aa_clip_results import AdaptedCLIPReport, AdaptedFeatures, ImageFeatures, TextFeatures
 from pyfused.models.aa_clip_towers import (
+    check_clip,
     check_levels,
-    check_model,
     embed_images,
     embed_tokens,
     ends,
@@ -30,17 +30,16 @@ from pyfused.models.aa_clip_towers import (
     stream,
     towers,
 )
-from pyfused.modules import checkpoint, surgery
 from pyfused.modules.cross_attention import Prepared, ScaledCrossAttention
 from pyfused.ops.contract import checks
+from pyfused.surgery import checkpoint
+from pyfused.surgery.change import all_or_nothing
+from pyfused.surgery.refusals import check_model
 
 # The entry of a checkpoint that holds the settings.
 _SETTINGS = "adapter_settings"
 # Stage -> its own modules; the cross-attention is apart, for the base model has none.
-_ADAPTERS = {
-    1: ("text_adapters", "text_projection"),
-    2: ("image_adapters", "projections", "detection_projection"),
-}
+_ADAPTERS = {1: ("text_adapters", "text_projection"), 2: ("image_adapters", "projections", "detection_projection")}
 _CROSS = {1: "text_cross_attention", 2: "image_cross_attention"}
 _STAGES = (1, 2)
 
@@ -96,8 +95,8 @@ class AdaptedCLIP(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        check_model(model)
-        surgery.check_whole("AdaptedCLIP", model)
+        check_clip(model)
+        check_model("AdaptedCLIP", model)
         visual, text = towers(model)
         depth, channels = len(visual.transformer.resblocks), visual.class_embedding.shape[0]
         width = text.token_embedding.embedding_dim
@@ -123,8 +122,8 @@ class AdaptedCLIP(nn.Module):
         self.text_cross_attention = TextCrossAttention(
             width, width, **(heads | settings | dict(text_cross or {}) | where)
         )
-        with surgery.all_or_nothing() as change:
-            change.freeze(model, surgery.trained_before(model))
+        with all_or_nothing() as change:
+            change.freeze(model)
         self.clip = model.eval()
 
     def train(self, mode: bool = True) -> AdaptedCLIP:

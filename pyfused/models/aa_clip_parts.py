@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.modules.cross_attention import ScaledCrossAttention
-from pyfused.modules.wide import KeepsWide
 from pyfused.ops.contract import checks
 from pyfused.ops.projection_residual import projection_residual
+from pyfused.surgery.added import KeepsWide, draw
 
 
 class AdapterBlend(KeepsWide):
@@ -47,10 +47,9 @@ class AdapterBlend(KeepsWide):
         self.adapter_weight = _weight("AdapterBlend", channels, channels, device, dtype)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """W from the Xavier-uniform distribution, drawn on the CPU in float32."""
-        _draw_xavier(self.adapter_weight)
+        draw(self.adapter_weight, nn.init.xavier_uniform_)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C) in x's dtype."""
@@ -103,10 +102,9 @@ class SimpleProj(KeepsWide):
         self.weight = _weight("SimpleProj", out_features, in_features, device, dtype)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """W from the Xavier-uniform distribution, drawn on the CPU in float32."""
-        _draw_xavier(self.weight)
+        draw(self.weight, nn.init.xavier_uniform_)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
@@ -190,7 +188,3 @@ def _weight(
     if dtype not in checks.FLOATING:
         raise TypeError(f"{caller}: dtype must be one of {checks.FLOATING}, got {dtype!r}")
     return nn.Parameter(torch.empty((rows, columns), device=device, dtype=dtype))
-
-
-def _draw_xavier(weight: Tensor) -> None:
-    weight.copy_(nn.init.xavier_uniform_(torch.empty(weight.shape, dtype=torch.float32, device="cpu")))

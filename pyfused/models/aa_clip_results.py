@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from pyfused.models.aa_clip_parts import AdapterBlend, SimpleProj
 from pyfused.models.report import AdapterRow
-from pyfused.modules.counts import Counts, count
 from pyfused.modules.cross_attention import ScaledCrossAttention
-from pyfused.modules.table import table
+from pyfused.surgery.report import Counts, count, elements, table
 
 
 class ImageFeatures(NamedTuple):
@@ -80,11 +79,10 @@ class AdaptedCLIPReport(Counts):
                 hidden, channels = module.q_weight.shape
             else:
                 continue
-            size = sum(parameter.numel() for parameter in module.parameters())
-            rows.append(AdapterRow(path, type(module).__name__, channels, hidden, size))
+            rows.append(AdapterRow(path, type(module).__name__, channels, hidden, elements(module.parameters())))
         return cls(rows=tuple(rows), **count(model))
 
-    def __str__(self) -> str:
+    def _found(self) -> list[str]:
         rows = [("module", "kind", "C", "h", "parameters")]
         rows += [(row.path, row.kind, str(row.channels), str(row.hidden), f"{row.parameters:,}") for row in self.rows]
-        return "\n".join([*table(rows, "<<>>>"), *self._lines()])
+        return table(rows, "<<>>>")

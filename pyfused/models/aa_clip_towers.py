@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from pyfused.modules.cross_attention import Prepared
 from pyfused.ops.contract import checks
+from pyfused.surgery.refusals import check_module
 
 
 def towers(model: nn.Module) -> tuple[Any, Any]:
@@ -18,10 +19,9 @@ def towers(model: nn.Module) -> tuple[Any, Any]:
     return getattr(model, "visual", None), getattr(model, "text", model)
 
 
-def check_model(model: nn.Module) -> None:
+def check_clip(model: nn.Module) -> None:
     """Refuses what is not open_clip's CLIP on two plain transformers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"AdaptedCLIP: model must be an nn.Module, got {type(model).__name__}")
+    check_module("AdaptedCLIP", model)
     visual, text = towers(model)
     for tower, needed in (
         (visual, ("class_embedding", "transformer", "_embeds", "_pool", "ln_post", "proj", "image_size")),

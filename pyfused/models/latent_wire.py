@@ -9,6 +9,7 @@ Source: https://github.com/SujeethJinesh/LatentWire, 2025; systems and objective
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.models.pca import PCACompressor
-from pyfused.modules.wide import KeepsWide
 from pyfused.ops.contract import checks
 from pyfused.ops.decision import LeftToTorch, notify
 from pyfused.ops.projection_residual import projection_residual
+from pyfused.surgery.added import KeepsWide, draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,8 +106,7 @@ class LatentWireAdapter(KeepsWide):
             elif name.endswith("_weight"):
                 bound = weight.shape[1] ** -0.5
                 for parameter in (weight, self.get_parameter(name.replace("_weight", "_bias"))):
-                    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                    parameter.copy_(drawn.uniform_(-bound, bound))
+                    draw(parameter, functools.partial(nn.init.uniform_, a=-bound, b=bound))
 
     @torch.no_grad()
     def match_statistics(self, mean: Tensor, std: Tensor) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 
-from pyfused.modules.counts import Counts
-from pyfused.modules.table import table
+from pyfused.surgery.report import Counts, folded, table_of_alike
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,13 @@ class AdapterReport(Counts):
         """Adapted blocks."""
         return self.repmixer_blocks + self.attention_blocks
 
-    def __str__(self) -> str:
-        def alike(row: AdapterRow) -> tuple:
-            path = re.sub(r"(?<=blocks\.)\d+", "*", row.path)
-            return path, row.kind, row.channels, row.hidden, row.parameters
-
-        rows = [("adapter", "kind", "C", "h", "count", "parameters")]
-        for (path, kind, channels, hidden, parameters), count in Counter(map(alike, self.rows)).items():
-            rows.append((path, kind, str(channels), str(hidden), str(count), f"{count * parameters:,}"))
-        lines = table(rows, "<<>>>>")
-        lines += [
+    def _found(self) -> list[str]:
+        alike = [
+            (folded(row.path, after="blocks"), row.kind, row.channels, row.hidden, row.parameters) for row in self.rows
+        ]
+        return [
+            *table_of_alike(("adapter", "kind", "C", "h", "count", "parameters"), alike, "<<>>>>"),
             f"adapted blocks        {self.total} = {self.repmixer_blocks} RepMixer + {self.attention_blocks} attention"
             + (f", and {self.stages} stages with ConvLoRA" if self.stages else ""),
             f"adapter parameters    {self.adapter_parameters:,}",
-            *self._lines(),
         ]
-        return "\n".join(lines)

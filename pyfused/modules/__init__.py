@@ -1,12 +1,12 @@
-"""``nn.Module``s that hold parameters and call an operator."""
+"""``nn.Module``s that hold parameters and call an operator, LoRA's among them."""
 
+from pyfused.lora.attention import LoRAMultiheadAttention
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.conv import LoRAConv2d
+from pyfused.lora.linear import LoRALinear
 from pyfused.modules.adapter import BottleneckAdapter
-from pyfused.modules.attention import LoRAMultiheadAttention
-from pyfused.modules.conv import LoRAConv2d
 from pyfused.modules.conv_lora import ConvLoRA
 from pyfused.modules.cross_attention import ScaledCrossAttention
-from pyfused.modules.linear import LoRALinear
-from pyfused.modules.lora import LoRAModule
 
 __all__ = [
     "BottleneckAdapter",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pyfused.modules.wide import KeepsWide
 from pyfused.ops.adapter_residual import ACTIVATIONS, adapter_residual
 from pyfused.ops.contract import checks
+from pyfused.surgery.added import KeepsWide, draw, kaiming
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,7 +95,7 @@ class BottleneckAdapter(KeepsWide):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_settings(
+        check_adapter_settings(
             "BottleneckAdapter", reduction, hidden, activation, skip, dropout, init_std, dtype,
             bias=bias, per_channel=per_channel,
         )  # fmt: skip
@@ -214,7 +213,7 @@ class BottleneckAdapter(KeepsWide):
     def _preset(
         cls, channels: int, reduction: float | None, default: float, activation: str, settings: dict[str, Any]
     ) -> Self:
-        check_settings("BottleneckAdapter", reduction, settings.get("hidden"))
+        check_adapter_settings("BottleneckAdapter", reduction, settings.get("hidden"))
         checks.integer("BottleneckAdapter", "channels", channels, 1)
         hidden = _hidden(channels, reduction, settings.get("hidden"), default, 1)
         return cls(channels, **{"activation": activation} | settings | {"hidden": hidden})
@@ -225,13 +224,9 @@ class BottleneckAdapter(KeepsWide):
 
         Drawn on the CPU in float32: one seed gives the same adapter on every device and in every dtype.
         """
-        for weight, zero in ((self.down_weight, False), (self.up_weight, self.init_std is None)):
-            drawn = torch.zeros(weight.shape, dtype=torch.float32, device="cpu")
-            if self.init_std is not None:
-                nn.init.normal_(drawn, std=self.init_std)
-            elif not zero:
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            weight.copy_(drawn)
+        std = self.init_std
+        for weight, start in ((self.down_weight, kaiming), (self.up_weight, nn.init.zeros_)):
+            draw(weight, start if std is None else lambda drawn: nn.init.normal_(drawn, std=std))
         for bias in (self.down_bias, self.up_bias):
             if bias is not None:
                 bias.zero_()
@@ -296,7 +291,7 @@ def _hidden(channels: int, reduction: float | None, hidden: int | None, default:
     return hidden or max(int(channels // (reduction or default)), least)
 
 
-def check_settings(
+def check_adapter_settings(
     caller: str,
     reduction: float | None = None,
     hidden: int | None = None,

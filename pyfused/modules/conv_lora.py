@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.modules.lora import check_settings
-from pyfused.modules.wide import KeepsWide
+from pyfused.lora.base import check_lora_settings
 from pyfused.ops.contract import checks
+from pyfused.surgery.added import KeepsWide, draw, kaiming
 
 
 class ConvLoRA(KeepsWide):
@@ -45,7 +43,7 @@ class ConvLoRA(KeepsWide):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_settings("ConvLoRA", rank, alpha, 0.0, dtype)
+        check_lora_settings("ConvLoRA", rank, alpha, 0.0, dtype)
         checks.integer("ConvLoRA", "channels", channels, 1)
         checks.integer("ConvLoRA", "kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -60,8 +58,7 @@ class ConvLoRA(KeepsWide):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A from the Kaiming-uniform distribution with a = sqrt(5), drawn on the CPU in float32; B zero."""
-        drawn = torch.empty(self.lora_a.shape, dtype=torch.float32, device="cpu")
-        self.lora_a.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+        draw(self.lora_a, kaiming)
         self.lora_b.zero_()
 
     def forward(self, x: Tensor) -> Tensor:

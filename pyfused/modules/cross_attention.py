@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from pyfused.modules.attention import LoRAMultiheadAttention
-from pyfused.modules.lora import check_base
-from pyfused.modules.wide import KeepsWide
 from pyfused.ops.contract import checks
 from pyfused.ops.cross_attention_residual import PLANS, attend, cross_attention_residual, resolve_plan
 from pyfused.ops.prepared_context import PROJECTIONS, PreparedContext, Projections, check_context, prepare_context
 from pyfused.ops.projection_residual import check_eps
+from pyfused.surgery.added import KeepsWide, draw
+from pyfused.surgery.refusals import check_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -212,7 +211,9 @@ class ScaledCrossAttention(KeepsWide):
             ValueError: kdim is not vdim, mha adds keys of its own or carries LoRA, or a setting is out of range.
         """
         caller = f"{_NAME}.from_module"
-        check_base(caller, mha, LoRAMultiheadAttention)
+        packed = getattr(mha, "_qkv_same_embed_dim", True)
+        own = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        check_plain(caller, mha, nn.MultiheadAttention, own)
         if mha.kdim != mha.vdim:
             raise ValueError(
                 f"{caller}: kdim must equal vdim, keys and values are one context; got {mha.kdim} and {mha.vdim}"
@@ -245,12 +246,9 @@ class ScaledCrossAttention(KeepsWide):
         """
         for name in PROJECTIONS:
             parameter = getattr(self, name)
-            if parameter is None:
-                continue
-            drawn = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
-            if name.endswith("weight") and not (name == "out_weight" and self.zero_init):
-                nn.init.xavier_uniform_(drawn)
-            parameter.copy_(drawn)
+            zero = name.endswith("bias") or (name == "out_weight" and self.zero_init)
+            if parameter is not None:
+                draw(parameter, nn.init.zeros_ if zero else nn.init.xavier_uniform_)
         if self.gate is not None:
             self.gate.fill_(self.weight)
 

@@ -1,1 +1,1 @@
-"""What finds, watches and changes modules of a model, whatever the method."""
+"""Changing a model: finds, replaces, freezes and counts its modules; knows no method."""

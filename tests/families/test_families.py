@@ -8,7 +8,7 @@ import zoo
 from torch import Tensor, nn
 
 from pyfused import LoRAModule, inject_lora, remove_lora
-from pyfused.modules import third_party
+from pyfused.lora import third_party
 
 # What has convolutions instead of linear layers.
 CONVOLUTIONS = {

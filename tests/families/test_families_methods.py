@@ -11,7 +11,7 @@ from test_families import distance, outputs
 from torch import nn
 
 from pyfused import PrefixTuning, bitfit, inject_lora, remove_lora
-from pyfused.modules.virtual_tokens import VirtualTokens
+from pyfused.methods.virtual_tokens import VirtualTokens
 
 # What has no attention that calls scaled_dot_product_attention here.
 WITHOUT = {

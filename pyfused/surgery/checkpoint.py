@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfused.modules.surgery import sharded
 from pyfused.ops.contract import checks
+from pyfused.surgery.refusals import sharded
 
 _VERSION = 1
 
@@ -32,6 +32,11 @@ def packed_settings(settings: Mapping[str, Mapping[str, Any]]) -> Tensor:
     """{path of a module: {setting: value}} as a tensor of bytes."""
     text = json.dumps({"version": _VERSION, "modules": settings}, sort_keys=True)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def packed(own: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Tensor]:
+    """A checkpoint: the tensors ``own`` by plain names, and under ``key`` their settings."""
+    return {**{plain_name(name): tensor for name, tensor in own.items()}, key: packed_settings(settings)}
 
 
 def read_settings(caller: str, key: str, packed: object) -> dict[str, dict[str, Any]]:

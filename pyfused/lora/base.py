@@ -9,20 +9,19 @@ first, or `remove_lora` first.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from pyfused.modules.surgery import bar_fast_paths, dressed, plain_class, sharded
-from pyfused.modules.wide import KeepsWide, added_parameters
 from pyfused.ops.contract import checks
-from pyfused.ops.lora_linear import MAX_RANK
+from pyfused.ops.lora_linear import MAX_RANK, lora_linear
+from pyfused.surgery.added import KeepsWide, added_parameters, draw, kaiming
+from pyfused.surgery.guards import bar_fast_paths
+from pyfused.surgery.refusals import check_plain, sharded
+from pyfused.surgery.variants import dressed, plain_class, take_over
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,13 +29,18 @@ if TYPE_CHECKING:
 _SETTINGS = ("rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class")
 
 
-def check_settings(
-    caller: str,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    lora_dtype: torch.dtype | None = None,
-    **flags: bool,
+class LoRASettings(NamedTuple):
+    """What a caller chooses of a low-rank term; `LoRALinear` documents each."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    lora_dtype: torch.dtype | None
+
+
+def check_lora_settings(
+    caller: str, rank: int, alpha: float, dropout: float, lora_dtype: torch.dtype | None = None, **flags: bool
 ) -> None:
     """Refuse LoRA settings that are out of range, in the name of ``caller``.
 
@@ -57,32 +61,6 @@ def check_settings(
         checks.flag(caller, name, value)
 
 
-def take_over(module: nn.Module, base: nn.Module) -> None:
-    """Give a new ``module`` what ``base`` has: dictionaries and sets of its own, and what they hold shared.
-
-    What is bound to ``base`` is bound to ``module``: its own methods kept as attributes, and hooks of its state dict.
-
-    Raises:
-        ValueError: ``base`` was compiled by its own ``compile()``, which would go on running it.
-    """
-    if getattr(base, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            f"{type(module).__name__}: expected a {type(base).__name__} that is not compiled, got one that its "
-            "compile() goes on running; change the model first, and compile it afterwards"
-        )
-    for name, value in base.__dict__.items():
-        if isinstance(value, dict | set):
-            value = copy.copy(value)
-        elif isinstance(value, types.MethodType) and value.__self__ is base:
-            value = types.MethodType(value.__func__, module)
-        module.__dict__[name] = value
-    hooks: dict[int, Any] = module._load_state_dict_pre_hooks
-    for key, hook in hooks.items():
-        # torch's wrapper of a hook that gets the module holds it weakly: the base's would die with it.
-        if getattr(hook, "with_module", False):
-            hooks[key] = type(hook)(hook.hook, module)
-
-
 class LoRAModule(KeepsWide):
     """Base class of the LoRA modules; ``isinstance(m, LoRAModule)`` finds them all in a model.
 
@@ -100,41 +78,22 @@ class LoRAModule(KeepsWide):
         return ("weight",)
 
     @classmethod
-    def _adopt(
-        cls,
-        caller: str,
-        base: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        use_rslora: bool,
-        lora_dtype: torch.dtype | None,
-        freeze: bool,
-    ) -> Self:
+    def _adopt(cls, caller: str, base: nn.Module, settings: LoRASettings, freeze: bool) -> Self:
         """A ``cls`` that shares base's parameters and submodules, and copies its settings, hooks and mode."""
-        check_settings(caller, rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, freeze=freeze)
-        check_base(caller, base, cls)
+        rank, alpha, dropout, use_rslora, lora_dtype = settings
+        check_lora_settings(caller, rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, freeze=freeze)
+        check_plain(caller, base, cls.base_class, cls._weight_names(base))
         plain, kinds = plain_class(type(base))
         module = object.__new__(dressed(cls, kinds))
         take_over(module, base)
-        module._configure(rank, alpha, dropout, use_rslora, plain)
+        module._configure(settings, plain)
         return module
 
     @classmethod
-    def _adopt_with_pair(
-        cls,
-        caller: str,
-        base: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        use_rslora: bool,
-        lora_dtype: torch.dtype | None,
-        freeze: bool,
-    ) -> Self:
+    def _adopt_with_pair(cls, caller: str, base: nn.Module, settings: LoRASettings, freeze: bool) -> Self:
         """`_adopt`, with one pair of low-rank parameters beside ``weight``."""
-        module = cls._adopt(caller, base, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
-        module._add_pair("", *module._widths(), module.get_parameter("weight"), lora_dtype)
+        module = cls._adopt(caller, base, settings, freeze)
+        module._add_pair("", *module._widths(), module.get_parameter("weight"), settings.lora_dtype)
         module.reset_lora_parameters()
         if freeze:
             module._freeze_base()
@@ -144,9 +103,8 @@ class LoRAModule(KeepsWide):
         """(N, K) of the one pair."""
         raise NotImplementedError
 
-    def _configure(
-        self, rank: int, alpha: float, dropout: float, use_rslora: bool, base_class: type[nn.Module]
-    ) -> None:
+    def _configure(self, settings: LoRASettings, base_class: type[nn.Module]) -> None:
+        rank, alpha, dropout, use_rslora, _ = settings
         self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), use_rslora
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self._base_weights: dict[str, nn.Parameter] = {}
@@ -184,12 +142,7 @@ class LoRAModule(KeepsWide):
 
     def lora_settings(self) -> dict[str, Any]:
         """What gives this module's low-rank parameters their meaning, by the names of the arguments."""
-        return {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.lora_dropout,
-            "use_rslora": self.use_rslora,
-        }
+        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.lora_dropout, "use_rslora": self.use_rslora}
 
     def refuse_computed(self, doing: str) -> None:
         """Raise where a weight or a low-rank parameter of this module is none of its parameters, but computed."""
@@ -202,34 +155,32 @@ class LoRAModule(KeepsWide):
                 "it out first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
             )
 
-    def refuse_sharded(self, doing: str) -> None:
-        """Raise where a parameter of this module is sharded over processes."""
-        shard = sharded(self)
-        if shard is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: {doing} needs whole parameters, got {shard}; gather them first "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
-            )
-
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """A from the Kaiming-uniform distribution with a = sqrt(5), B zero: the adapted module equals the base.
 
         A is drawn on the CPU in float32, so that one seed gives the same adapter on every device and in every dtype.
         """
-        LoRAModule.unmerge(self)
+        self._unmerge()
         for name, parameter in self.own_lora_parameters().items():
             if name.endswith("lora_b"):
                 parameter.zero_()
-                continue
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
+            else:
+                draw(parameter, kaiming)
 
     def _freeze_base(self) -> None:
         added = {id(parameter) for module in self.modules() for parameter in added_parameters(module)}
         for parameter in self.parameters():
             if id(parameter) not in added:
                 parameter.requires_grad_(False)
+
+    def _lora_linear(
+        self, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, channel_dim: int = -1
+    ) -> Tensor:
+        return lora_linear(
+            x, weight, lora_a, lora_b, bias, scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training,
+            channel_dim=channel_dim,
+        )  # fmt: skip
 
     # ---- merging
 
@@ -246,14 +197,27 @@ class LoRAModule(KeepsWide):
         """Whether the low-rank term now is part of the weight."""
         return bool(self._base_weights)
 
-    def refuse_replaced_forward(self, doing: str) -> None:
-        """Raise where this very module has another forward: what that does with the weights is not known."""
-        if "forward" in self.__dict__:
-            hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out" * ("_hf_hook" in self.__dict__)
-            raise RuntimeError(
-                f"{type(self).__name__}: {doing} needs the module's own forward, got one that replaces it; "
-                f"take it out first{hooked}"
-            )
+    def _parts(self) -> list[LoRAModule]:
+        """This module and those inside it that are merged with it."""
+        return [self]
+
+    def _refuse_unfit(self, doing: str) -> None:
+        """Raise where a part has another forward, which may do anything with the weights, or not all of its numbers."""
+        for part in self._parts():
+            name = type(part).__name__
+            if "forward" in part.__dict__:
+                hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out"
+                raise RuntimeError(
+                    f"{name}: {doing} needs the module's own forward, got one that replaces it; "
+                    f"take it out first{hooked * ('_hf_hook' in part.__dict__)}"
+                )
+            part.refuse_computed(doing)
+            shard = sharded(part)
+            if shard is not None:
+                raise RuntimeError(
+                    f"{name}: {doing} needs whole parameters, got {shard}; gather them first "
+                    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+                )
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -274,10 +238,9 @@ class LoRAModule(KeepsWide):
             RuntimeError: the low-rank term is no change of the weight (a convolution with groups), the module's
                 forward was replaced, by a hook of accelerate's, say, or a parameter is computed or sharded.
         """
-        self.refuse_replaced_forward("merging")
-        self.refuse_computed("merging")
-        self.refuse_sharded("merging")
-        self._merge()
+        self._refuse_unfit("merging")
+        for part in self._parts():
+            part._merge()
 
     def _merge(self) -> None:
         if self._base_weights:
@@ -292,6 +255,10 @@ class LoRAModule(KeepsWide):
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit. Does nothing when not merged."""
+        for part in self._parts():
+            part._unmerge()
+
+    def _unmerge(self) -> None:
         self._parameters.update(self._base_weights)
         self._base_weights.clear()
 
@@ -319,9 +286,7 @@ class LoRAModule(KeepsWide):
             RuntimeError: as `merge`, and without ``merge`` too where the forward was replaced or a parameter is
                 computed or sharded.
         """
-        self.refuse_replaced_forward("to_base()")
-        self.refuse_computed("to_base()")
-        self.refuse_sharded("to_base()")
+        self._refuse_unfit("to_base()")
         with torch.inference_mode(False), self.held(merged=merge):
             module: nn.Module = object.__new__(dressed(self._base_class, plain_class(type(self))[1]))
             take_over(module, self)
@@ -344,11 +309,11 @@ class LoRAModule(KeepsWide):
     def held(self, merged: bool) -> Iterator[None]:
         """This module's own weights merged or not for a while, then as they were."""
         before = bool(self._base_weights)
-        (LoRAModule._merge if merged else LoRAModule.unmerge)(self)
+        (self._merge if merged else self._unmerge)()
         try:
             yield
         finally:
-            (LoRAModule._merge if before else LoRAModule.unmerge)(self)
+            (self._merge if before else self._unmerge)()
 
     def _wide_names(self) -> Iterable[str]:
         return self.own_lora_parameters()
@@ -370,62 +335,3 @@ class LoRAModule(KeepsWide):
         inherited = super().extra_repr()
         lora = f"rank={self.rank}, alpha={self.alpha:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
         return f"{inherited}, {lora}" if inherited else lora
-
-
-# What a subclass of a base class may define for itself: an instance that exists needs none of it.
-_TAKEN_OVER = {"__init__", "reset_parameters", "extra_repr", "__repr__", "_abc_impl", "__annotate__"}
-
-
-def _own_members(cls: type, kind: type[nn.Module]) -> list[str]:
-    """What ``cls`` defines beyond ``kind`` that an instance of another class would lack."""
-    beyond = [base for base in cls.__mro__ if base not in kind.__mro__]
-    return sorted(
-        {
-            name
-            for base in beyond
-            for name, value in vars(base).items()
-            if name not in _TAKEN_OVER and (not name.startswith("__") or callable(value))
-        }
-    )
-
-
-def check_base(caller: str, base: nn.Module, cls: type[LoRAModule]) -> None:
-    """Refuse a module that ``cls`` cannot stand in for.
-
-    Raises:
-        TypeError: another kind of module, one whose forward is its own, or of a class with members of its own.
-        ValueError: already adapted, or its weights are no plain floating parameters.
-    """
-    kind = cls.base_class
-    if isinstance(base, LoRAModule):
-        raise ValueError(f"{caller}: expected a plain nn.{kind.__name__}, got a {type(base).__name__}: already wrapped")
-    if not isinstance(base, kind):
-        raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(base).__name__}")
-    given, _ = plain_class(type(base))
-    named = f"{given.__module__}.{given.__qualname__}"
-    if given.forward is not kind.forward or "forward" in base.__dict__:
-        raise TypeError(
-            f"{caller}: expected an nn.{kind.__name__} with its own forward, got {named} "
-            "with a forward that replaces it"
-        )
-    for name in cls._weight_names(base):
-        weight = base._parameters.get(name)
-        if weight is None:
-            raise ValueError(
-                f"{caller}: {name} must be a parameter of the module, got a computed one; remove its parametrization"
-            )
-        if is_lazy(weight):
-            raise ValueError(f"{caller}: {name} must have a shape, got an uninitialized parameter; run one forward")
-        if weight.dtype not in checks.FLOATING:
-            raise TypeError(f"{caller}: {name} must have dtype {checks.FLOATING}, got {weight.dtype}")
-        checks.tensor(caller, name, weight)
-        if weight.numel() == 0:
-            raise ValueError(f"{caller}: {name} must have elements, got shape {tuple(weight.shape)}")
-        if weight.is_inference() or torch.is_inference_mode_enabled():
-            raise ValueError(f"{caller}: {name} must be adapted, and made, outside torch.inference_mode()")
-    members = _own_members(given, kind)
-    if members:
-        raise TypeError(
-            f"{caller}: expected an nn.{kind.__name__} or a subclass without members of its own, got {named} with "
-            f"{', '.join(members[:5])}, which the adapted module would lack"
-        )

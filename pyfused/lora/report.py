@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-from pyfused.modules.attention import LoRAProjections
-from pyfused.modules.counts import Counts, count
-from pyfused.modules.linear import LoRALinear
-from pyfused.modules.lora import LoRAModule
-from pyfused.modules.table import table
-from pyfused.modules.targets import LeftAlone, group_of, kind_of, places
+from pyfused.lora.attention import LoRAProjections
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.linear import LoRALinear
+from pyfused.lora.targets import LeftAlone, group_of, kind_of, lora_places
+from pyfused.surgery.report import Counts, count, elements, folded, table, table_of_alike
 
 
 @dataclass(frozen=True)
@@ -61,38 +58,36 @@ class LoRAReport(Counts):
         """Adapted modules that belong to an MLP."""
         return sum(row.group == "mlp" for row in self.rows)
 
-    def __str__(self) -> str:
-        def alike(row: LoRARow) -> tuple:
-            path = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path)
-            return path, row.kind, row.shape, row.rank, row.alpha, row.parameters
-
-        rows = [("module", "kind", "weight", "rank", "alpha", "count", "LoRA parameters")]
-        for (path, kind, shape, rank, alpha, parameters), times in Counter(map(alike, self.rows)).items():
-            size = " x ".join(map(str, shape))
-            rows.append((path, kind, size, str(rank), f"{alpha:g}", str(times), f"{times * parameters:,}"))
-        lines = table(rows, "<<<>>>>")
+    def _found(self) -> list[str]:
+        alike = [
+            (folded(row.path), row.kind, " x ".join(map(str, row.shape)), row.rank, f"{row.alpha:g}", row.parameters)
+            for row in self.rows
+        ]
         other = self.total - self.attention - self.mlp
-        lines += [
+        header = ("module", "kind", "weight", "rank", "alpha", "count", "LoRA parameters")
+        return [
+            *table_of_alike(header, alike, "<<<>>>>"),
             f"LoRA modules          {self.total} = {self.attention} attention + {self.mlp} MLP"
             + (f" + {other} other" if other else ""),
             f"LoRA parameters       {self.lora_parameters:,}",
-            *self._lines(),
         ]
-        if self.left:
-            lines += ["", "left alone, and why"]
-            left = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in self.left]
-            lines += table([("kind", "count", "parameters", "the first", "why"), *left], "<>><<")
-        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        if not self.left:
+            return super().__str__()
+        left = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in self.left]
+        lines = table([("kind", "count", "parameters", "the first", "why"), *left], "<>><<")
+        return "\n".join([super().__str__(), "", "left alone, and why", *lines])
 
 
 def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[LeftAlone] = ()) -> LoRAReport:
     """What LoRA ``model`` carries now, whoever put it there; ``notes`` and ``left`` are passed on."""
     rows: list[LoRARow] = []
-    for place in places(model):
+    for place in lora_places(model):
         module, path = place.module, place.paths[0]
         if not isinstance(module, LoRAModule):
             continue
-        own = sum(p.numel() for p in module.own_lora_parameters().values())
+        own = elements(module.own_lora_parameters().values())
         if not isinstance(module, LoRAProjections):
             kind = kind_of(module)
             shape = tuple(module.get_parameter("weight").shape)
@@ -107,12 +102,8 @@ def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[Left
             )
         out = module.out_proj
         if isinstance(out, LoRALinear):
-            own = sum(p.numel() for p in out.own_lora_parameters().values())
+            own = elements(out.own_lora_parameters().values())
             rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, out.alpha, own))
     return LoRAReport(
-        **count(model),
-        rows=tuple(rows),
-        lora_parameters=sum(row.parameters for row in rows),
-        notes=tuple(notes),
-        left=tuple(left),
+        **count(model, notes), rows=tuple(rows), lora_parameters=sum(row.parameters for row in rows), left=tuple(left)
     )

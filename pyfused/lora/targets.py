@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyfused.modules import surgery, third_party
-from pyfused.modules.attention import LoRAMultiheadAttention
-from pyfused.modules.conv import LoRAConv2d
-from pyfused.modules.linear import LoRALinear
-from pyfused.modules.lora import LoRAModule, check_base
+from pyfused.lora import third_party
+from pyfused.lora.attention import LoRAMultiheadAttention
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.conv import LoRAConv2d
+from pyfused.lora.linear import LoRALinear
+from pyfused.surgery.bytecode import reads_weight
+from pyfused.surgery.paths import Place, places
+from pyfused.surgery.refusals import check_plain
+from pyfused.surgery.report import elements
 
 ALL_LINEAR = "all-linear"
 # Each selects layers by what they are; every other target is a name.
@@ -66,9 +70,9 @@ def has_parts(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or third_party.is_packed_attention(module)
 
 
-def places(model: nn.Module) -> list[surgery.Place]:
+def lora_places(model: nn.Module) -> list[Place]:
     """Every module of ``model`` once; attentions and LoRA modules, which are replaced whole, without what is inside."""
-    return surgery.places(model, lambda module: isinstance(module, LoRAModule) or has_parts(module))
+    return places(model, lambda module: isinstance(module, LoRAModule) or has_parts(module))
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Layer:
         reserved: why a keyword leaves it alone though it can carry LoRA; None where none does.
     """
 
-    place: surgery.Place
+    place: Place
     kind: str
     group: str
     refusal: Exception | None = None
@@ -131,7 +135,7 @@ def layers_of(model: nn.Module, caller: str) -> list[Layer]:
     """Every layer of ``model`` that LoRA has a form for, whether or not it can carry it."""
     heads, embeddings = heads_of(model), _output_embeddings(model)
     layers = []
-    for place in places(model):
+    for place in lora_places(model):
         module, wrapper = place.module, wrapper_of(place.module)
         if wrapper is None:
             continue
@@ -157,15 +161,15 @@ def kind_of(module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv1d"
 
 
-def _check(caller: str, place: surgery.Place, wrapper: Any) -> None:
+def _check(caller: str, place: Place, wrapper: Any) -> None:
     if not place.spots:
         raise ValueError(
             f"{caller.removesuffix(': ')}: model must contain the modules to adapt, got a "
             f"{type(place.module).__name__} itself; use {wrapper.__name__}.from_..."
         )
-    check_base(caller, place.module, wrapper)
+    check_plain(caller, place.module, wrapper.base_class, wrapper._weight_names(place.module))
     for host, name in place.spots:
-        if third_party.calling(host, name) is None and third_party.reads_weight(host, name):
+        if third_party.calling(host, name) is None and reads_weight(host, name):
             raise TypeError(
                 f"{caller}: expected a layer that is called, got one whose weight {type(host).__name__} reads itself: "
                 "there a low-rank term beside the weight would not run"
@@ -241,10 +245,10 @@ def left_alone(model: nn.Module, layers: Iterable[Layer], why: dict[int, str]) -
     def add(kind: str, reason: str, path: str, tensors: Iterable[Tensor]) -> None:
         row = found.setdefault((kind, reason), LeftAlone(kind, reason))
         row.paths.append(path)
-        row.parameters += sum(tensor.numel() for tensor in tensors)
+        row.parameters += elements(tensors)
 
     known = {id(layer.module): layer for layer in layers}
-    for place in places(model):
+    for place in lora_places(model):
         module, path = place.module, place.paths[0]
         if isinstance(module, LoRAModule):
             continue

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pyfused.modules import surgery
-from pyfused.modules.counts import Counts, count
-from pyfused.modules.table import table
-from pyfused.modules.wide import added_parameters
 from pyfused.ops.contract import checks
+from pyfused.surgery.added import added_parameters
+from pyfused.surgery.procedure import Request, adapt
+from pyfused.surgery.refusals import check_model
+from pyfused.surgery.report import Counts, count, table_of_alike
+from pyfused.surgery.variants import plain_class
 
 _CALLER = "bitfit"
 
@@ -33,7 +33,7 @@ class BitFitReport(Counts):
 
     Attributes:
         rows: one `BiasRow` per bias that trains.
-        trainable_parameters, total_parameters, notes: see `pyfused.modules.counts.Counts`.
+        trainable_parameters, total_parameters, notes: see `pyfused.surgery.report.Counts`.
     """
 
     rows: tuple[BiasRow, ...]
@@ -43,14 +43,12 @@ class BitFitReport(Counts):
         """Elements of all biases that train."""
         return sum(row.parameters for row in self.rows)
 
-    def __str__(self) -> str:
-        alike = Counter((row.kind, row.path.rpartition(".")[2], row.parameters) for row in self.rows)
-        rows = [("module", "bias", "elements", "count", "parameters")]
-        for (kind, name, size), times in alike.items():
-            rows.append((kind, name, f"{size:,}", str(times), f"{times * size:,}"))
-        lines = table(rows, "<<>>>")
-        lines += [f"bias parameters       {self.bias_parameters:,} in {len(self.rows)} biases", *self._lines()]
-        return "\n".join(lines)
+    def _found(self) -> list[str]:
+        alike = [(row.kind, row.path.rpartition(".")[2], f"{row.parameters:,}", row.parameters) for row in self.rows]
+        return [
+            *table_of_alike(("module", "bias", "elements", "count", "parameters"), alike, "<<>>>"),
+            f"bias parameters       {self.bias_parameters:,} in {len(self.rows)} biases",
+        ]
 
 
 def is_bias(name: str) -> bool:
@@ -86,12 +84,11 @@ def bitfit(
     Source: Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
     Language-models", 2022.
     """
-    surgery.check_model(_CALLER, model)
+    check_model(_CALLER, model)
     checks.flag(_CALLER, "freeze_batchnorm", freeze_batchnorm)
     named = dict(model.named_parameters(remove_duplicate=False))
-    train, exclude, trained = surgery.asked(_CALLER, model, train, exclude, named)
-    surgery.check_parameters(_CALLER, model)
-    aside = {id(parameter) for name, parameter in named.items() if surgery.under(name, (*train, *exclude))}
+    request = Request(_CALLER, model, train, exclude, named)
+    aside = {id(parameter) for name, parameter in named.items() if request.aside(name)}
     # What this package has added is no bias of the model's.
     aside |= {id(parameter) for module in model.modules() for parameter in added_parameters(module)}
     biases = {
@@ -104,23 +101,17 @@ def bitfit(
             f"{_CALLER}: model must have biases outside train and exclude, got a {type(model).__name__} with none; "
             "many language models have none at all: inject_lora adapts their weights"
         )
-    kept = surgery.trained_before(model)
-    with surgery.all_or_nothing() as change:
-        change.freeze(model, kept)
-        change.keep_training(model, trained)
-        # Before its bias trains: by that alone it is not one that was meant to move.
-        notes = surgery.hold_batchnorms(model, change, train, stays=True) if freeze_batchnorm else []
-        change.keep_training(model, biases.values())
+    adapt(request, also=biases.values, freeze_batchnorm=freeze_batchnorm, stays=True)
     narrow = sorted({str(p.dtype) for p in biases.values() if p.dtype in (torch.float16, torch.bfloat16)})
     if narrow:
-        notes.append(
+        request.notes.append(
             f"biases of dtype {', '.join(narrow)} train in it: small steps are lost, and GradScaler takes no float16; "
             "keep the model in float32 and run it under autocast"
         )
     kinds = {
-        f"{path}.{name}".lstrip("."): surgery.plain_class(type(module))[0].__name__
+        f"{path}.{name}".lstrip("."): plain_class(type(module))[0].__name__
         for path, module in model.named_modules()
         for name in module._parameters
     }
     rows = tuple(BiasRow(name, kinds[name], parameter.numel()) for name, parameter in biases.items())
-    return BitFitReport(**count(model), notes=tuple(notes), rows=rows)
+    return BitFitReport(**count(model, request.notes), rows=rows)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyfused.modules.lora import LoRAModule, check_settings
-from pyfused.ops.lora_linear import lora_linear
+from pyfused.lora.base import LoRAModule, LoRASettings, check_lora_settings
 
 
 class LoRALinear(LoRAModule, nn.Linear):
@@ -52,9 +51,9 @@ class LoRALinear(LoRAModule, nn.Linear):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        check_settings("LoRALinear", rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, bias=bias)
+        check_lora_settings("LoRALinear", rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, bias=bias)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._configure(rank, alpha, dropout, use_rslora, nn.Linear)
+        self._configure(LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype), nn.Linear)
         self._add_pair("", out_features, in_features, self.weight, lora_dtype)
         self.reset_lora_parameters()
         self._freeze_base()
@@ -80,9 +79,8 @@ class LoRALinear(LoRAModule, nn.Linear):
             ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
                 range.
         """
-        return cls._adopt_with_pair(
-            "LoRALinear.from_linear", linear, rank, alpha, dropout, use_rslora, lora_dtype, freeze
-        )
+        settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
+        return cls._adopt_with_pair("LoRALinear.from_linear", linear, settings, freeze)
 
     def _widths(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
@@ -102,13 +100,4 @@ class LoRALinear(LoRAModule, nn.Linear):
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)
-        return lora_linear(
-            input,
-            self.weight,
-            self.lora_a,
-            self.lora_b,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
+        return self._lora_linear(input, self.weight, self.lora_a, self.lora_b, self.bias)

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.modules.lora import LoRAModule
-from pyfused.ops.lora_linear import lora_linear
+from pyfused.lora.base import LoRAModule, LoRASettings
 
 
 class LoRAConv2d(LoRAModule, nn.Conv2d):
@@ -59,7 +58,8 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             ValueError: already a LoRA module, a weight that is parametrized or without elements, or a setting out of
                 range.
         """
-        return cls._adopt_with_pair("LoRAConv2d.from_conv", conv, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+        settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
+        return cls._adopt_with_pair("LoRAConv2d.from_conv", conv, settings, freeze)
 
     def _widths(self) -> tuple[int, int]:
         height, width = self.kernel_size
@@ -92,17 +92,8 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
             self._refuse_merged_training()
             return super().forward(input)
         if self._is_linear():
-            y = lora_linear(
-                input if input.dim() == 4 else input.unsqueeze(0),
-                self.weight.flatten(1),
-                self.lora_a,
-                self.lora_b,
-                self.bias,
-                scaling=self.scaling,
-                dropout_p=self.lora_dropout,
-                training=self.training,
-                channel_dim=1,
-            )
+            x = input if input.dim() == 4 else input.unsqueeze(0)
+            y = self._lora_linear(x, self.weight.flatten(1), self.lora_a, self.lora_b, self.bias, channel_dim=1)
             return y if input.dim() == 4 else y.squeeze(0)
         lora_a = self.lora_a.view(self.rank, self.in_channels, *self.kernel_size).to(input.dtype)
         lora_b = self.lora_b.view(self.out_channels, self.rank, 1, 1).to(input.dtype)

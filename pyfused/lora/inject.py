@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyfused.modules import LoRALinear, LoRAModule, checkpoint, surgery, third_party
-from pyfused.modules.lora import check_settings
-from pyfused.modules.report import LoRAReport, lora_report
-from pyfused.modules.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, places, wrapper_of
+from pyfused.lora import third_party
+from pyfused.lora.base import LoRAModule, check_lora_settings
+from pyfused.lora.linear import LoRALinear
+from pyfused.lora.report import LoRAReport, lora_report
+from pyfused.lora.state import lora_modules
+from pyfused.lora.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, lora_places, wrapper_of
 from pyfused.ops.contract import checks
+from pyfused.surgery.change import Change
+from pyfused.surgery.paths import names, near, under
+from pyfused.surgery.procedure import Request, adapt, take_out
+from pyfused.surgery.refusals import check_model
 from pyfused.surgery.watch import never_called
 
 _CALLER = "inject_lora"
@@ -29,8 +35,6 @@ _OTHER_NAMES = {
     "modules_to_save": "train",
     "exclude_modules": "exclude",
 }
-# The entry of a checkpoint that holds the settings.
-_SETTINGS = "lora_settings"
 
 
 @dataclass
@@ -106,91 +110,37 @@ def inject_lora(
     for name in others:
         known = _OTHER_NAMES.get(name)
         raise TypeError(f"{_CALLER}: no argument {name!r}" + (f"; here it is {known}" if known else ""))
-    surgery.check_model(_CALLER, model)
+    check_model(_CALLER, model)
     for ranks, alphas in ((rank, _ALPHA), (_RANK, alpha)):
         for one_rank in ranks.values() if isinstance(ranks, Mapping) else (ranks,):
             for one_alpha in alphas.values() if isinstance(alphas, Mapping) else (alphas,):
-                check_settings(
+                check_lora_settings(
                     _CALLER, one_rank, one_alpha, dropout, lora_dtype,
                     use_rslora=use_rslora, freeze=freeze, freeze_batchnorm=freeze_batchnorm,
                 )  # fmt: skip
     checks.one_of(_CALLER, "qkv", qkv, ("joint", "split"))
-    targets = surgery.names(_CALLER, "target_modules", target_modules)
+    targets = names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
     layers = layers_of(model, _CALLER)
-    answers = {name for layer in layers for name in layer.names()}
-    train, exclude, trained = surgery.asked(_CALLER, model, train, exclude, answers)
-    notes: list[str] = []
-    whole = {id(parameter) for parameter in trained}
-    sites, why = _find_sites(model, layers, targets, train, exclude, whole, notes)
+    request = Request(_CALLER, model, train, exclude, {name for layer in layers for name in layer.names()})
+    sites, why = _find_sites(request, layers, targets)
     _set_by_pattern("rank", rank, _RANK, sites)
     _set_by_pattern("alpha", alpha, _ALPHA, sites)
-    surgery.check_parameters(_CALLER, model)
-    notes += _tied(model, sites)
-
     settings = {"dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
-    built = [(site, _wrap(site, qkv, notes, settings)) for site in sites]
-    kept = surgery.trained_before(model)
-    with surgery.all_or_nothing() as change:
-        for site, adapted in built:
+
+    def put(change: Change) -> None:
+        request.notes.extend(_tied(model, sites))
+        for site, adapted in [(site, _wrap(site, qkv, request.notes, settings)) for site in sites]:
             change.replace(site.layer.place, adapted)
             for host, name in site.layer.place.spots:
                 variant = third_party.calling(host, name)
                 if variant is not None:
                     change.as_variant(host, variant)
-        if freeze:
-            loras = (module for module in model.modules() if isinstance(module, LoRAModule))
-            change.freeze(model, [*kept, *(p for module in loras for p in module.own_lora_parameters().values())])
-        change.keep_training(model, trained)
-        if freeze and freeze_batchnorm:
-            notes += surgery.hold_batchnorms(model, change, train)
-        notes += surgery.keep_dense(model, change)
-        if example_inputs is not None:
-            _refuse_dead(model, example_inputs)
-    return lora_report(model, notes, left_alone(model, layers, why))
 
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA parameters of ``model`` by their full names, and their settings: what an adapter checkpoint holds.
-
-    The tensors are detached and share memory with the model. "lora_settings" is JSON in a tensor of bytes: each
-    module's rank, alpha, use_rslora, dropout and qkv. Whatever else trains (``train`` of `inject_lora`) is not there.
-    Names are those of the model without `torch.compile` around it.
-
-    Raises:
-        TypeError: ``model`` is not an nn.Module.
-        ValueError: ``model`` has no LoRA.
-        RuntimeError: a LoRA parameter is computed (parametrized, pruned).
-    """
-    own, settings = _own_state("lora_state_dict", model)
-    state = {checkpoint.plain_name(name): tensor for name, tensor in own.items()}
-    return state | {_SETTINGS: checkpoint.packed_settings(settings)}
-
-
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
-    """Copy an adapter checkpoint, as `lora_state_dict` gives it, into a model with the same LoRA modules.
-
-    All or nothing: when this raises, the model is as it was.
-
-    Args:
-        model: a model with LoRA in the places that the checkpoint names, compiled by `torch.compile` or not.
-        state: the checkpoint.
-        check_settings: whether the settings of the checkpoint must be there. Where they are there they must be the
-            model's in either case. Default True.
-
-    Raises:
-        TypeError: an argument has the wrong type, or a tensor is not a dense floating one.
-        ValueError: names are missing or unknown, shapes or settings differ, settings are missing, or ``model`` is
-            sharded or on device meta.
-    """
-    caller = "load_lora_state_dict"
-    own, settings = _own_state(caller, model)
-    with contextlib.ExitStack() as stack:
-        for _, module in _lora_modules(caller, model):
-            # What is merged is merged anew.
-            stack.enter_context(module.held(merged=False))
-        checkpoint.load(caller, model, own, settings, _SETTINGS, state, check_settings)
+    trial = functools.partial(_trial, model, example_inputs)
+    adapt(request, put, trial=trial, freeze=freeze, freeze_batchnorm=freeze_batchnorm)
+    return lora_report(model, request.notes, left_alone(model, layers, why))
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
@@ -213,45 +163,32 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
     checks.flag(caller, "merge", merge)
     if isinstance(model, LoRAModule):
         raise ValueError(f"{caller}: model must contain LoRA modules, got one itself; use its to_base()")
-    _lora_modules(caller, model)
-    adapted = [place for place in places(model) if isinstance(place.module, LoRAModule)]
-    plain = [(place, place.module.to_base(merge)) for place in adapted if isinstance(place.module, LoRAModule)]
-    with surgery.all_or_nothing() as change:
+    lora_modules(caller, model)
+    adapted = [(place, place.module) for place in lora_places(model)]
+    plain = [(place, module.to_base(merge)) for place, module in adapted if isinstance(module, LoRAModule)]
+
+    def take(change: Change) -> None:
         for place, module in plain:
             change.replace(place, module)
         for inside in list(model.modules()):
             for kind in (third_party.CallingPool, third_party.CallingQKV):
                 if isinstance(inside, kind):
                     change.as_base(inside, kind)
-        surgery.release_dense(model, change)
-        surgery.release_batchnorms(model, change)
+
+    take_out(model, take)
 
 
 # ---- finding
 
 
-def _find_sites(
-    model: nn.Module,
-    layers: list[Layer],
-    targets: tuple[str, ...],
-    train: tuple[str, ...],
-    exclude: tuple[str, ...],
-    whole: set[int],
-    notes: list[str],
-) -> tuple[list[_Site], dict[int, str]]:
-    """The sites, and by id of a module why another is none; ``whole`` are the parameters that train whole, by id."""
+def _find_sites(request: Request, layers: list[Layer], targets: tuple[str, ...]) -> tuple[list[_Site], dict[int, str]]:
+    """The sites, and by id of a module why another is none."""
     sites: list[_Site] = []
     why: dict[int, str] = {}
     matched: set[str] = set()
+    whole = {id(parameter) for parameter in request.trained}
     for layer in layers:
-        aside = next(
-            (
-                reason
-                for roots, reason in ((train, "trains whole: in train"), (exclude, "in exclude"))
-                if any(surgery.under(path, roots) for path in layer.place.paths)
-            ),
-            None,
-        )
+        aside = request.aside(*layer.place.paths)
         if aside is not None:
             why[id(layer.module)] = aside
             continue
@@ -266,24 +203,23 @@ def _find_sites(
         if layer.refusal is not None:
             raise layer.refusal
         parts = set().union(*hits.values())
-        parts -= set().union(*(own for name, own in layer.names().items() if surgery.under(name, (*train, *exclude))))
+        parts -= set().union(*(own for name, own in layer.names().items() if request.aside(name)))
         parts -= {part for part in parts if any(id(weight) in whole for weight in layer.weights(part))}
         if not parts:
             why[id(layer.module)] = "trains whole: in train"
         else:
             sites.append(_Site(layer, parts, {}, {}))
-            if len(layer.place.paths) > 1:
-                notes.append(f"one module stands at {', '.join(layer.place.paths)}: adapted once, for all of them")
+            request.note_shared(layer.place)
     for target in targets:
         if target not in matched or not sites:
-            _refuse_target(model, layers, target, why)
+            _refuse_target(request.model, layers, target, why)
     return sites, why
 
 
 def _refuse_target(model: nn.Module, layers: list[Layer], target: str, why: dict[int, str]) -> None:
     for path, module in model.named_modules():
         if target not in KEYWORDS and f".{path}".endswith(f".{target}") and wrapper_of(module) is None:
-            inside = {layer.group for layer in layers if surgery.under(layer.path, (path,))} & set(KEYWORDS)
+            inside = {layer.group for layer in layers if under(layer.path, (path,))} & set(KEYWORDS)
             hint = f'; "{min(inside)}" selects the layers in it' if inside else ""
             raise TypeError(
                 f"{_CALLER}: target_modules must select nn.Linear, nn.Conv2d, transformers' Conv1D or attentions, got "
@@ -293,14 +229,14 @@ def _refuse_target(model: nn.Module, layers: list[Layer], target: str, why: dict
     rows = "; ".join(f"{row.count} {row.kind}: {row.why}" for row in left_alone(model, layers, why)[:3])
     raise ValueError(
         f"{_CALLER}: target_modules must select modules outside train and exclude, got {target!r}, which selects none"
-        f"{f' (left alone: {rows})' if target in KEYWORDS and rows else ''}; {surgery.near(target, known)}"
+        f"{f' (left alone: {rows})' if target in KEYWORDS and rows else ''}; {near(target, known)}"
     )
 
 
 def _set_by_pattern(name: str, value: Any, default: Any, sites: list[_Site]) -> None:
     """Each site's ``name``, "rank" or "alpha", for each of its parts."""
     mapping = value if isinstance(value, Mapping) else {}
-    surgery.names(_CALLER, name, list(mapping))
+    names(_CALLER, name, list(mapping))
     used: set[str] = set()
     for site in sites:
         for part in site.parts:
@@ -312,7 +248,7 @@ def _set_by_pattern(name: str, value: Any, default: Any, sites: list[_Site]) -> 
             known = {answer.rpartition(".")[2] for site in sites for answer in site.layer.names()}
             raise ValueError(
                 f"{_CALLER}: {name} must name modules that are adapted, got {target!r}, which selects none; "
-                f"{surgery.near(target, known)}"
+                f"{near(target, known)}"
             )
 
 
@@ -338,7 +274,9 @@ def _tied(model: nn.Module, sites: list[_Site]) -> list[str]:
     return notes
 
 
-def _refuse_dead(model: nn.Module, example_inputs: Any) -> None:
+def _trial(model: nn.Module, example_inputs: Any) -> None:
+    if example_inputs is None:
+        return
     args: tuple = (example_inputs,)
     kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
@@ -382,29 +320,3 @@ def _wrap(site: _Site, qkv: str, notes: list[str], settings: dict) -> LoRAModule
 
 
 _MAKERS = {"linear": "from_linear", "conv1d": "from_conv1d", "conv1x1": "from_conv", "conv2d": "from_conv"}
-
-
-# ---- state
-
-
-def _lora_modules(caller: str, model: nn.Module) -> list[tuple[str, LoRAModule]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRAModule)]
-    if not found:
-        raise ValueError(
-            f"{caller}: model must contain LoRA modules, got a {type(model).__name__} with none; call inject_lora first"
-        )
-    return found
-
-
-def _own_state(caller: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The model's LoRA parameters by name, and the settings of each LoRA module by plain path."""
-    state: dict[str, Tensor] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for path, module in _lora_modules(caller, model):
-        module.refuse_computed(f"{caller} of {path or 'the model'}")
-        prefix = f"{path}." if path else ""
-        state |= {f"{prefix}{name}": parameter.detach() for name, parameter in module.own_lora_parameters().items()}
-        settings[checkpoint.plain_name(path)] = module.lora_settings()
-    return state, settings

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.modules.called_attention import CalledAttention, projection
-from pyfused.modules.linear import LoRALinear
-from pyfused.modules.lora import LoRAModule
+from pyfused.lora.base import LoRAModule, LoRASettings
+from pyfused.lora.called_attention import CalledAttention, projection
+from pyfused.lora.linear import LoRALinear
 from pyfused.ops.contract import checks
-from pyfused.ops.lora_linear import lora_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,33 +33,19 @@ class LoRAProjections(LoRAModule):
 
     @classmethod
     def _adapt(
-        cls,
-        caller: str,
-        attention: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        qkv: str,
-        use_rslora: bool,
-        lora_dtype: torch.dtype | None,
-        in_proj: bool,
-        out_proj: bool,
-        freeze: bool,
+        cls, caller: str, mha: nn.Module, settings: LoRASettings, qkv: str, in_proj: bool, out_proj: bool, freeze: bool
     ) -> Self:
         checks.one_of(caller, "qkv", qkv, ("joint", "split"))
         checks.flag(caller, "in_proj", in_proj)
         checks.flag(caller, "out_proj", out_proj)
         if not (in_proj or out_proj):
             raise ValueError(f"{caller}: in_proj or out_proj must be True, got neither")
-        module = cls._adopt(caller, attention, rank, alpha, dropout, use_rslora, lora_dtype, freeze)
+        module = cls._adopt(caller, mha, settings, freeze)
         module.qkv = qkv if in_proj else None
         if in_proj:
-            module._add_in_proj(caller, lora_dtype)
+            module._add_in_proj(caller, settings.lora_dtype)
         if out_proj:
-            adapted = LoRALinear.from_linear(
-                module.out_proj, rank, alpha, dropout, use_rslora, lora_dtype, freeze=False
-            )
-            module.register_module("out_proj", adapted)
+            module.register_module("out_proj", LoRALinear.from_linear(module.out_proj, *settings, freeze=False))
         if freeze:
             module._freeze_base()
         return module
@@ -115,29 +100,8 @@ class LoRAProjections(LoRAModule):
         own = self.qkv is None or bool(self._base_weights)
         return own and (not isinstance(self.out_proj, LoRALinear) or self.out_proj.merged)
 
-    def refuse_replaced_forward(self, doing: str) -> None:
-        """As `LoRAModule.refuse_replaced_forward`, of out_proj too."""
-        super().refuse_replaced_forward(doing)
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.refuse_replaced_forward(doing)
-
-    def refuse_computed(self, doing: str) -> None:
-        """As `LoRAModule.refuse_computed`, of out_proj too."""
-        super().refuse_computed(doing)
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.refuse_computed(doing)
-
-    def merge(self) -> None:
-        """Merge in_proj and out_proj; see `LoRAModule.merge`."""
-        super().merge()
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.merge()
-
-    def unmerge(self) -> None:
-        """Put the base weights of in_proj and out_proj back, bit for bit."""
-        super().unmerge()
-        if isinstance(self.out_proj, LoRALinear):
-            self.out_proj.unmerge()
+    def _parts(self) -> list[LoRAModule]:
+        return [self, self.out_proj] if isinstance(self.out_proj, LoRALinear) else [self]
 
     def to_base(self, merge: bool = True) -> nn.Module:
         """A plain attention; see `LoRAModule.to_base`."""
@@ -159,16 +123,7 @@ class LoRAProjections(LoRAModule):
         else:
             letter = "qkv"[first]
             lora_a, lora_b = getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b")
-        return lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
+        return self._lora_linear(x, weight, lora_a, lora_b, bias)
 
 
 class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
@@ -231,19 +186,8 @@ class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
             ValueError: already a LoRA module, qkv="joint" on separate projections, nothing to adapt, or a setting out
                 of range.
         """
-        return cls._adapt(
-            "LoRAMultiheadAttention.from_mha",
-            mha,
-            rank,
-            alpha,
-            dropout,
-            qkv,
-            use_rslora,
-            lora_dtype,
-            in_proj,
-            out_proj,
-            freeze,
-        )
+        settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
+        return cls._adapt("LoRAMultiheadAttention.from_mha", mha, settings, qkv, in_proj, out_proj, freeze)
 
     def _packed(self) -> bool:
         return super()._packed() and self.qkv != "split"

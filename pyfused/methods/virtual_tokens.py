@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyfused.modules.called_attention import CalledAttention
-from pyfused.modules.surgery import Change, Variant, bar_fast_paths, plain_class
-from pyfused.modules.third_party import reachable
-from pyfused.modules.wide import KeepsWide
+from pyfused.lora.called_attention import CalledAttention
+from pyfused.surgery.added import KeepsWide, draw, kaiming
+from pyfused.surgery.bytecode import reachable
+from pyfused.surgery.change import Change
+from pyfused.surgery.guards import bar_fast_paths
+from pyfused.surgery.variants import Variant, plain_class
 
 # The name that they have in the module that they belong to.
 NAME = "virtual_tokens"
@@ -65,16 +66,13 @@ class VirtualTokens(KeepsWide):
         # An encoder layer's inference path would bypass the attention that these belong to.
         self.register_forward_pre_hook(bar_fast_paths)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Drawn on the CPU in float32, so that one seed gives the same tokens on every device and in every dtype."""
+        starts: dict[str, Callable[[Tensor], object]] = {
+            "tokens": lambda drawn: nn.init.normal_(drawn, std=0.02), "weight": kaiming, "bias": nn.init.zeros_,
+        }  # fmt: skip
         for name, parameter in self.named_parameters():
-            drawn = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
-            if name == "tokens":
-                nn.init.normal_(drawn, std=0.02)
-            elif name.endswith("weight"):
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-            parameter.copy_(drawn)
+            draw(parameter, starts[name.rpartition("_")[2]])
 
     def forward(self) -> tuple[Tensor, ...]:
         """``sets`` tensors (n, W)."""

@@ -1,8 +1,10 @@
-"""Parameters that casts leave in float32: what trains is not narrowed with the model around it."""
+"""Parameters that are added to a model: how they are drawn, and that casts of the model leave them in float32."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
@@ -11,6 +13,17 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# As nn.Linear draws its weight.
+kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+
+
+@torch.no_grad()
+def draw(parameter: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """What ``fill`` makes of zeros on the CPU, in float32: a seed gives the same on every device and in every dtype."""
+    drawn = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
+    fill(drawn)
+    parameter.copy_(drawn)
 
 
 @contextlib.contextmanager
@@ -52,6 +65,11 @@ class KeepsWide(nn.Module):
             return super()._apply(fn, recurse)
 
 
+def added_names(module: nn.Module) -> list[str]:
+    """The names of `added_parameters`."""
+    return list(module._wide_names()) if isinstance(module, KeepsWide) else []
+
+
 def added_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What this package has added to a model as parameters of ``module`` itself."""
-    return [module.get_parameter(name) for name in module._wide_names()] if isinstance(module, KeepsWide) else []
+    return [module.get_parameter(name) for name in added_names(module)]

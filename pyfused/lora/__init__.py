@@ -1,0 +1,1 @@
+"""LoRA: modules that are the module they adapt, and how a model gets, keeps and loses them."""
