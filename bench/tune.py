@@ -33,17 +33,17 @@ from pyfused.bench import rows as row_format
 from pyfused.bench.cases import Case, decided, refusal
 from pyfused.choice import backends, measured
 from pyfused.choice import order as preference
-from pyfused.kernels import audit, bottleneck_plan, launch, lora_linear_plan
-from pyfused.kernels.launch import Chosen, LaunchWork, Target
+from pyfused.kernels import audit, bottleneck_config, lora_linear_config, recording
+from pyfused.kernels.recording import Chosen, LaunchWork, Target
 from pyfused.ops.lora_linear import choose_plan
 
 # Function of a configuration -> what a launch in it does at least.
 _WORK = {
-    lora_linear_plan.gemm_config: lora_linear_plan.gemm_work,
-    lora_linear_plan.shrink_config: lora_linear_plan.shrink_work,
-    lora_linear_plan.wgrad_config: lora_linear_plan.wgrad_work,
-    bottleneck_plan.rows_config: bottleneck_plan.rows_work,
-    bottleneck_plan.weights_config: bottleneck_plan.weights_work,
+    lora_linear_config.gemm_config: lora_linear_config.gemm_work,
+    lora_linear_config.shrink_config: lora_linear_config.shrink_work,
+    lora_linear_config.wgrad_config: lora_linear_config.wgrad_work,
+    bottleneck_config.rows_config: bottleneck_config.rows_work,
+    bottleneck_config.weights_config: bottleneck_config.weights_work,
 }
 # What the L2 cache gives a multiprocessor of any GPU from compute capability 8.0 on in one cycle, at most, in bytes.
 _L2_BYTES_PER_CYCLE = 64
@@ -158,7 +158,7 @@ def least_work(chosen: Chosen, config: object) -> LaunchWork:
 
 def chosen_by(direction: Direction, target: Target) -> list[Chosen]:
     """What a direction chooses on such a GPU."""
-    with launch.record(target), launch.forced({}) as found:
+    with recording.record(target), recording.forced({}) as found:
         direction()
     return list(dict.fromkeys(found))
 
@@ -184,9 +184,9 @@ def sound(
         }
 
 
-def _launches(direction: Direction, chosen: Chosen, config: object, target: Target) -> list[launch.Launch]:
+def _launches(direction: Direction, chosen: Chosen, config: object, target: Target) -> list[recording.Launch]:
     """Those of the kernel that ``chosen`` is for, in this configuration."""
-    with launch.record(target) as launches, launch.forced({chosen: config}):
+    with recording.record(target) as launches, recording.forced({chosen: config}):
         direction()
     return [item for item in launches if item.kernel.__name__ == chosen.kernel]
 
@@ -238,13 +238,13 @@ class Tuner:
                 if self.out_of_time:
                     return
                 # Two cases may ask for the same.
-                if self._is_new(chosen.kernel, *launch.measured_for(chosen.arguments)):
+                if self._is_new(chosen.kernel, *recording.measured_for(chosen.arguments)):
                     self.on_step(f"{case.name}: {chosen.kernel}")
                     self._tune_kernel(case, direction, chosen)
         if not self.out_of_time:
             # In the configurations that will be used.
             measured.TABLE = measured.Table(merged(measured.TABLE.rows, self.rows))
-            launch.forget()
+            recording.forget()
             self.on_step(f"{case.name}: backends")
             self._compare_backends(case)
 
@@ -259,7 +259,7 @@ class Tuner:
 
         def call(config: object) -> Callable[[], object]:
             def run() -> object:
-                with launch.forced({chosen: config}):
+                with recording.forced({chosen: config}):
                     return direction(arguments)
 
             return run
@@ -281,7 +281,7 @@ class Tuner:
         again = self.measure({"own": call(own), "best": call(best)})
         gain = again["own"] / again["best"]
         if gain >= LEAST_GAIN:
-            _, dtype, rows, others = launch.measured_for(chosen.arguments)
+            _, dtype, rows, others = recording.measured_for(chosen.arguments)
             self._add(chosen.kernel, dtype, rows, others, _fields(own, best), gain=round(gain, 3), of=direction.name)
 
     def _compare_backends(self, case: Case) -> None:
@@ -357,7 +357,7 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
         task = progress.add_task("the GPU's limits", total=len(cases))
         limits = limits_of(device, measure)
         tuner = Tuner(
-            device, launch.target(device), limits, measure, seconds=seconds, jobs=os.cpu_count() or 1, commit=commit,
+            device, recording.target(device), limits, measure, seconds=seconds, jobs=os.cpu_count() or 1, commit=commit,
             on_step=lambda text: progress.update(task, description=text),
         )  # fmt: skip
         for case in cases:

@@ -14,23 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.bottleneck import (
-    copy_rows,
-    gate_root,
-    load_part,
-    load_tile,
-    load_weight,
-    narrow_product,
-    row_pointers,
-    sample_of_rows,
-    sums_slots,
-    tile_rows,
-)
-from pyfused.kernels.bottleneck_plan import block_width, rows_config, weights_config
+from pyfused.kernels.bottleneck_config import block_width, rows_config, weights_config
 from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask, known_multiple
 from pyfused.kernels.launch import (
     MAX_REGISTERS,
-    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -39,8 +26,19 @@ from pyfused.kernels.launch import (
     row_length,
     rows_like,
     strides,
-    target,
     vectorised,
+)
+from pyfused.kernels.recording import configuration, target
+from pyfused.kernels.sums import load_part, sums_slots
+from pyfused.kernels.tiles import (
+    copy_rows,
+    gate_root,
+    load_tile,
+    load_weight,
+    narrow_product,
+    row_pointers,
+    sample_of_rows,
+    tile_rows,
 )
 
 # Splits of the sums over rows whose parts one program adds up.

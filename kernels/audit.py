@@ -26,7 +26,7 @@ from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, projection_residual
-from pyfused.kernels.launch import SHARED_MEMORY, Launch, Target, record
+from pyfused.kernels.recording import SHARED_MEMORY, Launch, Target, record
 
 # Multiprocessors of a representative card: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
 TARGETS = tuple(

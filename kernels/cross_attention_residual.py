@@ -16,20 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.bottleneck import (
-    gate_root,
-    load_tile,
-    load_weight,
-    narrow_product,
-    row_pointers,
-    sums_slots,
-    tile_rows,
-)
-from pyfused.kernels.bottleneck_plan import rows_config, weights_config
+from pyfused.kernels.bottleneck_config import rows_config, weights_config
 from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero, known_multiple
 from pyfused.kernels.launch import (
     MAX_REGISTERS,
-    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -37,9 +27,11 @@ from pyfused.kernels.launch import (
     offset_type,
     row_length,
     strides,
-    target,
     vectorised,
 )
+from pyfused.kernels.recording import configuration, target
+from pyfused.kernels.sums import sums_slots
+from pyfused.kernels.tiles import gate_root, load_tile, load_weight, narrow_product, row_pointers, tile_rows
 
 # Slots that one program adds up at a time, and then groups of slots.
 _GROUP = 16

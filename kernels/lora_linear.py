@@ -4,7 +4,8 @@
     dx = dy W + mask (Q A)         Q = s dy B       dA = Q^T drop(x)        dB = s dy^T P
 
 Without dropout dx is y's own kernel on (dy, W^T, B^T, A^T). Letters: M rows, N out, K in, R rank; x is (B, L, K) with
-any strides and row m is b * L + l; P and Q are (M, R), rounded to x's dtype once, Q with its scaling.
+any strides and row m is b * L + l; P and Q are (M, R), rounded to x's dtype once, Q with its scaling. A and B are
+dense, (R, K) and (N, R).
 """
 
 import torch
@@ -13,9 +14,7 @@ import triton.language as tl
 
 from pyfused.kernels.device import dropout_keep_mask, known_multiple, swizzle
 from pyfused.kernels.launch import (
-    INTERPRETER,
     MAX_REGISTERS,
-    configuration,
     device_guard,
     dot_precision,
     dropout_arguments,
@@ -25,10 +24,9 @@ from pyfused.kernels.launch import (
     row_length,
     rows_like,
     strides,
-    target,
     vectorised,
 )
-from pyfused.kernels.lora_linear_plan import (
+from pyfused.kernels.lora_linear_config import (
     EXPAND_BLOCK_R,
     block_rank,
     gemm_config,
@@ -36,45 +34,58 @@ from pyfused.kernels.lora_linear_plan import (
     shrink_config,
     wgrad_config,
 )
+from pyfused.kernels.recording import INTERPRETER, configuration, target
+from pyfused.kernels.sums import sum_partials
+from pyfused.kernels.tiles import (
+    dense_rows,
+    load_tile,
+    load_weight,
+    row_pointers,
+    store_tile,
+    tile_pointers,
+    tile_rows,
+    weight_pointers,
+)
 
 # What changes with the batch is not specialised, but for whether 16 divides it where that makes vectors of loads:
-# another number of rows must not compile another kernel.
+# another number of rows must not compile another kernel. Nor must another rank: of it a kernel knows what it is padded
+# to, and whether 4 divides it.
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
     length, n, k, rank, tiles_l, tiles_m, tiles_n,
-    stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    stride_bias, stride_yb, stride_yl, stride_yn,
+    stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_bias, stride_yb, stride_yl, stride_yn,
     scaling, saved_scaling, inverse_keep, threshold: tl.uint32,
-    OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr,
+    OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
 
     SAVE_P keeps ``saved_scaling`` P. DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself
-    (dx).
+    (dx). TRANSPOSED: a lies in memory as (K, R) and b as (R, N), as they do for dx.
     """
     length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    batch = (pid_m // tiles_l).to(tl.int64)
-    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    rows = batch * length + offs_l
-    ok_l, ok_n = offs_l < length, offs_n < n
+    batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
+    offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    ok_n = offs_n < n
+    p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
     dtype = x_ptr.dtype.element_ty
     step_k = tl.full((), BLOCK_K, tl.int64)
+    stride_ar, stride_ak = (1, rank) if TRANSPOSED else (k, 1)
+    stride_bn, stride_br = (1, n) if TRANSPOSED else (rank, 1)
 
-    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(OFFSET)[:, None] * stride_xl + offs_k.to(OFFSET)[None, :] * stride_xk
-    w_ptrs = w_ptr + offs_n.to(OFFSET)[None, :] * stride_wn + offs_k.to(OFFSET)[:, None] * stride_wk
+    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    x_ptrs = tile_pointers(x_rows, offs_k, stride_xk, OFFSET)
+    w_ptrs = weight_pointers(w_ptr, offs_k, offs_n, stride_wk, stride_wn, OFFSET)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if OWN_P:
         offs_r = tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
-        a_ptrs = a_ptr + offs_r.to(OFFSET)[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
+        a_ptrs = weight_pointers(a_ptr, offs_k, offs_r, stride_ak, stride_ar, OFFSET)
         p_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X or DROP_P:
         seed = tl.load(seed_ptr)
@@ -95,17 +106,13 @@ def _lora_gemm_kernel(
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n.to(OFFSET) * stride_bias, mask=ok_n, other=0.0).to(tl.float32)[None, :]
-    b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn
     if OWN_P:
         if DROP_X:
             p_acc *= inverse_keep
         if SAVE_P:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
             if pid_n == 0:
-                p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-                tl.store(p_ptrs, (p_acc * saved_scaling).to(dtype), mask=ok_l[:, None] & ok_r[None, :])
-        b = tl.load(b_ptrs + offs_r.to(OFFSET)[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(
-            dtype
-        )
+                store_tile(p_rows, offs_r, 1, p_acc * saved_scaling, ok_l, ok_r, OFFSET)
+        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)  # [BLOCK_R, BLOCK_N]
         p = (p_acc * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
         if DROP_P:
             low_rank = tl.dot(p, b, input_precision=PRECISION)
@@ -116,12 +123,9 @@ def _lora_gemm_kernel(
         for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
             offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
             ok_r = offs_r < rank
-            p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-            p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)
+            p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
             p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
-            b = tl.load(
-                b_ptrs + offs_r.to(OFFSET)[:, None] * stride_br, mask=ok_r[:, None] & ok_n[None, :], other=0.0
-            ).to(dtype)
+            b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
             low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
         if not DROP_P:
             acc = low_rank
@@ -129,29 +133,28 @@ def _lora_gemm_kernel(
         keep = dropout_keep_mask(seed, rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
         acc += tl.where(keep, low_rank * inverse_keep, 0.0)
 
-    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(OFFSET)[:, None] * stride_yl + offs_n.to(OFFSET)[None, :] * stride_yn
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_n[None, :])
+    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    store_tile(y_rows, offs_n, stride_yn, acc, ok_l, ok_n, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
-    stride_xb, stride_xl, stride_xk, stride_ar, stride_ak,
+    stride_xb, stride_xl, stride_xk,
     scaling, inverse_keep, threshold: tl.uint32,
-    DROP_X: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
-    RANK_MULTIPLE_OF: tl.constexpr,
+    DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K."""
+    """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K. TRANSPOSED: A lies as (K, R)."""
     length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, split = tl.program_id(0), tl.program_id(1)
-    batch = (pid_m // tiles_l).to(tl.int64)
-    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = batch * length + offs_l
+    batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    ok_l, ok_r = offs_l < length, offs_r < rank
-    x_ptrs = x_ptr + batch * stride_xb + offs_l.to(OFFSET)[:, None] * stride_xl
+    ok_r = offs_r < rank
+    stride_ar, stride_ak = (1, rank) if TRANSPOSED else (k, 1)
+    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X:
         seed = tl.load(seed_ptr)
@@ -159,11 +162,8 @@ def _lora_shrink_kernel(
         start = (split * steps + step) * BLOCK_K
         offs_k = start + tl.arange(0, BLOCK_K)
         ok_k = offs_k < k
-        x = tl.load(
-            x_ptrs + offs_k.to(OFFSET)[None, :] * stride_xk, mask=ok_l[:, None] & ok_k[None, :], other=0.0
-        )  # [BLOCK_M, BLOCK_K]
-        a_ptrs = a_ptr + offs_r.to(OFFSET)[None, :] * stride_ar + offs_k.to(OFFSET)[:, None] * stride_ak
-        a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
+        x = load_tile(x_rows, offs_k, stride_xk, ok_l, ok_k, OFFSET)  # [BLOCK_M, BLOCK_K]
+        a = load_weight(a_ptr, offs_k, offs_r, stride_ak, stride_ar, ok_k, ok_r, x.dtype, OFFSET)  # [BLOCK_K, BLOCK_R]
         if DROP_X:
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x.dtype)
@@ -171,22 +171,21 @@ def _lora_shrink_kernel(
     acc *= scaling
     if DROP_X:
         acc *= inverse_keep
-    p_ptrs = p_ptr + (split.to(tl.int64) * rows_total + batch * length) * rank
-    p_ptrs = p_ptrs + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-    tl.store(p_ptrs, acc.to(p_ptr.dtype.element_ty), mask=ok_l[:, None] & ok_r[None, :])
+    p_rows = dense_rows(p_ptr + split.to(tl.int64) * rows_total * rank, batch, offs_l, length, rank, OFFSET)
+    store_tile(p_rows, offs_r, 1, acc, ok_l, ok_r, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
-    stride_tb, stride_tl, stride_tc, stride_fc, stride_fr, stride_gs, stride_gc, stride_gr,
+    stride_tb, stride_tl, stride_tc,
     inverse_keep, threshold: tl.uint32,
-    DROP_T: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
-    RANK_MULTIPLE_OF: tl.constexpr,
+    DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows.
+    """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows. TRANSPOSED: g lies in memory as (R, C).
 
     With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = t f, a part of t's own product.
     """
@@ -199,104 +198,71 @@ def _lora_wgrad_kernel(
     if DROP_T:
         seed = tl.load(seed_ptr)
     if f_ptr is not None:
-        f_ptrs = f_ptr + offs_c.to(OFFSET)[:, None] * stride_fc + offs_r.to(OFFSET)[None, :] * stride_fr
-        f = tl.load(f_ptrs, mask=ok_c[:, None] & ok_r[None, :], other=0.0).to(t_ptr.dtype.element_ty)
+        f = load_weight(
+            f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, t_ptr.dtype.element_ty, OFFSET
+        )  # [BLOCK_C, BLOCK_R]
+        q_ptr += pid_c.to(tl.int64) * rows_total * rank
     for step in range(steps):
         tile = split * steps + step
-        batch = (tile // tiles_l).to(tl.int64)
-        offs_l = (tile % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows = batch * length + offs_l
-        ok_l = (offs_l < length) & (tile < tiles_m)
-        t_ptrs = (
-            t_ptr + batch * stride_tb + offs_l.to(OFFSET)[:, None] * stride_tl + offs_c.to(OFFSET)[None, :] * stride_tc
-        )
-        t = tl.load(t_ptrs, mask=ok_l[:, None] & ok_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
-        p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-        p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        batch, offs_l, rows, ok_l = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
+        ok_l &= tile < tiles_m
+        t_rows = row_pointers(t_ptr, batch, offs_l, stride_tb, stride_tl, OFFSET)
+        t = load_tile(t_rows, offs_c, stride_tc, ok_l, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+        p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
+        p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
         if f_ptr is not None:
             q = tl.dot(t, f, input_precision=PRECISION)
-            q_ptrs = q_ptr + (pid_c.to(tl.int64) * rows_total + batch * length) * rank
-            q_ptrs = q_ptrs + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-            tl.store(q_ptrs, q, mask=ok_l[:, None] & ok_r[None, :])
+            store_tile(dense_rows(q_ptr, batch, offs_l, length, rank, OFFSET), offs_r, 1, q, ok_l, ok_r, OFFSET)
         if DROP_T:
             keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
             t = tl.where(keep, t, 0.0).to(t.dtype)
         acc = tl.dot(tl.trans(t), p, acc, input_precision=PRECISION)
     if DROP_T:
         acc *= inverse_keep
-    g_ptrs = (
-        g_ptr
-        + split.to(tl.int64) * stride_gs
-        + offs_c.to(OFFSET)[:, None] * stride_gc
-        + offs_r.to(OFFSET)[None, :] * stride_gr
-    )
+    stride_gc, stride_gr = (1, columns) if TRANSPOSED else (rank, 1)
+    g_ptrs = weight_pointers(g_ptr + split.to(tl.int64) * columns * rank, offs_c, offs_r, stride_gc, stride_gr, OFFSET)
     tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "threshold"])
 def _lora_expand_kernel(
-    y_ptr, p_ptr, b_ptr, seed_ptr,
+    y_ptr, p_ptr, a_ptr, seed_ptr,
     length, n, rank, tiles_l,
-    stride_yb, stride_yl, stride_yn, stride_bn, stride_br,
+    stride_yb, stride_yl, stride_yn,
     scaling, inverse_keep, threshold: tl.uint32,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y += s mask (P B^T) in place, for plan blas, whose GEMM is the library's."""
+    """y += s mask (P A), A (R, N), in place: dx's term in plan blas, whose GEMM is the library's."""
     length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
-    batch = (pid_m // tiles_l).to(tl.int64)
-    offs_l = (pid_m % tiles_l) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = batch * length + offs_l
-    ok_l, ok_n = offs_l < length, offs_n < n
+    ok_n = offs_n < n
+    p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
     low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
         offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
-        p_ptrs = p_ptr + batch * length * rank + offs_l.to(OFFSET)[:, None] * rank + offs_r[None, :]
-        p = tl.load(p_ptrs, mask=ok_l[:, None] & ok_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        b_ptrs = b_ptr + offs_n.to(OFFSET)[None, :] * stride_bn + offs_r.to(OFFSET)[:, None] * stride_br
-        b = tl.load(b_ptrs, mask=ok_r[:, None] & ok_n[None, :], other=0.0).to(p.dtype)  # [BLOCK_R, BLOCK_N]
-        low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
+        p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
+        a = load_weight(a_ptr, offs_r, offs_n, n, 1, ok_r, ok_n, p.dtype, OFFSET)  # [BLOCK_R, BLOCK_N]
+        low_rank = tl.dot(p, a, low_rank, input_precision=PRECISION)
     keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
-    y_ptrs = y_ptr + batch * stride_yb + offs_l.to(OFFSET)[:, None] * stride_yl + offs_n.to(OFFSET)[None, :] * stride_yn
-    ok = ok_l[:, None] & ok_n[None, :]
-    y = tl.load(y_ptrs, mask=ok, other=0.0).to(tl.float32)
+    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    y = load_tile(y_rows, offs_n, stride_yn, ok_l, ok_n, OFFSET).to(tl.float32)
     y += tl.where(keep, low_rank * (scaling * inverse_keep), 0.0)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit(do_not_specialize=["elements", "splits"])
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, elements, splits, scaling,
-    ELEMENTS_MULTIPLE_OF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """out = scaling * sum over splits, always in the same order."""
-    elements = known_multiple(elements, ELEMENTS_MULTIPLE_OF)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = offs < elements
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(tl.cdiv(splits, BLOCK_SPLITS)):
-        split = start * BLOCK_SPLITS + tl.arange(0, BLOCK_SPLITS)
-        parts = tl.load(
-            partial_ptr + split.to(tl.int64)[:, None] * elements + offs[None, :],
-            mask=(split < splits)[:, None] & ok[None, :],
-            other=0.0,
-        )  # [BLOCK_SPLITS, BLOCK]
-        total += tl.sum(parts, axis=0)
-    tl.store(out_ptr + offs, (total * scaling).to(out_ptr.dtype.element_ty), mask=ok)
+    store_tile(y_rows, offs_n, stride_yn, y, ok_l, ok_n, OFFSET)
 
 
 def _gemm(
     x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *,
-    own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False,
+    own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False, transposed=False,
 ):  # fmt: skip
     """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
 
-    With ``save_p`` saved_scaling P goes to ``p``.
+    With ``save_p`` saved_scaling P goes to ``p``. a is (R, K) and b (N, R); ``transposed``, (K, R) and (R, N).
     """
-    (batch, length, k), n, rank = x.shape, weight.shape[0], a.shape[0]
+    (batch, length, k), n, rank = x.shape, weight.shape[0], p.shape[1]
     config = configuration(
         _lora_gemm_kernel, gemm_config, batch, length, n, k, rank, x.dtype, target(x.device),
         weight_bytes=weight.itemsize, vectorised=vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
@@ -305,12 +271,11 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
-        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank),
-        tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
-        **strides("x", "blk", x), **strides("w", "nk", weight), **strides("a", "rk", a), **strides("b", "nr", b),
-        stride_bias=0 if bias is None else bias.stride(0), **strides("y", "bln", y),
+        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4),
+        tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n, **strides("x", "blk", x), **strides("y", "bln", y),
+        **strides("w", "nk", weight), stride_bias=0 if bias is None else bias.stride(0),
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
-        OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p,
+        OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=block_rank(rank) if own_p else min(block_rank(rank), EXPAND_BLOCK_R), GROUP_M=config.group_m,
@@ -318,14 +283,10 @@ def _gemm(
     )  # fmt: skip
 
 
-def _shrink(
-    x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, dropout_p: float, scaling: float = 1.0
-) -> torch.Tensor:
-    """scaling drop(x) a^T, (M, R), in x's dtype."""
-    (batch, length, k), rank = x.shape, a.shape[0]
-    config = configuration(
-        _lora_shrink_kernel, shrink_config, batch, length, k, rank, x.dtype, target(x.device)
-    )  # fmt: skip
+def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tensor:
+    """scaling drop(x) a^T, (M, R), in x's dtype; a is (R, K), or, ``transposed``, (K, R)."""
+    (batch, length, k), rank = x.shape, a.shape[1 if transposed else 0]
+    config = configuration(_lora_shrink_kernel, shrink_config, batch, length, k, rank, x.dtype, target(x.device))
     steps = triton.cdiv(triton.cdiv(k, config.block_c), config.splits)
     splits = triton.cdiv(triton.cdiv(k, config.block_c), steps)
     p = x.new_empty((batch * length, rank))
@@ -334,20 +295,20 @@ def _shrink(
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
         x_ptr=x, a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
-        rank=rank, RANK_MULTIPLE_OF=multiple(rank), tiles_l=tiles_l, steps=steps,
-        **strides("x", "blk", x), **strides("a", "rk", a),
-        scaling=scaling, **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0,
+        rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l, steps=steps, **strides("x", "blk", x),
+        scaling=scaling, **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _sum_partials(parts, p, 1.0)
+        sum_partials(parts, p, 1.0)
     return p
 
 
-def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tensor | None:
-    """gradient (C, R), any strides <- scaling drop(t)^T p; with ``factor`` (C, R) returns scaling t factor (M, R)."""
+def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=False) -> torch.Tensor | None:
+    """gradient (C, R), or, ``transposed``, (R, C) <- scaling drop(t)^T p; returns scaling t factor (M, R) where it is
+    given a ``factor`` (C, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
     config = configuration(
         _lora_wgrad_kernel, wgrad_config, batch, length, columns, rank, t.dtype, target(t.device),
@@ -357,38 +318,25 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None) -> torch.Tenso
     steps = triton.cdiv(batch * tiles_l, config.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
     parts = torch.empty((splits, *gradient.shape), dtype=torch.float32, device=t.device)
-    if gradient.stride(1) != 1:
-        parts = parts.view(splits, *gradient.shape[::-1]).transpose(1, 2)
     q_parts = None if factor is None else parts.new_empty((tiles_c, batch * length, rank))
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
-        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank, RANK_MULTIPLE_OF=multiple(rank),
-        tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
-        **strides("t", "blc", t), **strides("f", "cr", factor), **strides("g", "scr", parts),
-        **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0,
+        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
+        RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
+        **strides("t", "blc", t), **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # So few columns are loaded one by one, and the compiler would spill to fit blocks that nobody starts.
         maxnreg=MAX_REGISTERS if columns < 16 else None,
     )  # fmt: skip
-    _sum_partials(parts, gradient, scaling)
+    sum_partials(parts, gradient, scaling)
     if factor is None:
         return None
     q = t.new_empty((batch * length, rank))
-    _sum_partials(q_parts, q, scaling)
+    sum_partials(q_parts, q, scaling)
     return q
-
-
-def _sum_partials(parts: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
-    """out <- scaling parts.sum(0); both dense with the same order of elements."""
-    launch(
-        _sum_partials_kernel, (triton.cdiv(out.numel(), 128),),
-        partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling,
-        ELEMENTS_MULTIPLE_OF=multiple(out.numel()), BLOCK=128, BLOCK_SPLITS=16,
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
 
 
 def lora_linear_fwd(
@@ -409,6 +357,7 @@ def lora_linear_fwd(
     p = x.new_empty((batch * length if save else 0, rank))
     if batch * length == 0:
         return rows_like(x, n, channels_first), p
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     with device_guard(x):
         if plan == "blas":
             p = _shrink(x, lora_a, seed, dropout_p)
@@ -449,6 +398,7 @@ def lora_linear_bwd(
     db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
     if batch * length == 0:
         return rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     with device_guard(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
@@ -457,24 +407,24 @@ def lora_linear_bwd(
         if own:
             q = dy.new_empty((batch * length if need_da else 0, rank))
         elif need_q and not share:
-            q = _shrink(dy, lora_b.t(), None, 0.0, scaling)
+            q = _shrink(dy, lora_b, None, 0.0, scaling, transposed=True)
         if need_db:
             made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if share else None)
             q = q if made is None else made
         if need_dx and plan == "blas":
             dx = _blas_product(dy, weight.t(), None, channels_first)
             if dropout_p > 0.0:
-                _expand_(dx, q, lora_a.t(), seed, 1.0, dropout_p)
+                _expand_(dx, q, lora_a, seed, 1.0, dropout_p)
             else:
                 _blas_add_(dx, q, lora_a.t(), 1.0)
         elif need_dx:
             dx = rows_like(dy, k, channels_first)
             _gemm(
-                dy, weight.t(), lora_b.t(), lora_a.t(), None, q, dx, seed, scaling if own else 1.0, dropout_p,
-                own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0,
+                dy, weight.t(), lora_b, lora_a, None, q, dx, seed, scaling if own else 1.0, dropout_p,
+                own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0, transposed=True,
             )  # fmt: skip
         if need_da:
-            _wgrad(x, q, da.t(), seed, 1.0, dropout_p)
+            _wgrad(x, q, da, seed, 1.0, dropout_p, transposed=True)
     return dx, da, db
 
 
@@ -499,17 +449,17 @@ def _blas_add_(y, p, b, scaling) -> None:
         )
 
 
-def _expand_(y, p, b, seed, scaling, dropout_p) -> None:
-    """y += scaling mask (p b^T)."""
+def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
+    """y += scaling mask (p a), a (R, N)."""
     (batch, length, n), rank = y.shape, p.shape[1]
     block = 32 if target(y.device) == INTERPRETER else 128
     tiles_l = triton.cdiv(length, block)
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
-        y_ptr=y, p_ptr=p, b_ptr=b,
-        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank), tiles_l=tiles_l,
-        **strides("y", "bln", y), **strides("b", "nr", b),
+        y_ptr=y, p_ptr=p, a_ptr=a,
+        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l,
+        **strides("y", "bln", y),
         scaling=scaling, **dropout_arguments(seed, dropout_p),
-        PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, b, p),
+        PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

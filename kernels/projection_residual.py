@@ -9,21 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.bottleneck import load_tile, row_pointers, tile_rows
 from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, known_multiple, swizzle
-from pyfused.kernels.launch import (
-    INTERPRETER,
-    configuration,
-    device_guard,
-    dot_precision,
-    launch,
-    offset_type,
-    row_length,
-    strides,
-    target,
-    vectorised,
-)
-from pyfused.kernels.lora_linear_plan import gemm_config
+from pyfused.kernels.launch import device_guard, dot_precision, launch, offset_type, row_length, strides, vectorised
+from pyfused.kernels.lora_linear_config import gemm_config
+from pyfused.kernels.recording import INTERPRETER, configuration, target
+from pyfused.kernels.tiles import load_tile, row_pointers, tile_rows
 
 # Rows and channels of a tile in the passes over rows, which multiply no matrices; not timed on a GPU yet.
 _ROWS, _CHANNELS = 16, 128

@@ -267,7 +267,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     from pyfused.bench import tune
 
     if arguments.show is not None:
-        from pyfused.kernels.launch import SHARED_MEMORY
+        from pyfused.kernels.recording import SHARED_MEMORY
 
         if arguments.show not in SHARED_MEMORY:
             known, given = (", ".join(f"{a}.{b}" for a, b in some) for some in (SHARED_MEMORY, [arguments.show]))

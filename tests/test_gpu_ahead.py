@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from pyfused.bench.gpu import ahead
-from pyfused.kernels.launch import SHARED_MEMORY, Target
+from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 # Triton's own JIT, which asks a driver for no more than this where nothing is launched.
@@ -21,7 +21,7 @@ _JIT = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from pyfused.bench.gpu import ahead, truth_cases
-from pyfused.kernels.launch import SHARED_MEMORY, Target, record
+from pyfused.kernels.recording import SHARED_MEMORY, Target, record
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 
@@ -67,9 +67,9 @@ print(json.dumps([len(found), len(seen), len(list(launched(calls)))]))
 _COMPILE = """
 def misaligned():
     # A view that begins at no multiple of 16 bytes.
-    from pyfused.kernels import lora_linear
+    from pyfused.kernels.sums import sum_partials
     parts = torch.empty(129, device="meta")[1:].view(2, 64)
-    lora_linear._sum_partials(parts, torch.empty(64, device="meta"), 1.0)
+    sum_partials(parts, torch.empty(64, device="meta"), 1.0)
 
 if __name__ == "__main__":
     # The adapter's registers are bounded, which the cache must tell apart too.
@@ -119,8 +119,8 @@ import dataclasses, json, multiprocessing, os, sys
 from pathlib import Path
 import torch
 from pyfused.bench.gpu import ahead
-from pyfused.kernels import lora_linear
-from pyfused.kernels.launch import SHARED_MEMORY, Target
+from pyfused.kernels.sums import sum_partials
+from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 # Its kernel, as a compiler that dies has it.
@@ -139,7 +139,7 @@ if __name__ == "__main__":
     file.write_text(DEADLY)
     deadly = ahead.loaded("pyfused_deadly", str(file))
     def good():
-        lora_linear._sum_partials(torch.empty((2, 64), device="meta"), torch.empty(64, device="meta"), 1.0)
+        sum_partials(torch.empty((2, 64), device="meta"), torch.empty(64, device="meta"), 1.0)
     ((key, launch),) = ahead.specialisations([good], H200).items()
     # No power of two.
     broken = dataclasses.replace(launch, arguments=launch.arguments | {"BLOCK": 100})

@@ -24,7 +24,7 @@ H200 = Machine("NVIDIA H200", "90", 132, frozenset(plan.WANTED), 16, "compute-sa
 # Kernels are specialised where nothing interprets them, and meta tensors do not launch them.
 _COUNT = """
 import dataclasses, importlib, json, sys
-from pyfused.kernels.launch import Target
+from pyfused.kernels.recording import Target
 target = Target((9, 0), 132, 232448, "NVIDIA H200")
 module = importlib.import_module(f"pyfused.bench.gpu.{sys.argv[1]}")
 print(json.dumps(dataclasses.asdict(module.work(target))))

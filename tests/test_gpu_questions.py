@@ -17,7 +17,7 @@ from pyfused.bench.gpu import contests, questions
 from pyfused.bench.gpu import outcomes as outcomes_format
 from pyfused.bench.gpu.contests import Contest, Question
 from pyfused.kernels import lora_linear
-from pyfused.kernels.launch import INTERPRETER
+from pyfused.kernels.recording import INTERPRETER
 
 CPU = torch.device("cpu")
 NAMES = ["pointer GEMM", "adapter dtypes", "plans", "wgrad order", "host time"]

@@ -8,7 +8,7 @@ import torch
 from pyfused.bench import operators
 from pyfused.bench import run as bench_run
 from pyfused.bench.gpu import ahead, outcomes, speed
-from pyfused.kernels.launch import Target
+from pyfused.kernels.recording import Target
 
 H200 = Target((9, 0), 132, 232_448, "NVIDIA H200")
 CUDA = torch.device("cuda")

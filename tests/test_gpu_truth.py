@@ -116,7 +116,7 @@ def test_names_are_distinct():
 _COUNT = """
 import dataclasses, json, torch
 from pyfused.bench.gpu import ahead, contests, questions, truth, truth_cases
-from pyfused.kernels.launch import SHARED_MEMORY, Target
+from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 found = truth.specialisations(truth_cases.calls(), H200)

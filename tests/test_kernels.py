@@ -19,21 +19,19 @@ from pyfused import reference  # noqa: E402
 from pyfused.kernels import (  # noqa: E402
     adapter_residual,
     audit,
-    bottleneck_plan,
+    bottleneck_config,
     cross_attention_residual,
     lora_linear,
     projection_residual,
 )
-from pyfused.kernels import lora_linear_plan as plan  # noqa: E402
-from pyfused.kernels.launch import (  # noqa: E402
+from pyfused.kernels import lora_linear_config as plan  # noqa: E402
+from pyfused.kernels.launch import offset_type, row_length, strides  # noqa: E402
+from pyfused.kernels.recording import (  # noqa: E402
     INTERPRETER,
     SHARED_MEMORY,
     Target,
     like_sizes,
-    offset_type,
     record,
-    row_length,
-    strides,
     suits_best,
     target,
 )
@@ -129,7 +127,7 @@ def test_recording_replaces_the_target_and_ends():
 _AUDIT = """
 import sys
 from pyfused.kernels import audit, lora_linear
-from pyfused.kernels.lora_linear_plan import GemmConfig
+from pyfused.kernels.lora_linear_config import GemmConfig
 broken = GemmConfig({block_m}, {block_n}, 64, num_warps={warps}, num_stages={stages})
 lora_linear.gemm_config = lambda *args, **kwargs: broken
 gpu = next(t for t in audit.TARGETS if t.capability == (8, 6))
@@ -164,8 +162,8 @@ def test_bottleneck_configurations_fit_every_target(device):
         for vectorised, beside in itertools.product((False, True), range(4)):
             options = {"vectorised": vectorised, "beside": beside}
             size = batch, length, channels, width, dtype, device
-            rows = bottleneck_plan.rows_config(*size, weight_bytes=4, **options)
-            padded = bottleneck_plan.block_width(width)
+            rows = bottleneck_config.rows_config(*size, weight_bytes=4, **options)
+            padded = bottleneck_config.block_width(width)
             # float32 weights wait in shared memory as they are, and once more as the product takes them.
             stage = rows.block_c * (rows.block_m * dtype.itemsize + padded * 4)
             copy = rows.block_c * padded * dtype.itemsize
@@ -173,7 +171,7 @@ def test_bottleneck_configurations_fit_every_target(device):
             # The accumulator of the narrow product leaves half of a thread's registers to the rest.
             assert rows.block_m * padded <= 64 * 32 * rows.num_warps
             for groups in {1, batch}:
-                sums = bottleneck_plan.weights_config(*size, **options, groups=groups)
+                sums = bottleneck_config.weights_config(*size, **options, groups=groups)
                 assert 1 <= sums.splits <= batch // groups * -(-length // sums.block_m)
                 assert sums.block_h <= padded
 
@@ -295,7 +293,7 @@ def test_what_a_kernel_is_told_of_a_length():
 def _in_splits(monkeypatch, module, splits):
     """So many slots for the sums over rows, of which two are added up at a time."""
     monkeypatch.setattr(module, "_GROUP", 2)
-    config = bottleneck_plan.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
+    config = bottleneck_config.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
     monkeypatch.setattr(module, "weights_config", lambda *args, **kwargs: config)
 
 
@@ -352,7 +350,7 @@ def test_sums_of_each_context_over_more_splits_than_one_group(monkeypatch, conte
 _RELU = """
 import torch
 from pyfused.kernels import audit
-from pyfused.kernels.launch import record
+from pyfused.kernels.recording import record
 gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
 with record(gpu) as launches:
     audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")()
@@ -363,11 +361,11 @@ print(audit.specialisation(launches[0], gpu).compile().asm["ptx"])
 _VECTORS = """
 import torch
 from pyfused.kernels import audit
-from pyfused.kernels.launch import record
+from pyfused.kernels.recording import record
 gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
 calls = {
     "_adapter_fwd_kernel": audit._adapter_residual_call((8, 3136, 64), 64, torch.bfloat16),
-    "_lora_gemm_kernel": audit._lora_linear_call(1, 1576, 768, 768, 16, torch.bfloat16, 0.0, "shrink_expand", False),
+    "_lora_gemm_kernel": audit._lora_linear_call(1, 1576, 768, 768, 4, torch.bfloat16, 0.0, "shrink_expand", False),
 }
 for name, call in calls.items():
     with record(gpu) as launches:
@@ -377,7 +375,7 @@ for name, call in calls.items():
 """
 
 
-def test_a_length_and_a_rank_that_16_divides_make_vectors():
+def test_a_length_that_16_divides_and_a_rank_that_4_does_make_vectors():
     """Of images whose positions lie side by side, and of P's rows."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ptx = subprocess.run([sys.executable, "-c", _VECTORS], capture_output=True, text=True, check=True, env=environment)

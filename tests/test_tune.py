@@ -18,9 +18,9 @@ from pyfused.bench.cross_attention_residual import CrossAttentionCase
 from pyfused.bench.lora_linear import LoRACase
 from pyfused.choice import backends, measured
 from pyfused.choice.measured import Table
-from pyfused.kernels import launch
-from pyfused.kernels.bottleneck_plan import RowsConfig
-from pyfused.kernels.launch import SHARED_MEMORY, LaunchWork, Target
+from pyfused.kernels import recording
+from pyfused.kernels.bottleneck_config import RowsConfig
+from pyfused.kernels.recording import SHARED_MEMORY, LaunchWork, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 LIMITS = tune.Limits(790e12, 1.98e9)
@@ -30,9 +30,9 @@ ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def _empty_table(monkeypatch):
     monkeypatch.setattr(measured, "TABLE", Table())
-    launch.forget()
+    recording.forget()
     yield
-    launch.forget()
+    recording.forget()
 
 
 def direction(case, name):
@@ -136,7 +136,7 @@ def tuner(monkeypatch):
     def measure(calls):
         times = {}
         for name, call in calls.items():
-            with launch.record(H200) as launches:
+            with recording.record(H200) as launches:
                 call()
             times[name] = sum(seconds.get((item.kernel.__name__, item.num_stages), 1.0) for item in launches)
         return times
@@ -163,7 +163,7 @@ def test_the_fastest_configuration_becomes_a_row(tuner, monkeypatch):
     forward = direction(ADAPTER, "_fwd")
     assert measured.TABLE.rows == [row]
     for target, stages in ((H200, 5), (replace(H200, name="NVIDIA H100"), 4)):
-        with launch.record(target) as launches:
+        with recording.record(target) as launches:
             forward()
         assert [item.num_stages for item in launches] == [stages]
 

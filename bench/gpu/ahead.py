@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused.kernels import audit
-from pyfused.kernels.launch import Launch, Target, record
+from pyfused.kernels.recording import Launch, Target, record
 from pyfused.ops.lora_linear import choose_plan
 
 Key = tuple[str, ...]

@@ -23,9 +23,9 @@ from pyfused.bench.adapter_residual import AdapterCase
 from pyfused.bench.cases import Case, normal
 from pyfused.bench.gpu import ahead
 from pyfused.bench.lora_linear import LoRACase
-from pyfused.kernels import launch, lora_linear
-from pyfused.kernels.launch import INTERPRETER, Target, record
-from pyfused.kernels.lora_linear_plan import GemmConfig
+from pyfused.kernels import launch, lora_linear, recording
+from pyfused.kernels.lora_linear_config import GemmConfig
+from pyfused.kernels.recording import INTERPRETER, Target, record
 from pyfused.models.aa_clip_parts import AdapterBlend
 
 Call = Callable[[], object]
@@ -110,9 +110,9 @@ def pointer_gemm(device: torch.device, target: Target) -> Iterator[Contest]:
             make = functools.partial(
                 lora_linear._gemm, x[None], weight, a, b, None, p, y[None], None, 1.0, 0.0, own_p=False
             )
-            with record(target), launch.forced({}) as found:
+            with record(target), recording.forced({}) as found:
                 make()
-            with launch.forced({found[0]: TILES[tile]}):
+            with recording.forced({found[0]: TILES[tile]}):
                 return _alone("_lora_gemm_kernel", make, target, ("y_ptr",))
 
         calls = {"torch.mm": functools.partial(torch.mm, x, weight.t(), out=out)}

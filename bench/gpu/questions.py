@@ -21,8 +21,8 @@ from pyfused.bench.gpu import ahead
 from pyfused.bench.gpu.budget import Work
 from pyfused.bench.gpu.contests import Contest, Question, every_call, questions, scratch
 from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, Outcomes, answers, go_on, parsed, parser
-from pyfused.kernels import launch
-from pyfused.kernels.launch import Target
+from pyfused.kernels import recording
+from pyfused.kernels.recording import Target
 
 # Of the time, what compiling ahead may take.
 _AHEAD_SHARE = 0.4
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"questions: {error}", file=sys.stderr)
         return 1
-    target = launch.target(device)
+    target = recording.target(device)
     done = (PASSED, FAILED) if arguments.continued else (PASSED,)
     with scratch() as folder:
         found = questions(folder)

@@ -21,7 +21,7 @@ from pyfused.bench.gpu.budget import Work
 from pyfused.bench.gpu.outcomes import go_on
 from pyfused.bench.rows import RowFile
 from pyfused.bench.session import Settings
-from pyfused.kernels.launch import Target, target
+from pyfused.kernels.recording import Target, target
 
 _SELECT = "test_machine or test_operators or test_overhead or test_compiled"
 # Rows beside four of each case: of the machine and of host time. What compiling ahead and the rounds may take of the

@@ -28,8 +28,8 @@ from pyfused.bench.gpu.budget import Work
 from pyfused.bench.gpu.outcomes import FAILED, PASSED, RUNNING, SKIPPED, Outcomes, answers, go_on, parsed, parser
 from pyfused.bench.gpu.truth_cases import Call, calls, results
 from pyfused.choice import backends
-from pyfused.kernels import launch
-from pyfused.kernels.launch import Target
+from pyfused.kernels import recording
+from pyfused.kernels.recording import Target
 
 # Of the time, what compiling ahead may take.
 _AHEAD_SHARE = 0.6
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif outcomes.status(call.name) not in done:
             left.append(call)
     if device.type == "cuda" and not arguments.continued:
-        target = launch.target(device)
+        target = recording.target(device)
         found = ahead.compile_ahead(
             specialisations(left, target), target, arguments.workers, _AHEAD_SHARE * arguments.seconds
         )  # fmt: skip

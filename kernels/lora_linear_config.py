@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, suits_best
+from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def gemm_config(
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
-        # Rows of P that are no multiple of 16 elements apart are loaded one element at a time.
-        scattered = 48 if rank % 16 and not own_p else 0
+        # Rows of P that are no multiple of 4 elements apart are loaded one element at a time.
+        scattered = 48 if rank % 4 and not own_p else 0
         # Loads of single elements pass through registers, value and address, instead of going to shared memory.
         staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
         return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers

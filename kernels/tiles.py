@@ -1,4 +1,4 @@
-"""Device functions of the bottleneck family: rows (M, C), a narrow middle (M, J), rows again.
+"""Device functions on tiles: of rows (M, C), and of the bottleneck family's way to a narrow middle (M, J) and back.
 
 Rows of a tile are reached by pointers to their first elements, weights by strides: a weight that differs between images
 is the same call with another base pointer.
@@ -22,6 +22,24 @@ def row_pointers(ptr, batch, offs_l, stride_b, stride_l, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def dense_rows(ptr, batch, offs_l, length, width, OFFSET: tl.constexpr):
+    """`row_pointers` of a dense (M, width)."""
+    return ptr + batch * length * width + offs_l.to(OFFSET) * width
+
+
+@triton.jit
+def tile_pointers(rows_ptr, offs_c, stride_c, OFFSET: tl.constexpr):
+    """[BLOCK_M, BLOCK_C]"""
+    return rows_ptr[:, None] + offs_c.to(OFFSET)[None, :] * stride_c
+
+
+@triton.jit
+def weight_pointers(ptr, offs_i, offs_j, stride_i, stride_j, OFFSET: tl.constexpr):
+    """[I, J]"""
+    return ptr + offs_i.to(OFFSET)[:, None] * stride_i + offs_j.to(OFFSET)[None, :] * stride_j
+
+
+@triton.jit
 def sample_of_rows(scale_ptr, stride, rows, ok_m, per_sample):
     """k of each row, float32; 0 in rows that do not exist."""
     return tl.load(scale_ptr + rows // per_sample * stride, mask=ok_m, other=0.0).to(tl.float32)
@@ -30,9 +48,15 @@ def sample_of_rows(scale_ptr, stride, rows, ok_m, per_sample):
 @triton.jit
 def load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET: tl.constexpr):
     """[BLOCK_M, BLOCK_C] of the rows; 0 outside."""
-    return tl.load(
-        rows_ptr[:, None] + offs_c.to(OFFSET)[None, :] * stride_c, mask=ok_m[:, None] & ok_c[None, :], other=0.0
-    )
+    ptrs = tile_pointers(rows_ptr, offs_c, stride_c, OFFSET)
+    return tl.load(ptrs, mask=ok_m[:, None] & ok_c[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(rows_ptr, offs_c, stride_c, tile, ok_m, ok_c, OFFSET: tl.constexpr):
+    """The tile, [BLOCK_M, BLOCK_C], to the rows, in their dtype."""
+    ptrs = tile_pointers(rows_ptr, offs_c, stride_c, OFFSET)
+    tl.store(ptrs, tile.to(rows_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
 
 
 @triton.jit
@@ -40,7 +64,7 @@ def load_weight(
     ptr, offs_i, offs_j, stride_i, stride_j, ok_i, ok_j, DTYPE: tl.constexpr, OFFSET: tl.constexpr
 ):  # fmt: skip
     """[I, J] of a weight in DTYPE; 0 outside."""
-    ptrs = ptr + offs_i.to(OFFSET)[:, None] * stride_i + offs_j.to(OFFSET)[None, :] * stride_j
+    ptrs = weight_pointers(ptr, offs_i, offs_j, stride_i, stride_j, OFFSET)
     return tl.load(ptrs, mask=ok_i[:, None] & ok_j[None, :], other=0.0).to(DTYPE)
 
 
@@ -82,8 +106,7 @@ def copy_rows(
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
         x = load_tile(from_rows, offs_c, stride_from, ok_read, ok_c, OFFSET)
-        to_ptrs = to_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_to
-        tl.store(to_ptrs, x.to(to_rows.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+        store_tile(to_rows, offs_c, stride_to, x, ok_m, ok_c, OFFSET)
 
 
 @triton.jit
@@ -93,48 +116,3 @@ def gate_root(gate_ptr, stride, channels, BLOCK: tl.constexpr):
     gate = tl.load(gate_ptr + offs * stride, mask=offs < channels, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(gate))
     return tl.sqrt(tl.where(largest < 1e-30, 1.0, largest))
-
-
-@triton.jit
-def load_part(ptrs, ok):
-    """A sum that another multiprocessor may have written during this launch: past the first-level cache."""
-    return tl.load(ptrs, mask=ok, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def sums_slots(parts_ptr, slot_size, counter_ptr, split, splits, programs, GROUP: tl.constexpr):
-    """Adds up the slots of all splits in the slot ``splits + groups``; whether that is done, and by this program.
-
-    Called once by each program that wrote a part of its split's slot, ``programs`` per split. The last to arrive of
-    each GROUP of splits adds up the group, in a fixed order, and the last group to arrive the groups: the same bits
-    whoever is last. Counters, one per group and one more, start at 0.
-    """
-    group, groups = split // GROUP, tl.cdiv(splits, GROUP)
-    in_group = tl.minimum(GROUP, splits - group * GROUP)
-    done = False
-    if _arrives_last(counter_ptr + group, in_group * programs):
-        _add_slots(parts_ptr, slot_size, group * GROUP, in_group, splits + group)
-        if _arrives_last(counter_ptr + groups, groups):
-            _add_slots(parts_ptr, slot_size, splits, groups, splits + groups)
-            tl.debug_barrier()
-            done = True
-    return done
-
-
-@triton.jit
-def _arrives_last(counter_ptr, expected):
-    # Every thread's writes must be done before one of them counts.
-    tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == expected - 1
-
-
-@triton.jit
-def _add_slots(parts_ptr, slot_size, first, count, to):
-    BLOCK: tl.constexpr = 1024
-    for start in range(tl.cdiv(slot_size, BLOCK)):
-        offs = start * BLOCK + tl.arange(0, BLOCK)
-        ok = offs < slot_size
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for slot in tl.range(0, count, loop_unroll_factor=4):
-            total += load_part(parts_ptr + (first + slot).to(tl.int64) * slot_size + offs, ok)
-        tl.store(parts_ptr + to.to(tl.int64) * slot_size + offs, total, mask=ok)

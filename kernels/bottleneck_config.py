@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfused.kernels.launch import INTERPRETER, LaunchWork, Target, suits_best
+from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
 
 
 @dataclass(frozen=True)

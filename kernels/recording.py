@@ -1,0 +1,193 @@
+"""For which GPU and in which configuration kernels start: recorded for the audit, forced for tuning."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from pyfused.choice import measured
+
+_Config = TypeVar("_Config")
+
+# Largest shared memory of one block in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability: the opt-in maximum per block).
+SHARED_MEMORY = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU that a launch configuration is chosen for, with the name that rows measured on it carry.
+
+    ``INTERPRETER`` stands for Triton's interpreter.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    name: str = ""
+
+
+INTERPRETER = Target((0, 0), 4, 1 << 30)
+
+
+@dataclass(frozen=True)
+class LaunchWork:
+    """What a launch does at least: its programs, and of each the FLOPs and the bytes to and from the L2 cache."""
+
+    programs: int
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A launch configuration as it was chosen: of which kernel, by which function, from which arguments."""
+
+    kernel: str
+    function: Callable[..., object]
+    sizes: tuple[object, ...]
+    settings: tuple[tuple[str, object], ...]
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        bound = inspect.signature(self.function).bind(*self.sizes, **dict(self.settings))
+        bound.apply_defaults()
+        return bound.arguments
+
+    def config(self) -> object:
+        """What the function returns."""
+        return self.function(*self.sizes, **dict(self.settings))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: ``kernel[grid](**arguments, num_warps=..., num_stages=...)``."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: dict[str, object]
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+# Where `record` collects launches; None where they are made.
+current: tuple[Target, list[Launch]] | None = None
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.name,
+    )
+
+
+def target(device: torch.device) -> Target:
+    if current is not None:
+        return current[0]
+    if device.type == "cuda":
+        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    return INTERPRETER
+
+
+def configuration(kernel: object, function: Callable[..., _Config], *sizes: object, **settings: object) -> _Config:
+    """The configuration in which ``kernel`` starts: ``function``'s, unless a row measured on this GPU knows better."""
+    chosen = Chosen(kernel.__name__, function, sizes, tuple(settings.items()))
+    if _forced is None:
+        return _measured_or_own(chosen)
+    configs, found = _forced
+    found.append(chosen)
+    return configs.get(chosen) or chosen.config()
+
+
+@functools.lru_cache(4096)
+def _measured_or_own(chosen: Chosen) -> object:
+    own = chosen.config()
+    if not measured.TABLE.rows:
+        return own
+    gpu, dtype, rows, others = measured_for(chosen.arguments)
+    row = measured.TABLE.nearest(gpu, chosen.kernel, dtype, rows, others)
+    return own if row is None else dataclasses.replace(own, **row.found)
+
+
+def forget() -> None:
+    """To be called after `measured.TABLE` has changed."""
+    _measured_or_own.cache_clear()
+
+
+def measured_for(arguments: Mapping[str, object]) -> tuple[str, str, int, dict[str, object]]:
+    """(GPU, dtype, M, all other sizes) by which a row of a configuration is found."""
+    others = dict(arguments)
+    where, dtype = others.pop("target"), str(others.pop("dtype")).removeprefix("torch.")
+    batch, length = others.pop("batch"), others.pop("length")
+    # Images have a size of their own; a matrix has rows.
+    return where.name, dtype, batch * length, others | ({"length": length} if batch > 1 else {})
+
+
+_forced: tuple[Mapping[Chosen, object], list[Chosen]] | None = None
+
+
+@contextlib.contextmanager
+def forced(configs: Mapping[Chosen, object]) -> Iterator[list[Chosen]]:
+    """Inside, kernels start in these configurations, all others in their functions' own; collects what was chosen.
+
+    One thread at a time: a tool for tuning, not for programs that train.
+    """
+    global _forced
+    if _forced is not None:
+        raise RuntimeError("forced() does not nest")
+    found: list[Chosen] = []
+    _forced = configs, found
+    try:
+        yield found
+    finally:
+        _forced = None
+
+
+@contextlib.contextmanager
+def record(for_target: Target) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, on meta tensors, instead of running them; configurations are ``for_target``'s.
+
+    One thread at a time: a tool for the audit, not for programs that train.
+    """
+    global current
+    if current is not None:
+        raise RuntimeError("record() does not nest")
+    launches: list[Launch] = []
+    current = for_target, launches
+    try:
+        yield launches
+    finally:
+        current = None
+
+
+def like_sizes(batch: int, length: int) -> list[tuple[int, int]]:
+    """(B, L) of the sizes that share a configuration with this one: some between two powers of two.
+
+    Of a matrix by its rows, of images by their number: these change with the batch, and every other configuration of a
+    kernel is one more to compile.
+    """
+    number = length if batch == 1 else batch
+    top = 1 << max(0, number - 1).bit_length()
+    found = sorted({top // 2 + -(-top * part // 16) for part in range(1, 9)})
+    return [(1, each) if batch == 1 else (each, length) for each in found]
+
+
+def suits_best(
+    configs: Sequence[_Config], cost: Callable[[_Config, int, int], float], batch: int, length: int
+) -> _Config:
+    """The one whose cost(config, B, L) over the least of any is lowest, in the mean of `like_sizes`."""
+    sizes = like_sizes(batch, length)
+    least = [min(cost(config, *size) for config in configs) for size in sizes]
+    return min(configs, key=lambda config: sum(cost(config, *s) / best for s, best in zip(sizes, least, strict=True)))
