@@ -26,10 +26,10 @@ bench: $(STAMP)
 # BASE: the commit that the working tree is held against.
 bench-compare: $(if $(BASE),$(STAMP))
 	$(if $(BASE),,$(error make bench-compare needs BASE, a commit, such as BASE=main))
-	$(BIN)/python -m pyfused.bench.compare "$(BASE)" $(ARGS)
+	$(BIN)/python -m pyfused.bench.gate.compare "$(BASE)" $(ARGS)
 
 document: $(STAMP)
-	$(BIN)/python -m pyfused.bench.document
+	$(BIN)/python -m pyfused.bench.show.document
 
 check: $(STAMP)
 	$(BIN)/ruff check .

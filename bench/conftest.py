@@ -1,3 +1,3 @@
 """Makes the fixtures known to `pytest bench` and `pytest --pyargs pyfused.bench`."""
 
-from pyfused.bench.plugin import *  # noqa: F403
+from pyfused.bench.run.plugin import *  # noqa: F403

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _T = TypeVar("_T")
@@ -53,7 +53,7 @@ def signals_held() -> Iterator[None]:
     def note(number: int, frame: object) -> None:
         arrived.append(number)
 
-    before: dict[int, object] = {}
+    before: dict[signal.Signals, Any] = {}
     # The mask, which a child would inherit, is for the moments in which some handlers are the one and some the other.
     with _blocked():
         for number in NUMBERS:
@@ -85,7 +85,7 @@ def enter(stack: contextlib.ExitStack, make: Callable[[], contextlib.AbstractCon
         return stack.enter_context(make())
 
 
-def run_to_the_end(command: list[str], **options: object) -> None:
+def run_to_the_end(command: list[str], **options: Any) -> None:
     """`subprocess.run` with a check, for a command that starts processes of its own: cut short, none of them is left.
 
     Raises:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from pyfused import diagnostics, files, models
 from pyfused.bench import thirdparty
-from pyfused.bench.training import Classifier
+from pyfused.bench.models.training import Classifier
 from pyfused.modules import BottleneckAdapter
 from pyfused.surgery.report import Counts, count
 

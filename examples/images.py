@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyfused.bench import data, thirdparty
+from pyfused.bench import thirdparty
+from pyfused.bench.cases import data
 
 _HELD_OUT = 0.2
 # What no class is called.

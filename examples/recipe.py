@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyfused import files
-from pyfused.bench import memory, thirdparty
+from pyfused.bench import thirdparty
+from pyfused.bench.measure import memory
 from pyfused.diagnostics.checklist import LARGE_NORM
 from pyfused.surgery.report import Counts
 

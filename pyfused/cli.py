@@ -200,10 +200,11 @@ def _version(distribution: str) -> str | None:
 
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.what is None:
-        from pyfused.bench import check
+        from pyfused.bench.run import check
 
         return check.run(arguments.device, arguments.threads)
-    from pyfused.bench import gradient_ratio, thirdparty
+    from pyfused.bench import thirdparty
+    from pyfused.bench.models import gradient_ratio
 
     try:
         return gradient_ratio.run(arguments.device, arguments.threads)
@@ -226,7 +227,8 @@ def _lacks(command: str, needs: dict[str, str], extras: str = "bench") -> bool:
 def _report(arguments: argparse.Namespace) -> int:
     if _lacks("report", _REPORT_NEEDS):
         return 2
-    from pyfused.bench import page, records
+    from pyfused.bench.record import records
+    from pyfused.bench.show import page
 
     try:
         found = [records.load(path) for path in arguments.results]
@@ -249,8 +251,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         if not Path(path.partition("::")[0]).exists():
             print(f"pyfused bench: paths must exist, got {path!r}", file=sys.stderr)
             return 2
-    from pyfused.bench.run import run
-    from pyfused.bench.session import Settings
+    from pyfused.bench.run.command import run
+    from pyfused.bench.run.session import Settings
 
     settings = Settings(
         arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record
@@ -264,7 +266,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     if arguments.show is None and arguments.device.type != "cuda":
         print("pyfused tune: torch sees no CUDA device to measure on; --show 9.0 compiles without one", file=sys.stderr)
         return 2
-    from pyfused.bench import tune
+    from pyfused.bench.tune import command as tune
 
     if arguments.show is not None:
         from pyfused.kernels.recording import SHARED_MEMORY

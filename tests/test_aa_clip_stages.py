@@ -12,7 +12,7 @@ from aa_clip_cases import adapted, grads, inputs, small_clip, unit
 from oracle import randn
 
 from pyfused import inject_lora
-from pyfused.bench.training import reference_operators
+from pyfused.bench.models.training import reference_operators
 from pyfused.models import AdaptedCLIP, AdapterBlend
 from pyfused.modules import ScaledCrossAttention
 

@@ -14,7 +14,7 @@ from aa_clip_cases import adapted, inputs, small_clip, unit
 from oracle import randn
 
 from pyfused import models
-from pyfused.bench.training import reference_operators
+from pyfused.bench.models.training import reference_operators
 
 SIZE = (24, 24)
 

@@ -243,7 +243,7 @@ def test_a_library_of_an_older_version_is_refused(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about GPUs that are not there")
 def test_fake_tensors_on_a_gpu_that_is_not_there_are_served_by_portable():
-    from pyfused.bench import operators
+    from pyfused.bench.cases import operators
 
     for case in operators.tiny_cases(torch.device("cuda")):
         shapes = case.tensors(torch.device("meta"))

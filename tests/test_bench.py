@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyfused.bench import memory, operators, rows, targets, timing
-from pyfused.bench.rows import Row
+from pyfused.bench.cases import operators
+from pyfused.bench.measure import memory, timing
+from pyfused.bench.record import rows
+from pyfused.bench.record.rows import Row
+from pyfused.bench.targets import numbers
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,7 +210,7 @@ def test_the_given_commit_stands_where_there_is_no_git(monkeypatch, tmp_path, ha
     for directory in ("bench", ".git") if has_git else ("bench",):
         (checkout / directory).mkdir(parents=True)
     (checkout / "pyproject.toml").touch()
-    monkeypatch.setattr(rows, "_ROOT", checkout)
+    monkeypatch.setattr(rows, "ROOT", checkout)
     monkeypatch.setattr(rows, "_run", lambda *command: "known" if "rev-parse" in command else "")
     rows._fixed_provenance.cache_clear()
     try:
@@ -218,7 +221,7 @@ def test_the_given_commit_stands_where_there_is_no_git(monkeypatch, tmp_path, ha
 
 
 def test_the_commit_of_the_settings_reaches_the_rows(monkeypatch, tmp_path):
-    from pyfused.bench.session import Session, Settings
+    from pyfused.bench.run.session import Session, Settings
 
     monkeypatch.setattr(rows, "_commit", lambda: {"commit": None, "dirty": None})
     rows._fixed_provenance.cache_clear()
@@ -249,10 +252,10 @@ def test_run_directory_is_device_and_date(tmp_path):
 def _printed(found: list[Row]) -> str:
     import io
 
-    from pyfused.bench.report import print_report
+    from pyfused.bench.show.terminal import print_table
 
     stream = io.StringIO()
-    print_report(found, stream)
+    print_table(found, stream)
     return stream.getvalue()
 
 
@@ -270,7 +273,7 @@ def test_the_table_shows_times_and_hides_those_of_a_failed_row():
 
 def test_the_table_has_a_column_for_each_backend_by_name():
     def columns(row):
-        from pyfused.bench.report import table
+        from pyfused.bench.show.terminal import table
 
         found = table([row])
         return {column.header: next(iter(column.cells)) for column in found.columns}
@@ -288,7 +291,7 @@ def test_overhead_rows_answer_no_number_to_reach():
         _row(f"overhead {case.name}", kind="overhead", measured="forward", mode="host time", facts=case.facts())
         for case in operators.tiny_cases(CPU)
     ]
-    assert targets.verdicts(rows_of) == []
+    assert numbers.verdicts(rows_of) == []
     assert "forward, host time" in _printed(rows_of)
 
 
@@ -298,7 +301,7 @@ def test_numbers_to_reach_on_a_cpu():
         "tower", kind="model", measured="training step", ratios={"PEFT": 1.01}, peak_bytes={"pyfused": 5, "PEFT": 6}
     )
     failed = _row("lora_linear failed", passed=False, ratios={})
-    found = {item.name: item for item in targets.verdicts([_row(), slow, model, failed])}
+    found = {item.name: item for item in numbers.verdicts([_row(), slow, model, failed])}
     assert [item.met for item in found.values()] == [False, False, False, True]
     mean, least, step, _ = found.values()
     assert mean.measured == f"{(1.2 * 0.9) ** 0.5:.3f}x"
@@ -312,7 +315,7 @@ def test_numbers_to_reach_on_an_h200():
         where = {"device": "NVIDIA H200"}
         return _row(measured=measured, mode="graph replay", ratios=ratios, facts=facts, provenance=where)
 
-    found = targets.verdicts(
+    found = numbers.verdicts(
         [
             row("forward", {"base GEMM": 1 / 1.04, "eager": 1.2}),
             row("forward+backward", {"base GEMM": 0.9, "eager": 1.25}),
@@ -334,7 +337,7 @@ def _adapter_row(measured, ratios, shape=(3152, 768, 64), **changes):
 
 def test_adapter_numbers_to_reach_on_a_cpu():
     both = "forward+backward"
-    found = targets.verdicts(
+    found = numbers.verdicts(
         [
             _adapter_row(both, {"eager": 1.5}, peak_bytes={"pyfused": 5, "eager": 6}),
             _adapter_row("forward", {"eager": 0.5}),
@@ -363,18 +366,18 @@ def test_adapter_numbers_to_reach_on_an_h200():
         return [first, _adapter_row("forward+backward", ratios, shape, seconds={"pyfused": both}, facts=facts, **where)]
 
     ratios = {"eager": 2.6, "torch.compile": 1.4}
-    found = targets.verdicts(rows_of(12.5e-6, 62.5e-6, (6304, 768, 64), ratios))
+    found = numbers.verdicts(rows_of(12.5e-6, 62.5e-6, (6304, 768, 64), ratios))
     assert [item.measured for item in found] == ["80%", "40%", "2.600x", "1.400x"]
     assert [item.met for item in found] == [True, False, True, False]
-    found = targets.verdicts(rows_of(20e-6, 60e-6, (262144, 64, 32), ratios))
+    found = numbers.verdicts(rows_of(20e-6, 60e-6, (262144, 64, 32), ratios))
     assert [(item.measured, item.met) for item in found] == [("50%", False)]
-    assert targets.verdicts(rows_of(12.5e-6, 62.5e-6, (6304, 768, 64), ratios, drop_path=0.25)) == []
-    assert targets.verdicts(rows_of(12.5e-6, 62.5e-6, (4096, 512, 256), ratios)) == []
+    assert numbers.verdicts(rows_of(12.5e-6, 62.5e-6, (6304, 768, 64), ratios, drop_path=0.25)) == []
+    assert numbers.verdicts(rows_of(12.5e-6, 62.5e-6, (4096, 512, 256), ratios)) == []
 
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    from pyfused.bench import figures
+    from pyfused.bench.show import figures
 
     run = _row("run", kind="training", loss={"pyfused": [2.0, 1.0, 0.5], "reference": [2.0, 1.0, 0.6]})
     for picture in (figures.overview([_row(), run]), figures.curves([_row(), run])):
@@ -391,7 +394,7 @@ def test_pictures(tmp_path):
 
 _OWN_ROWS = """
 import torch
-from pyfused.bench.parity import Deviation
+from pyfused.bench.measure.parity import Deviation
 
 def test_tiny_good(compare):
     x = torch.ones(64, 64)
@@ -434,7 +437,7 @@ def test_a_run_from_end_to_end(tmp_path):
     assert "tiny bad is not close enough to float64" in done.stderr
     assert "ZeroDivisionError" in done.stderr
     assert "tiny good" in done.stdout
-    assert (record.parent / "ratios.png").is_file()
+    assert [path.name for path in record.parent.iterdir()] == ["rows.json"]
     assert {path.name for path in tmp_path.iterdir()} <= {"test_own.py", "out", "__pycache__"}
 
 
@@ -456,7 +459,7 @@ def test_the_package_rows_are_collected_from_both_names(tmp_path):
         "test_aa_clip_stage_2_training_step",
     }
     assert wanted | {f"test_digits_training_run[{name}]" for name in ("vit", "fastvit")} < collected[0]
-    shortest = "test_overhead[{}-portable]"
+    shortest = "test_one_call[{}-portable]"
     assert {shortest.format(operator) for operator in operators.OPERATORS} < collected[0]
     timed = operators.timed_cases(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for operator in operators.OPERATORS:

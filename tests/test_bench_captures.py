@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from pyfused.bench import plugin, timing
-from pyfused.bench import run as bench_run
-from pyfused.bench.rows import Row
-from pyfused.bench.session import Settings
+from pyfused.bench.measure import timing
+from pyfused.bench.record.rows import Row
+from pyfused.bench.run import command, plugin
+from pyfused.bench.run.session import Settings
 
 
 class _Graph:
@@ -115,16 +115,16 @@ def test_what_failed_stands_in_the_last_lines(tmp_path, capfd, monkeypatch):
         "import pytest\n\ndef test_raises():\n    assert 1 == 2, 'not equal'\n\n"
         "def test_says():\n    pytest.fail('off by one', pytrace=False)\n"
     )
-    settings = Settings(torch.device("cpu"), record=tmp_path / "record", pictures=False)
-    assert bench_run.run(settings, "mine", [str(tmp_path)]) == 1
+    settings = Settings(torch.device("cpu"), record=tmp_path / "record")
+    assert command.run(settings, "mine", [str(tmp_path)]) == 1
     assert capfd.readouterr().out.splitlines()[-2:] == [
         "FAILED test_raises: AssertionError: not equal", "FAILED test_says: off by one"
     ]  # fmt: skip
 
-    def spoiled(self, settings, init=bench_run.Session.__init__):
+    def spoiled(self, settings, init=command.Session.__init__):
         init(self, settings)
         self.spoiled = "PEFT in a row: it waits"
 
-    monkeypatch.setattr(bench_run.Session, "__init__", spoiled)
-    assert bench_run.run(settings, "mine", [str(tmp_path)]) == bench_run.SPOILED
+    monkeypatch.setattr(command.Session, "__init__", spoiled)
+    assert command.run(settings, "mine", [str(tmp_path)]) == command.SPOILED
     assert "a capture failed" in capfd.readouterr().err

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from pyfused import reference
-from pyfused.bench import compare, operators, parity, trees
-from pyfused.bench.compare import Comparison
+from pyfused.bench.cases import operators
+from pyfused.bench.gate import compare, trees
+from pyfused.bench.gate.compare import Trial
+from pyfused.bench.measure import parity
 
 pytestmark = pytest.mark.host
 
@@ -28,23 +30,23 @@ CASE = operators.tiny_cases(CPU)[0]
 # ---- statistics
 
 
-def _measured(factor: float, noise: float, rounds: int = 45, seed: int = 0) -> Comparison:
+def _measured(factor: float, noise: float, rounds: int = 45, seed: int = 0) -> Trial:
     """A head ``factor`` times as slow; machine and noise change from round to round, the machine for both alike."""
     draw = random.Random(seed)
     found = []
     for _ in range(rounds):
         base = draw.uniform(0.5, 2.0)
         found.append((base * draw.lognormvariate(0, noise), base * factor * draw.lognormvariate(0, noise)))
-    return Comparison(CASE, backward=False, rounds=found)
+    return Trial(CASE, backward=False, rounds=found)
 
 
 def test_a_loss_of_a_tenth_is_found_in_small_noise():
-    row = _measured(1.10, 0.02)
-    ratio, low, high = row.interval()
+    trial = _measured(1.10, 0.02)
+    ratio, low, high = trial.interval()
     assert low < 1.10 < high
     assert low < ratio < high
-    assert row.verdict(0.05) == "lost"
-    assert row.verdict(0.15) == "ok"
+    assert trial.verdict(0.05) == "lost"
+    assert trial.verdict(0.15) == "ok"
 
 
 def test_equal_trees_are_never_flagged():
@@ -59,9 +61,9 @@ def test_noise_is_inconclusive():
 
 def test_what_is_lost_on_the_average_but_not_in_the_middle_is_not_lost():
     """A third of the rounds met another process."""
-    row = _measured(1.0, 0.01)
-    row.rounds = [(base, head * (3 if index % 3 == 0 else 1)) for index, (base, head) in enumerate(row.rounds)]
-    assert row.verdict(0.05) != "lost"
+    trial = _measured(1.0, 0.01)
+    trial.rounds = [(base, head * (3 if index % 3 == 0 else 1)) for index, (base, head) in enumerate(trial.rounds)]
+    assert trial.verdict(0.05) != "lost"
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -70,43 +72,43 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert max(high - low for _, low, high in intervals) < 0.25
 
 
-def test_rows_without_a_base_pass_and_wrong_numbers_do_not():
-    rows = [
-        Comparison(CASE, backward=False, absent="AttributeError: new"),
-        Comparison(CASE, backward=True, fault="y is off"),
+def test_trials_without_a_base_pass_and_wrong_numbers_do_not():
+    trials = [
+        Trial(CASE, backward=False, absent="AttributeError: new"),
+        Trial(CASE, backward=True, fault="y is off"),
         _measured(1.0, 0.01),
         _measured(1.2, 0.01),
         _measured(1.05, 0.1),
     ]
-    assert [row.verdict(0.05) for row in rows] == ["no base", "wrong", "ok", "lost", "inconclusive"]
-    lines = compare.summary(rows, 0.05)
-    assert lines[-1] == "5 rows: 1 ok, 1 inconclusive, 1 lost, 1 wrong, 1 no base"
+    assert [trial.verdict(0.05) for trial in trials] == ["no base", "wrong", "ok", "lost", "inconclusive"]
+    lines = compare.summary(trials, 0.05)
+    assert lines[-1] == "5 trials: 1 ok, 1 inconclusive, 1 lost, 1 wrong, 1 no base"
     assert "99%" in lines[0]
     assert "above 1.05" in lines[0]
     assert lines[1].endswith("AttributeError: new")
     assert lines[2].endswith("y is off")
-    assert compare.table(rows, 0.05).row_count == 5
+    assert compare.table(trials, 0.05).row_count == 5
 
 
-# ---- rows
+# ---- trials
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
-def test_the_preset_rows_are_each_operators_extremes_and_the_calls_themselves(device):
-    rows = compare.comparisons(device)
+def test_the_preset_trials_are_each_operators_extremes_and_the_calls_themselves(device):
+    trials = compare.trials_of(device)
     for operator in operators.OPERATORS:
-        timed = {row.case.name for row in rows if row.case.operator == operator and not row.overhead}
+        timed = {trial.case.name for trial in trials if trial.case.operator == operator and not trial.overhead}
         work = {case.name: compare._work(case) for case in operators.timed_cases(device) if case.operator == operator}
         assert {min(work, key=work.get), max(work, key=work.get)} == timed
-    assert {row.case.operator for row in rows if row.overhead} == set(operators.OPERATORS)
-    assert len(rows) == 2 * len({row.case.name for row in rows})
+    assert {trial.case.operator for trial in trials if trial.overhead} == set(operators.OPERATORS)
+    assert len(trials) == 2 * len({trial.case.name for trial in trials})
 
 
-def test_selected_rows_come_from_every_timed_shape():
-    assert {row.case for row in compare.comparisons(CPU, "r16")} == {
+def test_selected_trials_come_from_every_timed_shape():
+    assert {trial.case for trial in compare.trials_of(CPU, "r16")} == {
         case for case in (*operators.timed_cases(CPU), *operators.tiny_cases(CPU)) if "r16" in case.name
     }
-    assert compare.comparisons(CPU, "nothing") == []
+    assert compare.trials_of(CPU, "nothing") == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_selected_rows_come_from_every_timed_shape():
         ([], "the following arguments are required: BASE"),
         (["no-such-ref"], "BASE must name a commit of this repository, got 'no-such-ref'"),
         (["--", "--all"], "BASE must name a commit of this repository, got '--all'"),
-        (["HEAD", "-k", "nothing"], "-k must be part of a row's name, got 'nothing'"),
+        (["HEAD", "-k", "nothing"], "-k must be part of a case's name, got 'nothing'"),
         (["HEAD", "--loss", "0"], "expected a positive number, got '0'"),
         (["HEAD", "--seconds", "soon"], "expected a positive number, got 'soon'"),
         (["HEAD", "--threads", "0"], "--threads must be at least 1, got 0"),
@@ -202,19 +204,19 @@ class _Answers:
 
 
 def test_what_the_base_cannot_run_is_not_the_heads_fault():
-    row = Comparison(CASE, backward=True)
+    trial = Trial(CASE, backward=True)
     new = _Answers(trees.TreeError("TypeError: plan"))
-    compare.load(row, {"base": new, "head": _Answers("host time")}, Path("job"))
-    assert row.verdict(0.05) == "no base"
-    assert row.absent == "TypeError: plan"
+    compare.load(trial, {"base": new, "head": _Answers("host time")}, Path("job"))
+    assert trial.verdict(0.05) == "no base"
+    assert trial.absent == "TypeError: plan"
 
 
 def test_what_only_the_base_runs_is_the_heads_fault():
-    row = Comparison(CASE, backward=True)
+    trial = Trial(CASE, backward=True)
     lost = _Answers(trees.TreeError("TypeError: plan"))
-    compare.load(row, {"base": _Answers("host time"), "head": lost}, Path("job"))
-    assert row.verdict(0.05) == "wrong"
-    assert row.fault == "the base runs it, the head does not: TypeError: plan"
+    compare.load(trial, {"base": _Answers("host time"), "head": lost}, Path("job"))
+    assert trial.verdict(0.05) == "wrong"
+    assert trial.fault == "the base runs it, the head does not: TypeError: plan"
 
 
 @pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
@@ -225,13 +227,13 @@ def test_the_head_must_be_as_close_to_float64_as_the_base(tmp_path, case, spoilt
     results = {name: tmp_path / f"{name}.pt" for name in ("base", "head")}
     for name, path in results.items():
         torch.save(plain | {last: plain[last] * 1.001} if name == spoilt else plain, path)
-    fault = compare.check_parity(Comparison(case, backward=True), results, CPU)
+    fault = compare.check_parity(Trial(case, backward=True), results, CPU)
     if spoilt == "head":
         assert fault.startswith(f"{last} (")
         assert "the base's" in fault
     else:
         assert fault is None
-    assert compare.check_parity(Comparison(case, backward=False), results, CPU) is None
+    assert compare.check_parity(Trial(case, backward=False), results, CPU) is None
 
 
 def test_another_shape_is_wrong(tmp_path):
@@ -239,7 +241,7 @@ def test_another_shape_is_wrong(tmp_path):
     results = {"base": tmp_path / "base.pt", "head": tmp_path / "head.pt"}
     torch.save(plain, results["base"])
     torch.save(plain | {"y": plain["y"][None]}, results["head"])
-    assert "must have shape" in compare.check_parity(Comparison(CASE, backward=False), results, CPU)
+    assert "must have shape" in compare.check_parity(Trial(CASE, backward=False), results, CPU)
 
 
 def test_a_process_that_imports_another_package_is_refused(package):
@@ -279,7 +281,7 @@ def test_equal_trees_pass(main, capfd):
     status = main("-k", "lora_linear 16x64", "--loss", "0.5")
     output = capfd.readouterr().out
     assert status == 0, output
-    assert "2 rows: " in output
+    assert "2 trials: " in output
     assert output.endswith("0 lost, 0 wrong, 0 no base\n")
 
 
@@ -294,7 +296,7 @@ def test_a_head_that_sleeps_has_lost_and_what_is_new_has_no_base(package, main, 
     output = capfd.readouterr().out
     assert status == 1, output
     assert "no attribute 'projection_residual'" in output
-    assert output.endswith("4 rows: 0 ok, 0 inconclusive, 2 lost, 0 wrong, 2 no base\n")
+    assert output.endswith("4 trials: 0 ok, 0 inconclusive, 2 lost, 0 wrong, 2 no base\n")
 
 
 def test_a_head_with_other_numbers_is_wrong(package, main, capfd):
@@ -302,7 +304,7 @@ def test_a_head_with_other_numbers_is_wrong(package, main, capfd):
     other = "lambda *args, **options: quick(*args, **options) * 1.001"
     init.write_text(f"{init.read_text()}\nquick, lora_linear = lora_linear, {other}\n")
     assert main("-k", "lora_linear 16x64") == 1
-    assert capfd.readouterr().out.endswith("2 rows: 0 ok, 0 inconclusive, 0 lost, 2 wrong, 0 no base\n")
+    assert capfd.readouterr().out.endswith("2 trials: 0 ok, 0 inconclusive, 0 lost, 2 wrong, 0 no base\n")
 
 
 def _left(package: Path, prefix: str = "pyfused-") -> list[Path]:
@@ -313,7 +315,7 @@ def _left(package: Path, prefix: str = "pyfused-") -> list[Path]:
 def test_an_interrupted_run_leaves_nothing(package, moment):
     scratch = package.parent / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pyfused.bench.compare", "HEAD", "--device", "cpu", "-k", "lora_linear"]
+    command = [sys.executable, "-m", "pyfused.bench.gate.compare", "HEAD", "--device", "cpu", "-k", "lora_linear"]
     environment = os.environ | {"PYTHONPATH": str(package), "TMPDIR": str(scratch)}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=package, env=environment, stdout=pipe, stderr=pipe, text=True) as run:

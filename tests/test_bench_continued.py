@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyfused.bench import rows, session, timing
-from pyfused.bench.rows import Row
-from pyfused.bench.session import Session, Settings
+from pyfused.bench.measure import timing
+from pyfused.bench.record import rows
+from pyfused.bench.record.rows import Row
+from pyfused.bench.run import session
+from pyfused.bench.run.session import Session, Settings
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,20 +71,20 @@ def test_a_row_that_failed_gives_way_to_its_new_measurement(tmp_path):
 
 
 def test_a_record_of_another_device_is_not_continued(tmp_path, capsys):
-    from pyfused.bench import run
+    from pyfused.bench.run import command
 
     with pytest.raises(ValueError, match=r"a record to continue must be of .*, got rows of NVIDIA H200"):
         _session(tmp_path, _row(device="NVIDIA H200"))
-    assert run.run(Settings(CPU, record=tmp_path)) == 2
+    assert command.run(Settings(CPU, record=tmp_path)) == 2
     assert f"{tmp_path} cannot be continued: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '[{"no": 1}]', "[1]"])
 def test_what_is_no_record_is_not_continued(tmp_path, capsys, text):
-    from pyfused.bench import run
+    from pyfused.bench.run import command
 
     (tmp_path / "rows.json").write_text(text)
-    assert run.run(Settings(CPU, record=tmp_path)) == 2
+    assert command.run(Settings(CPU, record=tmp_path)) == 2
     assert f"{tmp_path} cannot be continued: " in capsys.readouterr().err
     assert (tmp_path / "rows.json").read_text() == text
 
@@ -113,13 +115,13 @@ def test_the_gpus_state_is_asked_for_once_in_some_seconds(monkeypatch, tmp_path)
 
 
 def test_compiled_rows_are_collected_on_a_gpu_alone():
-    plugin = pytest.importorskip("pyfused.bench.plugin")
+    plugin = pytest.importorskip("pyfused.bench.run.plugin")
 
     def ignored(device, path):
         where = SimpleNamespace(settings=SimpleNamespace(device=torch.device(device)))
         return plugin.pytest_ignore_collect(Path(path), SimpleNamespace(stash={plugin.SESSION: where}))
 
-    for folder in (ROOT / "bench", ROOT / "pyfused" / "bench"):
+    for folder in (ROOT / "bench" / "run", ROOT / "pyfused" / "bench" / "run"):
         assert ignored("cpu", folder / "test_compiled.py") is True
         assert ignored("cuda", folder / "test_compiled.py") is None
         assert ignored("cpu", folder / "test_operators.py") is None
@@ -129,7 +131,7 @@ def test_compiled_rows_are_collected_on_a_gpu_alone():
 
 _ROWS = """
 import os
-from pyfused.bench.parity import Deviation
+from pyfused.bench.measure.parity import Deviation
 
 def test_tiny_good(compare):
     compare.unless_recorded("tiny good", "call", "wall clock")

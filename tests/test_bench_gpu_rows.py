@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyfused
-from pyfused.bench import cases, operators, parity
-from pyfused.bench.adapter_residual import AdapterCase
-from pyfused.bench.cross_attention_residual import CrossAttentionCase
-from pyfused.bench.lora_linear import LoRACase
-from pyfused.bench.projection_residual import ProjectionCase
+from pyfused.bench.cases import case as cases
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.adapter_residual import AdapterCase
+from pyfused.bench.cases.cross_attention_residual import CrossAttentionCase
+from pyfused.bench.cases.lora_linear import LoRACase
+from pyfused.bench.cases.projection_residual import ProjectionCase
+from pyfused.bench.measure import parity
 from pyfused.choice import backends
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -104,11 +106,11 @@ def test_what_a_gpu_draws_has_the_scale_asked_for(monkeypatch):
 
 def test_what_two_trees_are_compared_by_is_drawn_where_it_is_judged(monkeypatch, tmp_path):
     pytest.importorskip("scipy")
-    from pyfused.bench import compare
+    from pyfused.bench.gate import compare
 
     asked, right = [], LoRACase.tensors
     monkeypatch.setattr(LoRACase, "tensors", lambda case, device: asked.append(device) or right(case, CPU))
-    compare.write_job(compare.Comparison(SMALL[0], backward=True), tmp_path / "job.pt", torch.device("cuda", 1))
+    compare.write_job(compare.Trial(SMALL[0], backward=True), tmp_path / "job.pt", torch.device("cuda", 1))
     assert asked == [torch.device("cuda", 1)]
 
 
@@ -140,20 +142,20 @@ def test_on_a_gpu_what_drops_something_comes_last_and_the_default_adapters_besid
 
 
 def test_compiled_rows_are_those_with_a_number_to_reach_and_one_of_each_operator():
-    from pyfused.bench import targets
+    from pyfused.bench.targets import numbers
 
     found = operators.compiled_cases(GPU)
     assert operators.compiled_cases(CPU) == []
     assert {case.operator for case in found} == set(operators.OPERATORS)
     assert set(found) < set(operators.timed_cases(GPU))
     adapters = {(case.rows, case.channels, case.hidden) for case in found if case.operator == "adapter_residual"}
-    assert adapters == {shape for shape, (*_, compiled) in targets.ADAPTER_H200.items() if compiled is not None}
+    assert adapters == {shape for shape, (*_, compiled) in numbers.ADAPTER_H200.items() if compiled is not None}
     assert not any(case.adapter_dtype or case.dropout_p for case in found)
 
 
 def test_a_row_beside_torch_compile_answers_its_number_and_no_other():
-    from pyfused.bench import targets
-    from pyfused.bench.rows import Row
+    from pyfused.bench.record.rows import Row
+    from pyfused.bench.targets import numbers
 
     case = operators.compiled_cases(GPU)[1]
     row = Row(
@@ -161,7 +163,7 @@ def test_a_row_beside_torch_compile_answers_its_number_and_no_other():
         facts={**case.facts(), "floor_seconds": 1e-5}, seconds={"pyfused": 2e-5, "torch.compile": 3.2e-5},
         ratios={"torch.compile": 1.6}, provenance={"device": "NVIDIA H200"},
     )  # fmt: skip
-    (verdict,) = targets.verdicts([row])
+    (verdict,) = numbers.verdicts([row])
     assert (verdict.wanted, verdict.measured, verdict.met) == (">= 1.5x", "1.600x", True)
 
 
@@ -228,7 +230,7 @@ def test_a_plan_that_the_sizes_forbid_is_refused_in_the_operators_words():
 
 
 def test_on_a_cpu_no_kernels_are_timed(monkeypatch):
-    rows = pytest.importorskip("pyfused.bench.test_operators")
+    rows = pytest.importorskip("pyfused.bench.run.test_operators")
     monkeypatch.setattr(rows, "refusals", lambda case, device: {"triton": None})
     assert rows._refusals(SMALL[0], CPU) == {}
     assert rows._refusals(SMALL[0], GPU) == {"triton": None}
@@ -236,7 +238,7 @@ def test_on_a_cpu_no_kernels_are_timed(monkeypatch):
 
 @pytest.mark.parametrize("case", MIXED, ids=ids)
 def test_contenders_take_float32_adapters_and_give_float32_gradients(monkeypatch, case):
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: "left out here")
     tensors = case.tensors(CPU)
     found = case.contenders(tensors, ["portable"])
     wanted = parity.results(case, getattr(pyfused.reference, case.operator), tensors)
@@ -254,7 +256,7 @@ def test_contenders_take_float32_adapters_and_give_float32_gradients(monkeypatch
 
 def test_peft_with_16_bit_adapters_stands_beside_16_bit_adapters(monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: "left out here")
 
     def peft(**changes):
         case = dataclasses.replace(SMALL[0], **changes)
@@ -291,7 +293,7 @@ def _without_norms(*arguments, norm_match, **options):
 def test_a_plan_that_is_wrong_has_no_time_and_the_row_fails_for_it(monkeypatch, case, broken):
     """Kernels played by the portable backend, but for the contender's name."""
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as rows
+    from pyfused.bench.run import test_operators as rows
 
     right = parity.Judge.check
 
@@ -300,7 +302,7 @@ def test_a_plan_that_is_wrong_has_no_time_and_the_row_fails_for_it(monkeypatch, 
             raise RuntimeError("out of resources")
         return right(judge, function=_without_norms if backend == "portable" and broken == "off" else None)
 
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: "left out here")
     monkeypatch.setattr(rows, "_refusals", lambda case, device: {"triton": "too wide", "portable": None})
     monkeypatch.setattr(parity.Judge, "check", check)
     prepared = rows.Prepared(case, CPU)
@@ -325,7 +327,7 @@ def test_a_plan_that_is_wrong_has_no_time_and_the_row_fails_for_it(monkeypatch, 
 
 def test_a_row_that_is_recorded_draws_nothing(monkeypatch):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as rows
+    from pyfused.bench.run import test_operators as rows
 
     case = SMALL[0]
     prepared = rows.Prepared(case, CPU)
@@ -338,10 +340,10 @@ def test_a_row_that_is_recorded_draws_nothing(monkeypatch):
 
 def test_a_case_is_drawn_once_for_its_rows(monkeypatch):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as rows
+    from pyfused.bench.run import test_operators as rows
 
     drawn, right = [], LoRACase.tensors
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: "left out here")
     monkeypatch.setattr(LoRACase, "tensors", lambda *arguments: drawn.append(1) or right(*arguments))
     prepared = rows.Prepared(SMALL[0], CPU)
     for measured in ("forward", "forward+backward"):
@@ -352,7 +354,7 @@ def test_a_case_is_drawn_once_for_its_rows(monkeypatch):
 @pytest.mark.parametrize("case", [*SMALL, *MIXED], ids=ids)
 def test_on_a_gpu_input_sets_take_turns_that_are_drawn_apart(monkeypatch, case):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_operators as rows
+    from pyfused.bench.run import test_operators as rows
 
     asked = []
     monkeypatch.setattr(rows, "normal", lambda device, seed: asked.append((device, seed)) or cases.normal(CPU, seed))
@@ -371,10 +373,10 @@ def test_on_a_gpu_input_sets_take_turns_that_are_drawn_apart(monkeypatch, case):
 def test_on_a_gpu_torch_compile_has_rows_of_its_own(monkeypatch):
     """On a GPU that is a CPU but in name."""
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_compiled
-    from pyfused.bench import test_operators as rows
+    from pyfused.bench.run import test_compiled
+    from pyfused.bench.run import test_operators as rows
 
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: None)
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: None)
     prepared = rows.Prepared(SMALL[3], CPU)
     assert "torch.compile" in prepared.contenders.named
     prepared = rows.Prepared(SMALL[3], CPU)

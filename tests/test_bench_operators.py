@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import pyfused
-from pyfused.bench import check, memory, operators, parity, targets
-from pyfused.bench.adapter_residual import AdapterCase, eager_adapter_residual
-from pyfused.bench.cases import refusal
-from pyfused.bench.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
-from pyfused.bench.lora_linear import LoRACase
-from pyfused.bench.projection_residual import ProjectionCase, eager_projection_residual
-from pyfused.bench.rows import Row
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.adapter_residual import AdapterCase, eager_adapter_residual
+from pyfused.bench.cases.case import refusal
+from pyfused.bench.cases.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
+from pyfused.bench.cases.lora_linear import LoRACase
+from pyfused.bench.cases.projection_residual import ProjectionCase, eager_projection_residual
+from pyfused.bench.measure import memory, parity
+from pyfused.bench.record.rows import Row
+from pyfused.bench.run import check
+from pyfused.bench.targets import numbers
 from pyfused.choice import backends
 from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS
@@ -235,8 +238,8 @@ def test_every_backend_that_has_kernels_takes_the_tiny_cases():
 @pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
 def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_overhead as overhead_rows
-    from pyfused.bench.session import Session, Settings
+    from pyfused.bench.run import test_overhead as overhead_rows
+    from pyfused.bench.run.session import Session, Settings
 
     rows = []
 
@@ -244,7 +247,7 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
         rows.append((name, calls, row))
 
     compare.unless_recorded = lambda *row: None
-    overhead_rows.test_overhead(case, "portable", compare, Session(Settings(CPU, tmp_path)))
+    overhead_rows.test_one_call(case, "portable", compare, Session(Settings(CPU, tmp_path)))
     ((name, calls, row),) = rows
     assert name == f"overhead {case.name}, portable"
     assert (row["kind"], row["measured"], row["clock"].mode) == ("overhead", "forward", "host time")
@@ -262,11 +265,11 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
 
 def test_a_refused_overhead_row_is_skipped_with_the_reason(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_overhead as overhead_rows
-    from pyfused.bench.session import Session, Settings
+    from pyfused.bench.run import test_overhead as overhead_rows
+    from pyfused.bench.run.session import Session, Settings
 
     with pytest.raises(pytest.skip.Exception, match=r"not torch\.float32|no compiled kernels"):
-        overhead_rows.test_overhead(SMALL, "cuda", None, Session(Settings(CPU, tmp_path)))
+        overhead_rows.test_one_call(SMALL, "cuda", None, Session(Settings(CPU, tmp_path)))
 
 
 # ---- cases
@@ -425,7 +428,7 @@ def test_the_eager_attention_is_the_formula(case):
 
 
 def test_every_contender_computes_the_same(monkeypatch):
-    monkeypatch.setattr("pyfused.bench.baselines.compile_refusal", lambda device: "left out here")
+    monkeypatch.setattr("pyfused.bench.cases.baselines.compile_refusal", lambda device: "left out here")
     for case in (SMALL, SMALL_ADAPTER, SMALL_MAPS, SMALL_ATTENTION, SMALL_MATCHED, SMALL_PROJECTION):
         tensors = case.tensors(CPU)
         inputs = [tensors[name] for name in case.inputs]
@@ -503,19 +506,19 @@ def test_timed_cases_are_those_of_the_targets():
     lora = [[case for case in found if isinstance(case, LoRACase)] for found in (on_cpu, on_gpu)]
     shapes = [_shapes(found, "rows", "in_features", "out_features") for found in lora]
     assert {(400, 768, 2304), (400, 768, 768), (400, 768, 3072), (400, 3072, 768)} < shapes[0]
-    assert shapes[1] == set(targets.LORA_H200)
+    assert shapes[1] == set(numbers.LORA_H200)
     assert {case.dropout_p for case in lora[1]} == {0.0, 0.1}
 
     adapter = [[case for case in found if isinstance(case, AdapterCase)] for found in (on_cpu, on_gpu)]
     shapes = [_shapes([c for c in found if not c.drop_path], "rows", "channels", "hidden") for found in adapter]
-    assert set(targets.ADAPTER_CPU) < shapes[0]
+    assert set(numbers.ADAPTER_CPU) < shapes[0]
     assert {(25088, 64, 32), (6272, 128, 64), (1568, 256, 128), (392, 512, 256)} < shapes[0]
-    assert set(targets.ADAPTER_H200) | {(4096, 512, 256)} == shapes[1]
+    assert set(numbers.ADAPTER_H200) | {(4096, 512, 256)} == shapes[1]
     assert all(sum(bool(case.drop_path) for case in found) == 1 for found in adapter)
 
     attention = [[case for case in found if isinstance(case, CrossAttentionCase)] for found in (on_cpu, on_gpu)]
-    assert _shapes([c for c in attention[0] if not c.norm_match], "tokens") == {(t,) for t in targets.ATTENTION_CPU}
-    assert _shapes(attention[1], "batch", "tokens", "norm_match") == set(targets.ATTENTION_H200)
+    assert _shapes([c for c in attention[0] if not c.norm_match], "tokens") == {(t,) for t in numbers.ATTENTION_CPU}
+    assert _shapes(attention[1], "batch", "tokens", "norm_match") == set(numbers.ATTENTION_H200)
     for found in (lora[1], adapter[1], attention[1]):
         # Each with the modules' default adapters too, but for drop-path.
         adapters = [case.adapter_dtype for case in found if not case.facts().get("drop_path")]
@@ -596,7 +599,7 @@ def test_attention_numbers_to_reach_on_a_cpu():
         _attention_row(2, both, 1.0, matched=True),
         _attention_row(3, both, 1.0),
     ]
-    found = targets.verdicts(rows)
+    found = numbers.verdicts(rows)
     assert [(item.wanted, item.measured, item.met) for item in found] == [
         (">= 7x", "7.100x", True),
         (">= 2.5x", "2.400x", False),
@@ -619,7 +622,7 @@ def test_attention_numbers_to_reach_on_an_h200():
         _attention_row(77, both, 1.2, batch=16, matched=True, gpu=graph),
         _attention_row(12, both, 1.0, batch=16, gpu=graph),
     ]
-    found = targets.verdicts(rows)
+    found = numbers.verdicts(rows)
     assert [(item.wanted, item.met) for item in found] == [
         (">= 4x", False),
         (">= 4x", True),
@@ -630,7 +633,7 @@ def test_attention_numbers_to_reach_on_an_h200():
     rows = [
         _attention_row(1232, both, 1.4, matched=True, gpu=mode, peak=(7, 70, 9)) for mode in (graph, "eager launches")
     ]
-    found = targets.verdicts(rows)
+    found = numbers.verdicts(rows)
     assert [(item.wanted, item.measured, item.met) for item in found] == [
         (">= 1.3x", "1.400x", True),
         ("<= 0.75x", "0.100x", True),
@@ -649,7 +652,7 @@ def test_attention_numbers_to_reach_on_an_h200():
     ],
 )
 def test_the_reference_operators_replace_the_modules_own(operator, module):
-    from pyfused.bench.training import reference_operators
+    from pyfused.bench.models.training import reference_operators
 
     layer, x = module(), torch.randn(3, 8)
     calls = []
@@ -663,11 +666,13 @@ def test_the_reference_operators_replace_the_modules_own(operator, module):
 
 def test_a_model_with_a_wrong_operator_is_rejected():
     pytest.importorskip("sklearn")
-    from pyfused.bench import data, fastvit, thirdparty, training
+    from pyfused.bench import thirdparty
+    from pyfused.bench.cases import data
+    from pyfused.bench.models import fastvit, training
 
     images, labels = (tensor[:4] for tensor in data.digits(32))
     try:
-        model = fastvit.with_adapters(fastvit.fastvit("fastvit_t8", 10, images))
+        model = fastvit.with_adapters(fastvit.classifier("fastvit_t8", 10, images))
     except thirdparty.Unavailable as error:
         pytest.skip(str(error))
     found = training.deviations(model, images, labels)
@@ -693,7 +698,7 @@ def test_a_model_with_a_wrong_operator_is_rejected():
 
 def test_a_second_stage_with_a_wrong_operator_is_rejected(monkeypatch):
     pytest.importorskip("open_clip")
-    from pyfused.bench import aa_clip, gradient_ratio, training
+    from pyfused.bench.models import aa_clip, gradient_ratio, training
     from pyfused.models import aa_clip_parts
     from pyfused.modules import cross_attention
 
@@ -724,8 +729,8 @@ def test_a_second_stage_with_a_wrong_operator_is_rejected(monkeypatch):
 
 
 def test_a_step_under_torch_compile_is_the_same_step():
-    from pyfused.bench.baselines import compile_refusal
-    from pyfused.bench.training import Classifier, TrainingStep
+    from pyfused.bench.cases.baselines import compile_refusal
+    from pyfused.bench.models.training import Classifier, TrainingStep
 
     if compile_refusal(CPU) is not None:
         pytest.skip(compile_refusal(CPU))

@@ -16,9 +16,9 @@ import torch
 
 import pyfused
 from pyfused import cli
-from pyfused.bench import operators
-from pyfused.bench.adapter_residual import AdapterCase
-from pyfused.bench.lora_linear import LoRACase
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.adapter_residual import AdapterCase
+from pyfused.bench.cases.lora_linear import LoRACase
 from pyfused.choice import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ def test_bench_names_the_extra_that_is_missing(monkeypatch, capsys):
 def test_check_prints_a_line_for_each_case(monkeypatch, capsys):
     lora = [LoRACase(5, 16, 8, rank=2), LoRACase(5, 16, 8, rank=2, dropout_p=0.5)]
     adapter = [AdapterCase((2, 5, 16), 4), AdapterCase((2, 16, 3, 3), 4, drop_path=0.5)]
-    monkeypatch.setattr("pyfused.bench.check.parity_cases", lambda device: [*lora, *adapter])
+    monkeypatch.setattr("pyfused.bench.run.check.parity_cases", lambda device: [*lora, *adapter])
     threads = torch.get_num_threads()
     assert cli.main(["check", "--device", "cpu", "--threads", str(threads)]) == 0
     printed = capsys.readouterr().out
@@ -261,9 +261,9 @@ for name in ("rich", "pytest", "matplotlib", "peft", "open_clip", "timm", "sklea
     sys.modules[name] = None
 import torch
 from pyfused import cli
-from pyfused.bench import check
-from pyfused.bench.adapter_residual import AdapterCase
-from pyfused.bench.lora_linear import LoRACase
+from pyfused.bench.run import check
+from pyfused.bench.cases.adapter_residual import AdapterCase
+from pyfused.bench.cases.lora_linear import LoRACase
 check.parity_cases = lambda device: [LoRACase(5, 16, 8, rank=2), AdapterCase((2, 5, 16), 4)]
 sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
 """

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyfused import inject_lora, preset
-from pyfused.bench.training import reference_operators
+from pyfused.bench.models.training import reference_operators
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 for package in ("open_clip", "rich", "tqdm", "matplotlib", "sklearn", "torchvision"):

@@ -10,8 +10,8 @@ from pathlib import Path
 import import_table
 import pytest
 
-from pyfused.bench import document
-from pyfused.bench.rows import Row, RowFile
+from pyfused.bench.record.rows import Row, RowFile
+from pyfused.bench.show import document
 from pyfused.ops import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from timm.layers import DropPath
 from timm.models.fastvit import LayerScale2d
 
 from pyfused import models, reference
-from pyfused.bench.training import Classifier, reference_operators
+from pyfused.bench.models.training import Classifier, reference_operators
 from pyfused.diagnostics import layer_scale_report
 from pyfused.modules import BottleneckAdapter
 

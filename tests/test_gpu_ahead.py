@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pyfused.bench.gpu import ahead
+from pyfused.bench.gpu.programs import ahead
 from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -20,7 +20,7 @@ H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 _JIT = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
-from pyfused.bench.gpu import ahead, truth_cases
+from pyfused.bench.gpu.programs import ahead, truth_cases
 from pyfused.kernels.recording import SHARED_MEMORY, Target, record
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -67,9 +67,9 @@ print(json.dumps([len(found), len(seen), len(list(launched(calls)))]))
 _COMPILE = """
 def misaligned():
     # A view that begins at no multiple of 16 bytes.
-    from pyfused.kernels.sums import sum_partials
+    from pyfused.kernels import lora_linear, sums
     parts = torch.empty(129, device="meta")[1:].view(2, 64)
-    sum_partials(parts, torch.empty(64, device="meta"), 1.0)
+    sums.sum_partials(parts, torch.empty(64, device="meta"), 1.0)
 
 if __name__ == "__main__":
     # The adapter's registers are bounded, which the cache must tell apart too.
@@ -118,8 +118,8 @@ _FAULTS = """
 import dataclasses, json, multiprocessing, os, sys
 from pathlib import Path
 import torch
-from pyfused.bench.gpu import ahead
-from pyfused.kernels.sums import sum_partials
+from pyfused.bench.gpu.programs import ahead
+from pyfused.kernels import lora_linear, sums
 from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -139,7 +139,7 @@ if __name__ == "__main__":
     file.write_text(DEADLY)
     deadly = ahead.loaded("pyfused_deadly", str(file))
     def good():
-        sum_partials(torch.empty((2, 64), device="meta"), torch.empty(64, device="meta"), 1.0)
+        sums.sum_partials(torch.empty((2, 64), device="meta"), torch.empty(64, device="meta"), 1.0)
     ((key, launch),) = ahead.specialisations([good], H200).items()
     # No power of two.
     broken = dataclasses.replace(launch, arguments=launch.arguments | {"BLOCK": 100})

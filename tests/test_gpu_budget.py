@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyfused.bench import operators
-from pyfused.bench.gpu import budget, plan, traffic
+from pyfused.bench.cases import operators
+from pyfused.bench.gpu import budget, schedule
 from pyfused.bench.gpu.budget import COST, Work
-from pyfused.bench.gpu.plan import AT_MOST, STEPS, TESTS, Machine
+from pyfused.bench.gpu.programs import traffic
+from pyfused.bench.gpu.schedule import AT_MOST, STEPS, TESTS, Machine
 
 pytestmark = pytest.mark.host
 
 ROOT = Path(__file__).resolve().parent.parent
-H200 = Machine("NVIDIA H200", "90", 132, frozenset(plan.WANTED), 16, "compute-sanitizer", "ncu")
+H200 = Machine("NVIDIA H200", "90", 132, frozenset(schedule.WANTED), 16, "compute-sanitizer", "ncu")
 # Kernels are specialised where nothing interprets them, and meta tensors do not launch them.
 _COUNT = """
 import dataclasses, importlib, json, sys
 from pyfused.kernels.recording import Target
 target = Target((9, 0), 132, 232448, "NVIDIA H200")
-module = importlib.import_module(f"pyfused.bench.gpu.{sys.argv[1]}")
+module = importlib.import_module(f"pyfused.bench.gpu.programs.{sys.argv[1]}")
 print(json.dumps(dataclasses.asdict(module.work(target))))
 """
 # pytest collects once and selects for each step, by its own rules.
@@ -91,10 +92,10 @@ def test_truth_compiles_at_most_120_kernels():
 
 @pytest.mark.parametrize("step", TESTS)
 def test_a_step_selects_no_more_tests_than_its_budget_says(step, selected):
-    assert selected[""] <= plan.COLLECTED
+    assert selected[""] <= schedule.COLLECTED
     chosen = selected[step]
     of_triton = sum("triton" in name for name in chosen)
-    compilations = plan.compilations_of(of_triton)
+    compilations = schedule.compilations_of(of_triton)
     most = AT_MOST[step]
     assert 0.5 * most.cases < len(chosen) <= most.cases
     assert compilations <= most.compilations
@@ -126,8 +127,8 @@ def test_ncu_is_given_two_calls_of_each_operator():
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_fits_its_share(step):
-    (made,) = plan.plan(H200, Path("RECORD"), None, [step])
-    assert made.needs == plan.predicted(step, H200) > 0
+    (made,) = schedule.steps(H200, Path("RECORD"), None, [step])
+    assert made.needs == schedule.predicted(step, H200) > 0
     assert made.needs <= made.share, f"{step} needs {made.needs:.0f} s"
     assert made.needs <= 0.9 * 560
 
@@ -142,4 +143,5 @@ def test_seconds_follow_from_the_counts():
     # What made the first plan of these steps overrun: 1,501 compilations in 100 s, and 3.13e9 numbers in 140 s.
     assert budget.seconds(Work(compilations=1501), compilers=16) > 100.0
     assert budget.seconds(Work(compilations=108)) > 100.0
-    assert plan.predicted("tests", dataclasses.replace(H200, modules=frozenset())) > plan.predicted("tests", H200)
+    bare = dataclasses.replace(H200, modules=frozenset())
+    assert schedule.predicted("tests", bare) > schedule.predicted("tests", H200)

@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 import pyfused
-from pyfused.bench.gpu import contests, questions
-from pyfused.bench.gpu import outcomes as outcomes_format
-from pyfused.bench.gpu.contests import Contest, Question
+from pyfused.bench.gpu.programs import contests, questions
+from pyfused.bench.gpu.programs import outcomes as outcomes_format
+from pyfused.bench.gpu.programs.contests import Contest, Question
 from pyfused.kernels import lora_linear
 from pyfused.kernels.recording import INTERPRETER
 
@@ -228,8 +228,8 @@ def test_a_gpu_that_does_not_answer_is_left_to_another_process(run, monkeypatch)
     with pytest.raises(SystemExit, match="77"):
         run()
     (words,) = started
-    assert words[1:3] == ["-m", "pyfused.bench.gpu.questions"]
-    assert questions._arguments(words[3:]).continued
+    assert words[1:3] == ["-m", "pyfused.bench.gpu.programs.questions"]
+    assert outcomes_format.arguments_of("questions", "", words[3:]).continued
 
 
 def test_the_summary_names_the_extremes():

@@ -13,11 +13,13 @@ import pytest
 import torch
 from processes import is_running, python, script, wait_for
 
-from pyfused.bench import operators, plugin, rows
-from pyfused.bench.gpu import library, plan, run
-from pyfused.bench.gpu.plan import STEPS, Machine
+from pyfused.bench.cases import operators
+from pyfused.bench.gpu import library, run, schedule
+from pyfused.bench.gpu.schedule import STEPS, Machine
 from pyfused.bench.gpu.steps import Step
-from pyfused.bench.session import Session, Settings
+from pyfused.bench.record import rows
+from pyfused.bench.run import plugin
+from pyfused.bench.run.session import Session, Settings
 
 pytestmark = pytest.mark.host
 
@@ -31,12 +33,12 @@ def _recorded(directory: Path) -> dict:
 
 # ---- what `make gpu` runs
 
-EVERYTHING = Machine("NVIDIA H200", "90", 132, frozenset(plan.WANTED), 6, "/cuda/compute-sanitizer", "/cuda/ncu")
+EVERYTHING = Machine("NVIDIA H200", "90", 132, frozenset(schedule.WANTED), 6, "/cuda/compute-sanitizer", "/cuda/ncu")
 BARE = Machine("NVIDIA A100", "80", 108, frozenset({"pytest"}), 6, None, None)
 
 
 def _planned(machine: Machine, *names: str, commit: str | None = None) -> list[Step]:
-    return plan.plan(machine, Path("/record"), commit, names or tuple(STEPS))
+    return schedule.steps(machine, Path("/record"), commit, names or tuple(STEPS))
 
 
 def _commands(machine: Machine, seconds: float = 165.0) -> dict[str, str]:
@@ -78,7 +80,7 @@ def test_the_build_is_for_this_gpu_unless_told_otherwise(monkeypatch):
 def test_steps_that_measure_are_told_their_time_and_their_record():
     commands = _commands(EVERYTHING, 100.0)
     for name in ("truth", "questions", "speed"):
-        assert f"-m pyfused.bench.gpu.{name} --record /record --seconds 90 --workers 6" in commands[name]
+        assert f"-m pyfused.bench.gpu.programs.{name} --record /record --seconds 90 --workers 6" in commands[name]
     for name, select in (("models", "test_models"), ("training", "test_training")):
         assert f"bench --device cuda --record /record -k {select} --commit abc --seconds 1" in commands[name]
     assert {name for name, command in commands.items() if "--commit abc" in command} == {
@@ -104,7 +106,7 @@ def test_the_sanitizer_knows_our_kernels_by_their_names():
     text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     names = re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)
     assert len(names) > 10
-    assert [name for name in names if not any(part in name for part in plan.OWN_KERNELS)] == []
+    assert [name for name in names if not any(part in name for part in schedule.OWN_KERNELS)] == []
     for path in (ROOT / "csrc").glob("*.cu*"):
         assert "__global__" not in path.read_text() or "namespace pyfused" in path.read_text(), path
 
@@ -165,11 +167,12 @@ def test_a_whole_run_has_one_directory(tmp_path, monkeypatch, capsys, card):
         logging = f"import pathlib, time\nwhile not pathlib.Path({str(smi)!r} + '.pid').exists(): time.sleep(0.02)"
         return [Step("wait", 1, python(logging)), Step("bad", 1, python("print('what broke'); exit(1)"))]
 
-    monkeypatch.setattr(plan, "plan", planned)
+    monkeypatch.setattr(schedule, "steps", planned)
     arguments = ["--output", str(tmp_path / "out"), "--commit", "abc", "--budget", "60", "--workers", "3"]
     assert run.main([*arguments, "--steps", "speed,truth"]) == 1
     ((machine, record, commit, chosen),) = given
-    assert machine == Machine("NVIDIA H200", "90", 132, machine.modules, 3, plan.tool("compute-sanitizer"), machine.ncu)
+    sanitizer = schedule.tool("compute-sanitizer")
+    assert machine == Machine("NVIDIA H200", "90", 132, machine.modules, 3, sanitizer, machine.ncu)
     assert (commit, chosen) == ("abc", ["speed", "truth"])
     assert "open_clip" not in machine.modules
     assert "pytest" in machine.modules
@@ -187,13 +190,15 @@ def test_a_whole_run_has_one_directory(tmp_path, monkeypatch, capsys, card):
     assert printed.endswith(f"record: {record}\nbad failed\n    what broke\n")
 
     # The same record again: what passed does not run, and what failed does.
-    monkeypatch.setattr(plan, "plan", lambda *given: [Step("wait", 1, python("exit(1)")), Step("bad", 1, python(""))])
+    monkeypatch.setattr(
+        schedule, "steps", lambda *given: [Step("wait", 1, python("exit(1)")), Step("bad", 1, python(""))]
+    )
     assert run.main(["--resume", str(record), "--commit", "abc"]) == 0
     assert [item["status"] for item in _recorded(record)["steps"]] == ["passed", "passed"]
     assert (record / "clocks.csv").read_text().count("1980 MHz") >= 1
 
     # A copy of it elsewhere, as where only one folder comes back.
-    monkeypatch.setattr(plan, "plan", lambda *given: [Step("more", 1, python(""))])
+    monkeypatch.setattr(schedule, "steps", lambda *given: [Step("more", 1, python(""))])
     back = tmp_path / "back"
     assert run.main(["--resume", str(record), "--output", str(back), "--commit", "abc"]) == 0
     copy = back / "nvidia-h200" / record.name
@@ -282,7 +287,7 @@ def test_a_dry_run_needs_no_gpu_and_says_what_fits(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.startswith("NVIDIA H200, compute capability 9.0, 132 multiprocessors, 16 processes\n")
     lines = {line.split()[0]: line for line in printed.splitlines()[2:-1]}
-    assert list(lines) == [name for name in STEPS if name not in plan.NAMED_ONLY]
+    assert list(lines) == [name for name in STEPS if name not in schedule.NAMED_ONLY]
     assert re.search(r"^truth +120 +200 +90 +\d+$", lines["truth"])
     total, budget = re.search(r"^(\d+) s predicted of (\d+), .* a model, measured on no GPU$", printed, re.M).groups()
     assert int(total) <= int(budget) < 600
@@ -297,11 +302,11 @@ def test_a_library_takes_the_place_of_the_build(tmp_path, monkeypatch, capsys, c
     done, chosen = [], []
     monkeypatch.setattr(library, "check", lambda path, capability: done.append(("check", path.name, capability)))
     monkeypatch.setattr(library, "place", lambda path: done.append(("place", path.name)))
-    monkeypatch.setattr(plan, "plan", lambda *given: chosen.extend(given[3]) or [])
+    monkeypatch.setattr(schedule, "steps", lambda *given: chosen.extend(given[3]) or [])
     monkeypatch.setattr(run, "clocks_logged", lambda file: run.contextlib.nullcontext())
     assert run.main(["--output", str(tmp_path), "--library", "_C.abi3.so"]) == 0
     assert done == [("check", "_C.abi3.so", "90"), ("place", "_C.abi3.so")]
-    assert chosen == [name for name in STEPS if name not in ("build", *plan.NAMED_ONLY)]
+    assert chosen == [name for name in STEPS if name not in ("build", *schedule.NAMED_ONLY)]
 
     def unfit(path, capability):
         raise library.Unfit("it holds nothing")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyfused.bench import operators
-from pyfused.bench import run as bench_run
-from pyfused.bench.gpu import ahead, outcomes, speed
+from pyfused.bench.cases import operators
+from pyfused.bench.gpu.programs import ahead, outcomes, speed
+from pyfused.bench.run import command
 from pyfused.kernels.recording import Target
 
 H200 = Target((9, 0), 132, 232_448, "NVIDIA H200")
@@ -26,7 +26,7 @@ def test_kernels_are_compiled_first_and_rows_get_what_is_left(tmp_path, monkeypa
     monkeypatch.setattr(speed.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(ahead, "specialisations", lambda calls, target: {"calls": len(list(calls)), "on": target})
     monkeypatch.setattr(ahead, "compile_ahead", compile_ahead)
-    monkeypatch.setattr(bench_run, "run", lambda settings, select: ran.append((settings, select)) or 7)
+    monkeypatch.setattr(command, "run", lambda settings, select: ran.append((settings, select)) or 7)
     arguments = ["--record", str(tmp_path), "--seconds", "150", "--workers", "3", "--commit", "abc"]
     assert speed.main(arguments) == 7
     ((launches, target, workers, seconds),) = compiled
@@ -44,22 +44,22 @@ def test_kernels_are_compiled_first_and_rows_get_what_is_left(tmp_path, monkeypa
 def test_another_process_goes_on_after_a_capture_that_failed(tmp_path, monkeypatch):
     again = []
 
-    def replaced(program, command):
-        again.append(command)
+    def replaced(program, words):
+        again.append(words)
         raise SystemExit
 
     monkeypatch.setattr(speed, "target", lambda device: H200)
     monkeypatch.setattr(ahead, "specialisations", lambda calls, target: {})
     monkeypatch.setattr(ahead, "compile_ahead", lambda *given: ahead.Ahead(compiled=0))
-    monkeypatch.setattr(bench_run, "run", lambda settings, select: bench_run.SPOILED)
+    monkeypatch.setattr(command, "run", lambda settings, select: command.SPOILED)
     monkeypatch.setattr(outcomes.os, "execv", replaced)
     arguments = ["--record", str(tmp_path), "--seconds", "150", "--commit", "abc"]
     with pytest.raises(SystemExit):
         speed.main([*arguments, "--restarts", "1"])
     ((_, _, module, *rest),) = again
-    assert module == "pyfused.bench.gpu.speed"
+    assert module == "pyfused.bench.gpu.programs.speed"
     assert rest[:2] == ["--record", str(tmp_path)]
     assert rest[-4:] == ["--restarts", "0", "--commit", "abc"]
     assert 100 < float(rest[rest.index("--seconds") + 1]) <= 150
     # Not for ever: a row whose own capture fails would be met again and again.
-    assert speed.main(rest) == bench_run.SPOILED
+    assert speed.main(rest) == command.SPOILED

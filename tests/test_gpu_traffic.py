@@ -8,8 +8,10 @@ import pytest
 import torch
 from processes import script
 
-from pyfused.bench import operators, rows
-from pyfused.bench.gpu import plan, traffic
+from pyfused.bench.cases import operators
+from pyfused.bench.gpu import schedule
+from pyfused.bench.gpu.programs import traffic
+from pyfused.bench.record import rows
 
 CPU = torch.device("cpu")
 
@@ -108,7 +110,7 @@ def test_counters_that_cannot_be_read_are_a_reason_to_skip(tmp_path, capsys):
     assert traffic.main(["--record", str(tmp_path / "record"), "--ncu", str(ncu)]) == 1
     printed = capsys.readouterr().out
     assert f"exit status 1 of {ncu} --csv --page raw" in printed
-    machine = plan.Machine("NVIDIA H200", "90", 132, frozenset(), 6, None, str(ncu))
-    (step,) = plan.plan(machine, tmp_path, None, ["bytes"])
+    machine = schedule.Machine("NVIDIA H200", "90", 132, frozenset(), 6, None, str(ncu))
+    (step,) = schedule.steps(machine, tmp_path, None, ["bytes"])
     assert [re.search(pattern, printed)[1] for pattern in step.refusals[:1]] == [said]
     assert not (tmp_path / "record").exists()

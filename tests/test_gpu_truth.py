@@ -18,11 +18,11 @@ pytest.importorskip("triton")
 
 import pyfused
 from pyfused import kernels
-from pyfused.bench.gpu import outcomes as outcomes_format
-from pyfused.bench.gpu import truth, truth_cases
-from pyfused.bench.gpu.truth_cases import BOTH, FORWARD, Call
+from pyfused.bench.gpu.programs import outcomes as outcomes_format
+from pyfused.bench.gpu.programs import truth, truth_cases
+from pyfused.bench.gpu.programs.truth_cases import BOTH, FORWARD, Call
 from pyfused.choice import backends
-from pyfused.ops import OPERATORS
+from pyfused.ops import __all__ as OPERATORS
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
@@ -115,7 +115,7 @@ def test_names_are_distinct():
 
 _COUNT = """
 import dataclasses, json, torch
-from pyfused.bench.gpu import ahead, contests, questions, truth, truth_cases
+from pyfused.bench.gpu.programs import ahead, contests, questions, truth, truth_cases
 from pyfused.kernels.recording import SHARED_MEMORY, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -275,7 +275,7 @@ def test_a_gpu_that_does_not_answer_is_left_to_another_process(run, monkeypatch)
     with pytest.raises(SystemExit, match="77"):
         run(PORTABLE)
     (words,) = started
-    assert words[1:3] == ["-m", "pyfused.bench.gpu.truth"]
+    assert words[1:3] == ["-m", "pyfused.bench.gpu.programs.truth"]
     arguments = truth._arguments(words[3:])
     assert arguments.continued
     assert arguments.select == PORTABLE

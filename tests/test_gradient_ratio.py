@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from oracle import randn
 from torch import nn
 
-from pyfused.bench.gradient_ratio import measure, over_loops, small_model
-from pyfused.bench.training import reference_operators
+from pyfused.bench.models.gradient_ratio import measure, over_loops, small_model
+from pyfused.bench.models.training import reference_operators
 from pyfused.diagnostics import GradientRatio, GradientRatioTable, gradient_ratio
 from pyfused.modules import ScaledCrossAttention
 

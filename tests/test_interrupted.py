@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pyfused.bench.rows import read_rows
+from pyfused.bench.record.rows import read_rows
 
 pytestmark = pytest.mark.host
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def test_processes_share_a_cache(processes, tmp_path):
 
 ROWS = """
 import pytest
-from pyfused.bench.plugin import *
+from pyfused.bench.run.plugin import *
 
 @pytest.mark.parametrize("number", range(10_000))
 def test_killed(compare, number):

@@ -21,9 +21,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("rich")
 
-from pyfused.bench import figures, page, records, roofline, rows, style, tables
-from pyfused.bench.lora_linear import LoRACase
-from pyfused.bench.rows import Row
+from pyfused.bench.cases.lora_linear import LoRACase
+from pyfused.bench.record import records, rows
+from pyfused.bench.record.rows import Row
+from pyfused.bench.show import figures, page, rates, style, tables
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,7 +214,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 
 def test_operator_rows_record_their_work():
-    from pyfused.bench import test_operators as operator_rows
+    from pyfused.bench.run import test_operators as operator_rows
 
     case = LoRACase(5, 16, 8, rank=2)
     contenders = types.SimpleNamespace(unavailable={})
@@ -233,8 +234,8 @@ def test_operator_rows_record_their_work():
 
 def test_machine_rows_measure_a_product_and_a_copy(monkeypatch, tmp_path):
     pytest.importorskip("pytest_benchmark")
-    from pyfused.bench import test_machine as machine_rows
-    from pyfused.bench.session import Session, Settings
+    from pyfused.bench.run import test_machine as machine_rows
+    from pyfused.bench.run.session import Session, Settings
 
     monkeypatch.setitem(machine_rows.SIDE, "cpu", 24)
     monkeypatch.setitem(machine_rows.COPIED, "cpu", 1 << 20)
@@ -269,15 +270,13 @@ def test_limits_are_those_of_the_faster_library():
 def test_a_roofline_is_left_out_with_the_reason():
     limits = _record(_rows()).limits()
     timed = [row for row in _rows() if row.name == CASES[0].name]
-    assert roofline.missing(timed, limits) is None
-    assert "has no machine rows" in roofline.missing(timed, None)
-    assert "no matrix product in float32" in roofline.missing(
-        timed, dataclasses.replace(limits, flops={"float16": 1.0})
-    )
-    assert roofline.missing([_row("lora_linear", seconds={})], limits) == "no row has a time of pyfused or of eager"
+    assert rates.missing(timed, limits) is None
+    assert "has no machine rows" in rates.missing(timed, None)
+    assert "no matrix product in float32" in rates.missing(timed, dataclasses.replace(limits, flops={"float16": 1.0}))
+    assert rates.missing([_row("lora_linear", seconds={})], limits) == "no row has a time of pyfused or of eager"
     for row in timed:
         del row.facts["flops"]
-    assert "do not say how much they compute" in roofline.missing(timed, limits)
+    assert "do not say how much they compute" in rates.missing(timed, limits)
 
 
 def test_a_committed_record_of_old_is_shown_without_what_it_lacks():
@@ -395,7 +394,7 @@ def test_contenders_look_the_same_in_every_figure_and_differ():
     colour = style.look("eager")[0]
     for picture in (
         figures.overview(timed), figures.bars(timed, "a"), figures.memory(timed, "b"),
-        roofline.roofline(timed, limits, "c"), roofline.scaling(timed, limits, "d"),
+        rates.roofline(timed, limits, "c"), rates.scaling(timed, limits, "d"),
     ):  # fmt: skip
         drawn = Path(picture.name).with_suffix(".svg").name, picture.figure
         assert colour in _svg(picture), drawn
@@ -414,7 +413,7 @@ def test_labels_of_a_crowded_roofline_do_not_overlap():
         facts = {"dtype": "float32", "flops": 10**9 + index * 10**6, "bytes": 10**8}
         seconds = {"pyfused": 0.020 + index * 1e-5, "eager": 0.021}
         crowded.append(_row(f"lora_linear {index}x8", facts=facts, seconds=seconds))
-    picture = roofline.roofline(crowded, records.Limits({"float32": 1e11}, 2e10), "crowded")
+    picture = rates.roofline(crowded, records.Limits({"float32": 1e11}, 2e10), "crowded")
     picture.figure.draw_without_rendering()
     (axes,) = picture.figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
@@ -429,7 +428,7 @@ def test_labels_of_a_crowded_roofline_do_not_overlap():
 
 def test_a_roofline_shows_the_rate_of_the_least_work():
     (row,) = [row for row in _rows() if row.name == CASES[0].name and row.measured == "forward"]
-    picture = roofline.roofline([row], records.Limits({"float32": 1e11}, 2e10), "one")
+    picture = rates.roofline([row], records.Limits({"float32": 1e11}, 2e10), "one")
     (axes,) = picture.figure.axes
     points = {line.get_color(): line.get_xydata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 1}
     work = CASES[0].work()["forward"]

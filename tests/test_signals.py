@@ -13,7 +13,8 @@ import pytest
 import torch
 from processes import is_running, wait_for
 
-from pyfused.bench import signals, trees
+from pyfused.bench import signals
+from pyfused.bench.gate import trees
 from pyfused.bench.signals import NUMBERS, Terminated, run_to_the_end, signals_held, terminable
 
 pytestmark = pytest.mark.host

@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from pyfused.bench import operators, tune
-from pyfused.bench.adapter_residual import AdapterCase
-from pyfused.bench.cross_attention_residual import CrossAttentionCase
-from pyfused.bench.lora_linear import LoRACase
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.adapter_residual import AdapterCase
+from pyfused.bench.cases.cross_attention_residual import CrossAttentionCase
+from pyfused.bench.cases.lora_linear import LoRACase
+from pyfused.bench.tune import command, search
 from pyfused.choice import backends, measured
 from pyfused.choice.measured import Table
 from pyfused.kernels import recording
@@ -23,7 +24,7 @@ from pyfused.kernels.bottleneck_config import RowsConfig
 from pyfused.kernels.recording import SHARED_MEMORY, LaunchWork, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
-LIMITS = tune.Limits(790e12, 1.98e9)
+PEAKS = search.Peaks(790e12, 1.98e9)
 ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
 
 
@@ -36,7 +37,7 @@ def _empty_table(monkeypatch):
 
 
 def direction(case, name):
-    return next(item for item in tune.directions(case) if item.name.endswith(name))
+    return next(item for item in search.directions(case) if item.name.endswith(name))
 
 
 @pytest.mark.parametrize(
@@ -55,15 +56,15 @@ def direction(case, name):
     ids=lambda value: getattr(value, "operator", ""),
 )
 def test_every_choice_of_an_operator_is_found(case, kernels):
-    found = tune.directions(case)
-    operator, sizes = tune.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
+    found = search.directions(case)
+    operator, sizes = search.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
     assert [item.name for item in found] == [f"{case.operator}_fwd", f"{case.operator}_bwd"]
-    chosen = [one for item in found for one in tune.chosen_by(item, H200)]
+    chosen = [one for item in found for one in search.chosen_by(item, H200)]
     assert sorted(one.kernel for one in chosen) == sorted(kernels)
     assert operator == case.operator
     assert sizes["M"] == 64 or case is ADAPTER
     for one in chosen:
-        work = tune.least_work(one, one.config())
+        work = search.least_work(one, one.config())
         assert work.programs >= 1
         assert min(work.flops, work.nbytes) > 0
 
@@ -83,7 +84,7 @@ def test_arguments_on_a_device_are_like_the_calls_own():
 
 def test_neighbours_differ_in_one_or_two_fields_and_stay_in_bounds():
     own = RowsConfig(16, 64, num_warps=4, num_stages=2)
-    found = list(tune.neighbours(own))
+    found = list(search.neighbours(own))
     assert len(found) == len(set(found))
     assert own not in found
     differences = [sum(getattr(own, name) != value for name, value in vars(config).items()) for config in found]
@@ -94,28 +95,28 @@ def test_neighbours_differ_in_one_or_two_fields_and_stay_in_bounds():
 
 
 def test_least_seconds_are_those_of_the_busiest_multiprocessor():
-    limits, target = tune.Limits(flops=100.0, clock=2.0), Target((9, 0), 10, 0)
+    peaks, target = search.Peaks(flops=100.0, clock=2.0), Target((9, 0), 10, 0)
     # Two rounds of programs; a multiprocessor makes 10 FLOP/s and reads 128 bytes/s.
-    assert limits.least_seconds(LaunchWork(11, 50.0, 128.0), target) == pytest.approx(10.0)
-    assert limits.least_seconds(LaunchWork(10, 50.0, 1280.0), target) == pytest.approx(10.0)
+    assert peaks.least_seconds(LaunchWork(11, 50.0, 128.0), target) == pytest.approx(10.0)
+    assert peaks.least_seconds(LaunchWork(10, 50.0, 1280.0), target) == pytest.approx(10.0)
 
 
 def test_what_cannot_be_faster_is_not_compiled(monkeypatch):
     forward = direction(ADAPTER, "_fwd")
-    (chosen,) = tune.chosen_by(forward, H200)
+    (chosen,) = search.chosen_by(forward, H200)
     compiled = []
 
     def compile_case(case):
         compiled.append(case.launch)
         return type("Finding", (), {"faults": ("spills",) if case.launch.num_warps == 8 else ()})
 
-    monkeypatch.setattr(tune.audit, "compile_case", compile_case)
+    monkeypatch.setattr(search.audit, "compile_case", compile_case)
     least = {
-        config: LIMITS.least_seconds(tune.least_work(chosen, config), H200)
-        for config in tune.neighbours(chosen.config())
+        config: PEAKS.least_seconds(search.least_work(chosen, config), H200)
+        for config in search.neighbours(chosen.config())
     }
     middle = sorted(least.values())[len(least) // 2]
-    found = tune.sound(forward, chosen, H200, LIMITS, middle)
+    found = search.sound(forward, chosen, H200, PEAKS, middle)
     assert set(found) == {config for config in least if least[config] < middle}
     assert 0 < len(found) < len(least)
     assert len(compiled) == len(found)
@@ -129,7 +130,7 @@ def test_what_cannot_be_faster_is_not_compiled(monkeypatch):
 def tuner(monkeypatch):
     """A tuner whose clock reads the launches: with these stages a kernel takes so many seconds."""
     monkeypatch.setattr(
-        tune, "sound", lambda direction, chosen, *_: dict.fromkeys(tune.neighbours(chosen.config()), ())
+        search, "sound", lambda direction, chosen, *_: dict.fromkeys(search.neighbours(chosen.config()), ())
     )
     seconds = {}
 
@@ -144,9 +145,9 @@ def tuner(monkeypatch):
     def make(budget=1000.0, **stages):
         seconds.update({tuple(name.rsplit("_", 1)): value for name, value in stages.items()})
         seconds.update({(name, int(count)): value for (name, count), value in list(seconds.items())})
-        return tune.Tuner(torch.device("cpu"), H200, LIMITS, measure, seconds=budget)
+        return command.Tuner(torch.device("cpu"), H200, PEAKS, measure, seconds=budget)
 
-    monkeypatch.setattr(tune.Tuner, "_compare_backends", lambda *_: None)
+    monkeypatch.setattr(command.Tuner, "_compare_backends", lambda *_: None)
     return make
 
 
@@ -193,8 +194,8 @@ def test_backends_become_a_row_the_fastest_first(name):
         assert all(gradient.isfinite().all() for call in calls.values() for gradient in call())
         return {name: times[name] for name in calls}
 
-    found = tune.Tuner(torch.device("cpu"), H200, LIMITS, measure, seconds=1.0)
-    operator, sizes = tune.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
+    found = command.Tuner(torch.device("cpu"), H200, PEAKS, measure, seconds=1.0)
+    operator, sizes = search.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
     found._compare_backends(case)
     (row,) = found.rows
     assert row.subject == operator
@@ -207,7 +208,7 @@ def test_backends_become_a_row_the_fastest_first(name):
 def test_a_row_has_the_sizes_of_a_call_on_its_gpu(monkeypatch):
     monkeypatch.setattr(backends, "shared_memory", lambda device: 0 if device.type == "cpu" else 232_448)
     case = replace(operators.OPERATORS["adapter_residual"].TINY, dtype=torch.bfloat16)
-    found = tune.Tuner(torch.device("cpu"), H200, LIMITS, lambda calls: dict.fromkeys(calls, 1e-6), seconds=1.0)
+    found = command.Tuner(torch.device("cpu"), H200, PEAKS, lambda calls: dict.fromkeys(calls, 1e-6), seconds=1.0)
     found._compare_backends(case)
     assert found.rows[0].sizes["cuda_rows"] == 0
 
@@ -215,19 +216,20 @@ def test_a_row_has_the_sizes_of_a_call_on_its_gpu(monkeypatch):
 def test_new_rows_take_the_place_of_those_for_the_same():
     row = measured.Row("G", (9, 0), "k", "bfloat16", 8, {"C": 1, "h": 2}, {"num_stages": 3}, {})
     other, newer = replace(row, rows=9), replace(row, sizes={"h": 2, "C": 1}, found={"num_stages": 4})
-    assert tune.merged([row, other], [newer]) == [newer, other]
+    assert command.merged([row, other], [newer]) == [newer, other]
 
 
 def test_show_needs_no_gpu():
     code = """
 import sys, torch
-from pyfused.bench import operators, tune
-from pyfused.bench.adapter_residual import AdapterCase
+from pyfused.bench.cases import operators
+from pyfused.bench.tune import command, search
+from pyfused.bench.cases.adapter_residual import AdapterCase
 operators.timed_cases = lambda device: [AdapterCase((1, 64, 64), 16, torch.bfloat16)]
-directions = tune.directions
-tune.directions = lambda case: directions(case)[:1]
-tune.neighbours = lambda config: [config]
-sys.exit(tune.show((9, 0), "adapter_residual"))
+directions = search.directions
+search.directions = lambda case: directions(case)[:1]
+search.neighbours = lambda config: [config]
+sys.exit(command.show((9, 0), "adapter_residual"))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
@@ -238,13 +240,13 @@ sys.exit(tune.show((9, 0), "adapter_residual"))
 
 
 def test_what_is_tuned_has_a_row_of_its_own_to_be_found_by():
-    found = tune._cases(torch.device("cuda"), "")
+    found = command._cases(torch.device("cuda"), "")
     assert {case.operator for case in found} == set(operators.OPERATORS)
     assert {case.parameter_dtype for case in found} == {torch.bfloat16}
-    named = tune._cases(torch.device("cuda"), "6304x768->3072")
+    named = command._cases(torch.device("cuda"), "6304x768->3072")
     assert [case.dropout_p for case in named] == [0.0, 0.1]
 
 
 def test_a_name_that_no_case_has(capsys):
-    assert tune.show((9, 0), "nothing") == 2
+    assert command.show((9, 0), "nothing") == 2
     assert "-k must be part of a case's name, got 'nothing'" in capsys.readouterr().err

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from pyfused.bench import rows
+from pyfused.bench import ROOT
 from pyfused.bench.gpu import library
-from pyfused.bench.gpu.plan import ROOT
+from pyfused.bench.record import rows
 from pyfused.bench.signals import run_to_the_end
 
 FOLDER = Path("build", "gpu-kit")
@@ -77,10 +77,6 @@ def command(folder: Path, commit: str | None) -> str:
     return f'{install} && PYTHONPATH="{site}" python3 -m pyfused.bench.gpu {options} ${{OUT:+--output "$OUT"}}'
 
 
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-kit", description=__doc__)
     parser.add_argument("--arch", choices=ARCHITECTURES, default="90", help="the card's architecture (default 90)")
@@ -103,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (library.Unfit, OSError) as error:
         print(f"make gpu-kit: {error}", file=sys.stderr)
         return 1
-    taken = size(folder)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            print(f"{path.stat().st_size / 2**20:6.1f} MiB  {path.relative_to(ROOT)}")
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    taken = sum(sizes.values())
+    for path, size in sizes.items():
+        print(f"{size / 2**20:6.1f} MiB  {path.relative_to(ROOT)}")
     print(f"{taken / 2**20:6.1f} MiB  in {folder}, for compute capability {arguments.arch}")
     if taken > LIMIT:
         print(f"make gpu-kit: the folder may take {LIMIT >> 20} MiB", file=sys.stderr)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from pyfused import files
-from pyfused.bench.gpu.plan import ROOT
+from pyfused.bench import ROOT
 from pyfused.choice.backends import code_for
 
 NAME = "_C.abi3.so"

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from pyfused.bench import rows, signals
-from pyfused.bench.gpu import library, plan, steps
-from pyfused.bench.gpu.plan import NAMED_ONLY, ROOT, STEPS, WANTED, Machine
+from pyfused.bench import ROOT, signals
+from pyfused.bench.gpu import library, schedule, steps
+from pyfused.bench.gpu.schedule import NAMED_ONLY, STEPS, WANTED, Machine
 from pyfused.bench.gpu.steps import Step
+from pyfused.bench.record import rows
 
 # Of ten minutes, in which Python and torch also start and wheels are installed.
 BUDGET, LONGEST = 540.0, 590.0
@@ -171,7 +172,7 @@ def _main(arguments: argparse.Namespace) -> int:
     for name, why in missing.items():
         print(f"not found: {name}: {why}")
     with signals.terminable():
-        chosen = plan.plan(machine, record, arguments.commit, arguments.steps)
+        chosen = schedule.steps(machine, record, arguments.commit, arguments.steps)
         return _run(chosen, record, arguments.budget, {"missing": missing, "provenance": where})
 
 
@@ -181,7 +182,7 @@ def _machine(workers: int, modules: frozenset[str]) -> Machine:
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)
     name, count = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).multi_processor_count
-    tools = plan.tool("compute-sanitizer"), plan.tool("ncu")
+    tools = schedule.tool("compute-sanitizer"), schedule.tool("ncu")
     return Machine(name, f"{major}{minor}", count, modules, workers, *tools)
 
 
@@ -214,11 +215,11 @@ def _copied(record: Path, output: Path) -> Path:
 def dry_run(machine: Machine, chosen: Sequence[str], budget: float) -> tuple[str, bool]:
     """A line for each step: what it does at most, the seconds that it would get, and those of the model; and whether
     each step that would run fits."""
-    made = plan.plan(machine, Path("RECORD"), None, chosen)
-    lines = [("step", "compilations", "numbers", "cases", "rows", "limit", "predicted", "")]
+    made = schedule.steps(machine, Path("RECORD"), None, chosen)
+    lines: list[tuple[str, ...]] = [("step", "compilations", "numbers", "cases", "rows", "limit", "predicted", "")]
     left, total, fits = steps.usable(budget), 0.0, True
     for place, step in enumerate(made):
-        work = asdict(plan.AT_MOST.get(step.name, plan.Work()))
+        work = asdict(schedule.AT_MOST.get(step.name, schedule.Work()))
         counts = [f"{work[name]:,}" if work[name] else "" for name in ("compilations", "numbers", "cases", "rows")]
         seconds = None if step.absent else steps.limit(step, made[place + 1 :], left)
         if seconds is None:

@@ -185,7 +185,7 @@ class Runner:
             with self.log.open("ab") as log, signals_held():
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self._cwd,
-                    env=os.environ | self._environment | step.environment, start_new_session=True,
+                    env={**os.environ, **self._environment, **step.environment}, start_new_session=True,
                     preexec_fn=_interruptible,
                 )  # fmt: skip
             process.wait(limit)
@@ -231,7 +231,7 @@ class Runner:
 
     def table(self) -> str:
         """A line for each step."""
-        lines = [("step", "outcome", "seconds", "limit", "")]
+        lines: list[tuple[str, ...]] = [("step", "outcome", "seconds", "limit", "")]
         for item in self.outcomes:
             times = ("" if value is None else f"{value:.0f}" for value in (item.seconds, item.limit))
             why = item.reason or (f"exit status {item.exit_status}" if item.exit_status else "")

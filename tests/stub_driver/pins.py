@@ -213,7 +213,7 @@ def fastvit_with_adapters() -> nn.Module:
 def adapted_clip() -> nn.Module:
     """AA-CLIP's second stage on open_clip's ViT-B-16, without dropout."""
     open_clip = importlib.import_module("open_clip")
-    from pyfused.bench.aa_clip import SecondStage
+    from pyfused.bench.models.aa_clip import SecondStage
     from pyfused.models import AdaptedCLIP
 
     with torch.device(DEVICE):

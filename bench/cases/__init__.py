@@ -1,0 +1,1 @@
+"""What is measured: each operator's shapes, their tensors and least work, and who is timed at them."""

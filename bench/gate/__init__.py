@@ -1,0 +1,1 @@
+"""The working tree against a commit."""

@@ -1,0 +1,1 @@
+"""How it is measured: clocks and rounds, memory, and the distance from float64."""

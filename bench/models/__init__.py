@@ -1,0 +1,1 @@
+"""Whole models that are measured, and what trains them."""

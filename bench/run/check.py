@@ -1,0 +1,65 @@
+"""`pyfused check`: the parity rows alone, on every backend and plan that this machine has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from pyfused.bench.cases.case import Case, refusal
+from pyfused.bench.cases.operators import parity_cases
+from pyfused.bench.measure import parity
+from pyfused.choice import backends
+
+
+def run(device: torch.device, threads: int | None = None, cases: Iterable[Case] | None = None) -> int:
+    """Prints one line for each case, backend and plan: the verdict, or why that backend cannot compute it.
+
+    Args:
+        device: where to compute.
+        threads: CPU threads for torch; None keeps its own number.
+        cases: what to compare; None (the default): `parity_cases`.
+
+    Returns:
+        The exit status: 1 when a result is further from float64 than its limit, else 0.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    failures = count = 0
+    present = []
+    for name in backends.BACKENDS:
+        reason = absence(name, device)
+        if reason is None:
+            present.append(name)
+        else:
+            print(f"skipped {name}: {reason}")
+    for case in parity_cases(device) if cases is None else cases:
+        for name, plan in ((backend, plan) for backend in present for plan in case.plans(backend)):
+            reason = refusal(case, device, name, plan)
+            if reason is not None:
+                print(f"skipped {case.name}, {name} {plan}: {reason}", flush=True)
+                continue
+            start = time.perf_counter()
+            found = parity.check(case, device, backend=name, plan=plan)
+            broken = [item for item in found if not item.passed]
+            nearest = max(found, key=parity.strain)
+            verdict = "FAILED" if broken else "ok"
+            seconds = time.perf_counter() - start
+            print(f"{verdict:7s}{case.name}, {name} {plan}: nearest {nearest} [{seconds:.1f} s]", flush=True)
+            for item in broken:
+                print(f"       {item}")
+            failures += bool(broken)
+            count += 1
+    print(f"{count - failures} of {count} as close to float64 as plain torch")
+    return 1 if failures else 0
+
+
+def absence(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` takes no part in a check on ``device``, whatever the case; None when it does."""
+    # In float16, which every backend takes.
+    reason = backends.refusal(backend, device, torch.float16)
+    if reason is None and device.type == "cpu" and backend != "portable":
+        how = {"triton": "interpreter", "cuda": "emulator"}[backend]
+        return f"its {how} is too slow for these shapes; the tests run it at small ones"
+    return reason

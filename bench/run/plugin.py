@@ -1,0 +1,185 @@
+"""The pytest side: the `compare` fixture that makes a timed row, and the table at the end of `pytest bench`.
+
+Rows of your own: put `from pyfused.bench.run.plugin import *` into a conftest.py beside them, and write
+
+    def test_mine(compare):
+        compare("my layer", {"pyfused": [fast], "eager": [slow]})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyfused.bench.measure import parity, timing
+from pyfused.bench.record.rows import Row
+from pyfused.bench.run.session import Session, Settings
+
+__all__ = [
+    "Compare",
+    "bench_session",
+    "compare",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_ignore_collect",
+    "pytest_runtest_makereport",
+    "pytest_terminal_summary",
+]
+
+SESSION = pytest.StashKey[Session]()
+_RECORDED_DEVIATIONS = 16
+
+# What a run that is cut short should have measured comes first.
+_ORDER = ("test_machine", "test_overhead", "test_operators", "test_models", "test_training", "test_compiled")
+
+Contenders = Mapping[str, Sequence[Callable[[], object]]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # `pyfused bench` has put its own session there already.
+    if SESSION not in config.stash:
+        config.stash[SESSION] = Session(Settings())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # Which has no rows on a CPU: no file is better there than one whose tests are all skipped.
+    cpu = config.stash[SESSION].settings.device.type == "cpu"
+    compiled = Path(__file__).resolve().with_name("test_compiled.py")
+    return True if cpu and collection_path.resolve() == compiled else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "compare" in getattr(item, "fixturenames", ()) and item.get_closest_marker("benchmark") is None:
+            item.add_marker(pytest.mark.benchmark(timer=timing.subject_clock))
+    items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else len(_ORDER))
+
+
+def pytest_runtest_makereport(item: pytest.Item) -> None:
+    # The disk is full, say: no later row could be written either.
+    session = item.config.stash[SESSION]
+    if session.unwritten is not None:
+        item.session.shouldstop = f"{session.unwritten.filename}: {session.unwritten.strerror}"
+    elif session.spoiled is not None:
+        item.session.shouldstop = f"a capture failed: {session.spoiled}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if session.rows:
+        from pyfused.bench.show.terminal import print_table
+
+        terminalreporter.section("pyfused")
+        print_table(session.rows, sys.stdout)
+        terminalreporter.write_line(f"written: {session.file.path}")
+
+
+@pytest.fixture(scope="session")
+def bench_session(pytestconfig: pytest.Config) -> Session:
+    """The run: its settings (device, time per row) and the rows so far."""
+    return pytestconfig.stash[SESSION]
+
+
+class Compare:
+    """Times contenders in interleaved rounds under pytest-benchmark and records the row."""
+
+    def __init__(self, benchmark: Any, session: Session) -> None:
+        self._benchmark, self._session = benchmark, session
+
+    def unless_recorded(self, name: str, measured: str, mode: str) -> None:
+        """Skips the test whose row the record has from an earlier run; called before anything is made for the row."""
+        if self._session.recorded(name, measured, mode):
+            pytest.skip(f"{name}, {measured}, {mode}: the record has this row")
+
+    def __call__(
+        self,
+        name: str,
+        contenders: Contenders,
+        *,
+        subject: str = "pyfused",
+        kind: str = "operator",
+        measured: str = "call",
+        deviations: Sequence[parity.Deviation] = (),
+        graph: bool = False,
+        clock: timing.Clock | None = None,
+        rounds: int | None = None,
+        complete: Callable[[Row], None] = lambda row: None,
+        **row: Any,
+    ) -> Row:
+        """Gate on parity, time, record; a row that the record has from an earlier run is skipped.
+
+        Args:
+            name: what the table calls the row.
+            contenders: name -> calls that take no argument, one for each input set (one is enough).
+            subject: the contender that the ratios compare with.
+            kind, measured: as in `Row`.
+            deviations: the parity figures; if one fails, the row is recorded without times and the test fails.
+            graph: on a GPU, capture each call as a CUDA graph and time its replay.
+            clock: None (the default): `timing.clock_for` the device.
+            rounds: how many; None (the default): as many as fit in the time per row, 7 at least, after two that are not
+                counted. With a number, every round counts.
+            complete: fills in what is known only after the rounds, before the row is recorded.
+            row: further fields of `Row`, such as facts and peak_bytes.
+
+        Returns:
+            The row as recorded.
+        """
+        device = self._session.settings.device
+        clock = timing.clock_for(device, graph) if clock is None else clock
+        self.unless_recorded(name, measured, clock.mode)
+        # The gate is on all of them; a model has hundreds, of which the record keeps the ones nearest to their limit.
+        nearest = sorted(deviations, key=parity.strain, reverse=True)[:_RECORDED_DEVIATIONS]
+        figures = [dataclasses.asdict(item) for item in nearest]
+        result = Row(name, kind, measured, mode=clock.mode, subject=subject, parity=figures, **row)
+        broken = [str(item) for item in nearest if not item.passed]
+        if broken:
+            result.passed = False
+            self._session.add(result)
+            pytest.fail(f"{name} is not close enough to float64:\n" + "\n".join(broken), pytrace=False)
+        if graph and device.type == "cuda":
+            contenders = self._captured(contenders, result)
+
+        interleaved = timing.Interleaved(contenders, subject, clock)
+        if rounds is None:
+            rounds = timing.rounds_within(self._session.settings.seconds_per_row, interleaved.warm_up())
+        before = self._session.gpu_state()
+
+        def between_rounds() -> None:
+            self._session.on_round(f"{name}, {measured}", len(interleaved.seconds[subject]), rounds)
+
+        self._benchmark.pedantic(interleaved, setup=between_rounds, rounds=rounds)
+        result.seconds, result.ratios = interleaved.medians(), interleaved.ratios()
+        result.rounds = len(interleaved.seconds[subject])
+        result.gpu = {"before": before, "after": self._session.gpu_state()} if before else {}
+        self._benchmark.extra_info.update(medians=result.seconds, ratios=result.ratios)
+        complete(result)
+        self._session.add(result)
+        return result
+
+    def _captured(self, contenders: Contenders, row: Row) -> Contenders:
+        """Every contender as CUDA graphs; the first that cannot be captured ends the session, and if it is a baseline,
+        it and those after it are left out, and the row says why."""
+        graphs: dict[str, Sequence[Callable[[], object]]] = {}
+        # The subject first, without which there is no row.
+        for name in sorted(contenders, key=lambda name: name != row.subject):
+            if self._session.spoiled is None:
+                try:
+                    graphs[name] = [timing.captured(call) for call in contenders[name]]
+                    continue
+                except timing.CaptureError as error:
+                    self._session.spoiled = f"{name} in {row.name}: {error}"
+                    if name == row.subject:
+                        raise
+            row.unavailable = row.unavailable | {f"{name} as a CUDA graph": self._session.spoiled}
+        return {name: graphs[name] for name in contenders if name in graphs}
+
+
+@pytest.fixture
+def compare(benchmark: Any, bench_session: Session) -> Compare:
+    """``compare(name, {"pyfused": [call], "eager": [call]})`` times the calls and records a row."""
+    return Compare(benchmark, bench_session)

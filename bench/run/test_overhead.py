@@ -1,0 +1,52 @@
+"""Overhead rows: what the host needs for one eager call of each operator, where there is next to nothing to compute."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyfused
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.case import Case, refusal
+from pyfused.bench.measure import parity, timing
+from pyfused.bench.run.plugin import SESSION, Compare
+from pyfused.bench.run.session import Session
+from pyfused.choice import backends
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.stash[SESSION].settings.device
+    metafunc.parametrize("case", operators.tiny_cases(device), ids=lambda case: case.operator)
+    metafunc.parametrize("backend", ("portable",) if device.type == "cpu" else backends.BACKENDS)
+
+
+def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
+    device = bench_session.settings.device
+    reason = refusal(case, device, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
+    compare.unless_recorded(name, "forward", clock.mode)
+    ours = functools.partial(getattr(pyfused, case.operator), backend=backend)
+    eager = getattr(operators.OPERATORS[case.operator], f"eager_{case.operator}")
+    compare(
+        name,
+        {"pyfused": [_call(case, device, ours)], "eager": [_call(case, device, eager)]},
+        kind="overhead",
+        measured="forward",
+        clock=clock,
+        deviations=[item for item in parity.check(case, device, backend=backend) if item.tensor == "y"],
+        facts=case.facts() | {"backend": backend},
+    )
+
+
+def _call(case: Case, device: torch.device, function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    """``function`` bound to the case's arguments, which require grad as in training: the call and nothing around it."""
+    tensors = case.tensors(device)
+    for name in (*case.inputs, *case.trained):
+        tensors[name].requires_grad_()
+    return case.call(functools.partial(functools.partial, function), tensors)

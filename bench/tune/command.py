@@ -1,0 +1,256 @@
+"""`pyfused tune`: which launch configuration and which backend are fastest on the GPU at hand.
+
+Around each configuration that ships it tries those that differ in one or two fields. What could not be faster even at
+the GPU's limits is left out, and what makes the compiler spill or takes too much shared memory; the rest is timed. Rows
+go to kernels/measured.json, for somebody to review.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pyfused.bench.cases import operators
+from pyfused.bench.cases.case import Case, refusal
+from pyfused.bench.measure import timing
+from pyfused.bench.record import rows as row_format
+from pyfused.bench.tune import search
+from pyfused.bench.tune.search import Direction, Peaks
+from pyfused.choice import backends, measured
+from pyfused.choice import order as preference
+from pyfused.kernels import audit, recording
+from pyfused.kernels.recording import Chosen, Target
+
+# A configuration is recorded where it is this much faster than the one that ships: less is noise.
+LEAST_GAIN = 1.03
+
+# Label -> call, timed beside each other: label -> seconds, medians.
+Measure = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
+
+
+class Tuner:
+    """One run on one GPU.
+
+    Args:
+        device, target: the GPU.
+        peaks: of the GPU.
+        measure: times calls beside each other.
+        seconds: after so many nothing new is begun.
+        jobs: compilers at work at once.
+        commit: recorded where the checkout has no .git to ask.
+        on_step: told what is about to be done.
+
+    Attributes:
+        rows: found so far.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        target: Target,
+        peaks: Peaks,
+        measure: Measure,
+        *,
+        seconds: float,
+        jobs: int = 1,
+        commit: str | None = None,
+        on_step: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.device, self.target, self.peaks, self.measure = device, target, peaks, measure
+        self.jobs, self.on_step = jobs, on_step
+        self.rows: list[measured.Row] = []
+        self._done: set[str] = set()
+        self._end = time.monotonic() + seconds
+        facts = row_format.provenance(device, commit)
+        self._source = {name: facts[name] for name in ("torch", "triton", "commit")}
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self._end
+
+    def tune(self, case: Case) -> None:
+        """Rows for the kernels of one case, then for its backends."""
+        for direction in search.directions(case) if refusal(case, self.device, "triton") is None else ():
+            for chosen in search.chosen_by(direction, self.target):
+                if self.out_of_time:
+                    return
+                # Two cases may ask for the same.
+                if self._is_new(chosen.kernel, *recording.measured_for(chosen.arguments)):
+                    self.on_step(f"{case.name}: {chosen.kernel}")
+                    self._tune_kernel(case, direction, chosen)
+        if not self.out_of_time:
+            # In the configurations that will be used.
+            measured.TABLE = measured.Table(merged(measured.TABLE.rows, self.rows))
+            recording.forget()
+            self.on_step(f"{case.name}: backends")
+            self._compare_backends(case)
+
+    def _is_new(self, *what: object) -> bool:
+        key = repr(what)
+        known = key in self._done
+        self._done.add(key)
+        return not known
+
+    def _tune_kernel(self, case: Case, direction: Direction, chosen: Chosen) -> None:
+        arguments = direction.on(self.device)
+
+        def call(config: Any) -> Callable[[], object]:
+            def run() -> object:
+                with recording.forced({chosen: config}):
+                    return direction(arguments)
+
+            return run
+
+        own = chosen.config()
+        seconds = self.measure({"own": call(own)})["own"]
+        times = {own: seconds}
+        for config, faults in search.sound(direction, chosen, self.target, self.peaks, seconds, self.jobs).items():
+            if faults:
+                continue
+            if self.out_of_time:
+                break
+            self.on_step(f"{case.name}: {chosen.kernel}: {differing(own, config)}")
+            times[config] = self.measure({"config": call(config)})["config"]
+        best = min(times, key=times.__getitem__)
+        if best == own:
+            return
+        # Once more beside each other: the first times lie minutes apart.
+        again = self.measure({"own": call(own), "best": call(best)})
+        gain = again["own"] / again["best"]
+        if gain >= LEAST_GAIN:
+            _, dtype, rows, others = recording.measured_for(chosen.arguments)
+            self._add(chosen.kernel, dtype, rows, others, differing(own, best), gain=round(gain, 3), of=direction.name)
+
+    def _compare_backends(self, case: Case) -> None:
+        names = [name for name in backends.BACKENDS if refusal(case, self.device, name) is None]
+        tensors = case.tensors(self.device)
+        operator, sizes = search.kernels_and_sizes(case, tensors)
+        contenders = case.contenders(tensors, names).named
+        inputs = [tensors[name] for name in case.inputs]
+        calls = {name: contenders[f"pyfused {name}"].call(inputs, tensors["dy"], backward=True) for name in names}
+        seconds = self.measure(calls)
+        found = {name: round(1e6 * seconds[name], 2) for name in sorted(names, key=seconds.__getitem__)}
+        dtype = str(case.dtype).removeprefix("torch.")
+        self._add(operator, dtype, int(sizes["M"]), preference.others(sizes), found)
+
+    def _add(self, subject, dtype, rows, sizes, found, **source) -> None:
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        source = {"date": today} | self._source | source
+        gpu, capability = self.target.name, self.target.capability
+        self.rows.append(measured.Row(gpu, capability, subject, dtype, rows, sizes, found, source))
+
+
+def differing(own: Any, config: Any) -> dict[str, int]:
+    """The fields in which a configuration differs from the one that ships."""
+    ships = dataclasses.asdict(own)
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != ships[name]}
+
+
+def by_graph_replay(device: torch.device, rounds: int = 30) -> Measure:
+    """Calls captured as CUDA graphs, replayed in interleaved rounds with an empty cache."""
+    clock = timing.CudaClock(device, graph=True)
+
+    def measure(calls: Mapping[str, Callable[[], object]]) -> Mapping[str, float]:
+        first = next(iter(calls))
+        interleaved = timing.Interleaved({name: [timing.captured(call)] for name, call in calls.items()}, first, clock)
+        interleaved.warm_up()
+        for _ in range(rounds):
+            interleaved()
+        return interleaved.medians()
+
+    return measure
+
+
+def peaks_of(device: torch.device, measure: Measure) -> Peaks:
+    """Measured: the largest matrix product; by the driver: the highest clock."""
+    side = 8192
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = measure({"product": lambda: a @ b})["product"]
+    return Peaks(2 * side**3 / seconds, 1e3 * torch.cuda.get_device_properties(device).clock_rate)
+
+
+def merged(known: Iterable[measured.Row], new: Iterable[measured.Row]) -> list[measured.Row]:
+    """``known`` with the rows in ``new`` in the place of those measured for the same."""
+
+    def what(row: measured.Row) -> str:
+        return repr((row.gpu, row.subject, row.dtype, row.rows, sorted(row.sizes.items())))
+
+    return list(({what(row): row for row in known} | {what(row): row for row in new}).values())
+
+
+def run(device: torch.device, seconds: float, select: str, output: Path, commit: str | None = None) -> int:
+    """Tunes the benchmark's cases whose names contain ``select`` and writes the rows, those of each case at once.
+
+    Returns:
+        The exit status: 0, or 2 when no case has such a name.
+    """
+    cases = _cases(device, select)
+    if not cases:
+        return _no_case(select)
+    known = measured.read(output)
+    measure = by_graph_replay(device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("the GPU's limits", total=len(cases))
+        peaks = peaks_of(device, measure)
+        tuner = Tuner(
+            device, recording.target(device), peaks, measure, seconds=seconds, jobs=os.cpu_count() or 1, commit=commit,
+            on_step=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+        for case in cases:
+            tuner.tune(case)
+            measured.write(merged(known, tuner.rows), output)
+            progress.advance(task)
+            torch.cuda.empty_cache()
+    print(*summary(tuner.rows), sep="\n")
+    print(f"{len(tuner.rows)} rows, written: {output}" + (", before all was tried" if tuner.out_of_time else ""))
+    return 0
+
+
+def _cases(device: torch.device, select: str) -> list[Case]:
+    """With adapters of the products' dtype: a measured row is found without that of the adapters."""
+    found = operators.timed_cases(device)
+    return [case for case in found if case.parameter_dtype == case.dtype and select in case.name]
+
+
+def summary(rows: list[measured.Row]) -> Iterator[str]:
+    """A line for each row."""
+    for row in rows:
+        yield f"{row.subject}, M = {row.rows}, {row.sizes}: {row.found}"
+
+
+def show(capability: tuple[int, int], select: str) -> int:
+    """Prints what would be tried on such a GPU and what the audit finds in it: no GPU is needed, nothing is timed.
+
+    Returns:
+        The exit status: 0, or 2 when no case has such a name.
+    """
+    target = next(target for target in audit.TARGETS if target.capability == capability)
+    # At infinitely many FLOP/s and bytes a second nothing is too slow to be tried.
+    peaks, jobs = Peaks(float("inf"), float("inf")), os.cpu_count() or 1
+    cases = _cases(torch.device("cuda"), select)
+    for case in cases:
+        for direction in search.directions(case):
+            for chosen in search.chosen_by(direction, target):
+                own = chosen.config()
+                found = search.sound(direction, chosen, target, peaks, float("inf"), jobs)
+                good = sum(not faults for faults in found.values())
+                print(f"{case.name}: {chosen.kernel}: ships {own}; {good} of {len(found)} neighbours are sound")
+                for config, faults in found.items():
+                    print(f"    {differing(own, config)}: {'; '.join(faults) or 'sound'}", flush=True)
+    return 0 if cases else _no_case(select)
+
+
+def _no_case(select: str) -> int:
+    print(f"pyfused tune: -k must be part of a case's name, got {select!r}", file=sys.stderr)
+    return 2
