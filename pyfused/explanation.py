@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,8 @@ from pyfused.choice import backends
 from pyfused.choice.order import preference
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision, LeftToTorch
-from pyfused.surgery import watch as observe
+from pyfused.surgery import watch
+from pyfused.surgery.report import folded
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class Explanation:
             return "no operator of pyfused was called"
         alike: dict[OperatorCall, list[OperatorCall]] = {}
         for call in self.calls:
-            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", call.module)
-            alike.setdefault(replace(call, module=pattern), []).append(call)
+            alike.setdefault(replace(call, module=folded(call.module)), []).append(call)
         notes: dict[tuple[str, ...], int] = {}
         rows = [("module", "operator", "calls", "shapes", "dtype", "backend", "plan", "saved", "why")]
         for call, calls in alike.items():
@@ -135,7 +134,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
         raise TypeError(
             f"explain: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
         )
-    model = observe.module_of(model_or_function)
+    model = watch.module_of(model_or_function)
     scripted = [
         type(inside).__name__
         for inside in (model.modules() if model is not None else ())
@@ -157,7 +156,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
             explanation.calls.append(_call(module, told))
 
     with torch.no_grad(), _path_tracked(model, path), decision.observed(observer):
-        observe.undisturbed(model_or_function, example_inputs, kwargs)
+        watch.undisturbed(model_or_function, example_inputs, kwargs)
     return explanation
 
 

@@ -22,7 +22,7 @@ from pyfused.bench.gpu.programs import outcomes as outcomes_format
 from pyfused.bench.gpu.programs import truth, truth_cases
 from pyfused.bench.gpu.programs.truth_cases import BOTH, FORWARD, Call
 from pyfused.choice import backends
-from pyfused.ops import __all__ as OPERATORS
+from pyfused.ops import OPERATORS
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
