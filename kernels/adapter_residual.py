@@ -38,6 +38,7 @@ from pyfused.kernels.tiles import (
     narrow_product,
     row_pointers,
     sample_of_rows,
+    store_tile,
     tile_rows,
 )
 
@@ -123,8 +124,7 @@ def _adapter_fwd_kernel(
                     out += r
                 else:
                     out = tl.where(ok_z[:, None], out * k[:, None] + r, r)
-            y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
-            tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+            store_tile(y_rows, offs_c, stride_yc, out, ok_m, ok_c, OFFSET)
     else:
         stride_c = stride_zc if r_ptr is None else stride_rc
         copy_rows(r_rows, stride_c, y_rows, stride_yc, ok_m, ok_m, channels, OFFSET, BLOCK_C)
@@ -204,8 +204,7 @@ def _adapter_bwd_rows_kernel(
                 out += direct
                 if Z_IS_RESIDUAL:
                     out += dy
-                dz_ptrs = dz_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_dzc
-                tl.store(dz_ptrs, out.to(dtype), mask=ok_m[:, None] & ok_c[None, :])
+                store_tile(dz_rows, offs_c, stride_dzc, out, ok_m, ok_c, OFFSET)
     elif dz_ptr is not None:
         dz_rows = row_pointers(dz_ptr, batch, offs_l, stride_dzb, stride_dzl, OFFSET)
         # Without a residual gradient to pass on, nothing is read: dz is 0.

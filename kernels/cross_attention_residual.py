@@ -31,7 +31,7 @@ from pyfused.kernels.launch import (
 )
 from pyfused.kernels.recording import configuration, target
 from pyfused.kernels.sums import sums_slots
-from pyfused.kernels.tiles import gate_root, load_tile, load_weight, narrow_product, row_pointers, tile_rows
+from pyfused.kernels.tiles import gate_root, load_tile, load_weight, narrow_product, row_pointers, store_tile, tile_rows
 
 # Slots that one program adds up at a time, and then groups of slots.
 _GROUP = 16
@@ -190,8 +190,7 @@ def _cross_attention_fwd_kernel(
         else:
             out *= tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)[None, :]
         out += load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-        y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
-        tl.store(y_ptrs, out.to(y_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+        store_tile(y_rows, offs_c, stride_yc, out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "threshold", "counters"])
@@ -285,8 +284,7 @@ def _cross_attention_bwd_rows_kernel(
             if NORM_MATCH:
                 out += towards[:, None] * load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
             out = out * root + load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
-            dx_ptrs = dx_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_dxc
-            tl.store(dx_ptrs, out.to(dx_ptr.dtype.element_ty), mask=ok_m[:, None] & ok_c[None, :])
+            store_tile(dx_rows, offs_c, stride_dxc, out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_context", "steps", "splits", "threshold"])

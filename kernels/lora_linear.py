@@ -30,6 +30,7 @@ from pyfused.kernels.lora_linear_config import (
     EXPAND_BLOCK_R,
     block_rank,
     gemm_config,
+    rank_divisor,
     shares_pass,
     shrink_config,
     wgrad_config,
@@ -49,7 +50,7 @@ from pyfused.kernels.tiles import (
 
 # What changes with the batch is not specialised, but for whether 16 divides it where that makes vectors of loads:
 # another number of rows must not compile another kernel. Nor must another rank: of it a kernel knows what it is padded
-# to, and whether 4 divides it.
+# to, and whether `rank_divisor` divides it.
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
@@ -141,8 +142,7 @@ def _lora_gemm_kernel(
 def _lora_shrink_kernel(
     x_ptr, a_ptr, p_ptr, seed_ptr,
     length, rows_total, k, rank, tiles_l, steps,
-    stride_xb, stride_xl, stride_xk,
-    scaling, inverse_keep, threshold: tl.uint32,
+    stride_xb, stride_xl, stride_xk, scaling, inverse_keep, threshold: tl.uint32,
     DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -179,8 +179,7 @@ def _lora_shrink_kernel(
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
-    stride_tb, stride_tl, stride_tc,
-    inverse_keep, threshold: tl.uint32,
+    stride_tb, stride_tl, stride_tc, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -228,8 +227,7 @@ def _lora_wgrad_kernel(
 def _lora_expand_kernel(
     y_ptr, p_ptr, a_ptr, seed_ptr,
     length, n, rank, tiles_l,
-    stride_yb, stride_yl, stride_yn,
-    scaling, inverse_keep, threshold: tl.uint32,
+    stride_yb, stride_yl, stride_yn, scaling, inverse_keep, threshold: tl.uint32,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +269,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
-        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4),
+        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n, **strides("x", "blk", x), **strides("y", "bln", y),
         **strides("w", "nk", weight), stride_bias=0 if bias is None else bias.stride(0),
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
@@ -295,8 +293,9 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
         x_ptr=x, a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
-        rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l, steps=steps, **strides("x", "blk", x),
-        scaling=scaling, **dropout_arguments(seed, dropout_p), DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
+        rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, steps=steps,
+        **strides("x", "blk", x), scaling=scaling, **dropout_arguments(seed, dropout_p),
+        DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -323,7 +322,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
         _lora_wgrad_kernel, (tiles_c, splits),
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
-        RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
+        RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         **strides("t", "blc", t), **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
@@ -457,9 +456,8 @@ def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
         y_ptr=y, p_ptr=p, a_ptr=a,
-        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, 4), tiles_l=tiles_l,
-        **strides("y", "bln", y),
-        scaling=scaling, **dropout_arguments(seed, dropout_p),
+        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
+        tiles_l=tiles_l, **strides("y", "bln", y), scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

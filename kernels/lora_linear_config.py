@@ -45,6 +45,11 @@ def block_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def rank_divisor(rank: int) -> int:
+    """What must divide a rank for loads by vectors; with 4 at rank 64 wgrad spills on compute capability 10.0."""
+    return 4 if rank <= 16 else 8
+
+
 _GEMM_TILES_WGMMA = (
     GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
     GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
@@ -106,8 +111,8 @@ def gemm_config(
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
-        # Rows of P that are no multiple of 4 elements apart are loaded one element at a time.
-        scattered = 48 if rank % 4 and not own_p else 0
+        # Otherwise rows of P are loaded one element at a time.
+        scattered = 48 if rank % rank_divisor(rank) and not own_p else 0
         # Loads of single elements pass through registers, value and address, instead of going to shared memory.
         staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
         return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers

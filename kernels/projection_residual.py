@@ -13,7 +13,7 @@ from pyfused.kernels.device import activation, activation_slope, inverse_or_zero
 from pyfused.kernels.launch import device_guard, dot_precision, launch, offset_type, row_length, strides, vectorised
 from pyfused.kernels.lora_linear_config import gemm_config
 from pyfused.kernels.recording import INTERPRETER, configuration, target
-from pyfused.kernels.tiles import load_tile, row_pointers, tile_rows
+from pyfused.kernels.tiles import load_tile, row_pointers, store_tile, tile_rows
 
 # Rows and channels of a tile in the passes over rows, which multiply no matrices; not timed on a GPU yet.
 _ROWS, _CHANNELS = 16, 128
@@ -71,8 +71,7 @@ def _projection_fwd_kernel(
         x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
         y = skip * x + _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :] * activation(h, ACTIVATION)
         y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
-        y_ptrs = y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=ok)
+        store_tile(y_rows, offs_c, stride_yc, y, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "tiles_n"])
@@ -103,7 +102,7 @@ def _projection_match_kernel(
         x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
         gate = _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)
         y = skip * x + gate[None, :] * (rho[:, None] * activation(h, ACTIVATION))
-        tl.store(y_rows[:, None] + offs_c.to(OFFSET)[None, :] * stride_yc, y.to(y_ptr.dtype.element_ty), mask=ok)
+        store_tile(y_rows, offs_c, stride_yc, y, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l"])

@@ -34,8 +34,7 @@ def sum_partials(parts: torch.Tensor, out: torch.Tensor, scaling: float) -> None
     launch(
         _sum_partials_kernel, (triton.cdiv(out.numel(), 128),),
         partial_ptr=parts, out_ptr=out, elements=out.numel(), splits=parts.shape[0], scaling=scaling,
-        ELEMENTS_MULTIPLE_OF=multiple(out.numel()), BLOCK=128, BLOCK_SPLITS=16,
-        num_warps=4, num_stages=1,
+        ELEMENTS_MULTIPLE_OF=multiple(out.numel()), BLOCK=128, BLOCK_SPLITS=16, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
