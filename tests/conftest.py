@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 import types
-from pathlib import Path
 
 # One thread in each of several workers; two when there is one process. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -24,6 +23,7 @@ sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torc
 
 from emulator import library  # noqa: E402
 from emulator.build import REFUSAL  # noqa: E402
+from tree import TESTS  # noqa: E402
 
 import pyfused  # noqa: E402
 from pyfused.choice import backends  # noqa: E402
@@ -81,7 +81,7 @@ def _cuda_kernels(request):
     asked = callspec.params.get("operator", request.module.__name__.removeprefix("test_"))
     operator = next((name for name in pyfused.ops.OPERATORS if str(asked).startswith(name)), None)
     reason = backends.refusal("cuda", device, torch.float16, operator)
-    if reason is None and operator and not Path(__file__).with_name(f"test_{operator}_cuda.py").exists():
+    if reason is None and operator and not any(TESTS.rglob(f"test_{operator}_cuda.py")):
         reason = f"its kernels for {operator} have no test_{operator}_cuda.py yet"
     if reason is not None:
         pytest.skip(f"cuda: {reason}")

@@ -1,8 +1,8 @@
 """What each step of `make gpu` costs, by counting what it does: a model, which no clock of a GPU has confirmed.
 
-`AT_MOST` is what a step may do. tests/test_gpu_budget.py counts what it would do, by the keys that Triton specialises
-kernels for, the numbers drawn, the tests selected and the rows timed, and fails where that is more, or where the
-seconds that follow are more than the step's share.
+`AT_MOST` is what a step may do. tests/gpu/test_gpu_budget.py counts what it would do, by the keys that Triton
+specialises kernels for, the numbers drawn, the tests selected and the rows timed, and fails where that is more, or
+where the seconds that follow are more than the step's share.
 """
 
 from __future__ import annotations

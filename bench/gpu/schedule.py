@@ -90,7 +90,7 @@ TESTS = {
     "small": Tests("sanitize", _SMALL, _marked("sanitize"), parallel=True),
     "tests": Tests(_TESTS, "(cuda or portable) and not triton and not compile", parallel=True),
     "alone": Tests("gpu", "not test_stress and (not triton or fresh_masks)", _marked("gpu")),
-    "stress": Tests("not host", "not triton", ("tests/test_stress.py",)),
+    "stress": Tests("not host", "not triton", ("tests/gpu/test_stress.py",)),
     "triton": Tests(_TESTS, "triton", parallel=True),
     "others": Tests(_TESTS, "not triton and (compile or not (cuda or portable))", parallel=True),
 }

@@ -1,4 +1,4 @@
-"""What the pinned numbers of tests/test_stub_driver.py are: launches of a call, compilations of models and operators.
+"""The pinned numbers of tests/kernels/test_stub_driver.py: launches of a call, compilations of models and operators.
 
 ``python tests/stub_driver/pins.py`` measures them anew and prints them as that file's tables.
 """

@@ -37,7 +37,12 @@ def over_stub(
 
     (target,) = (target for target in TARGETS if target.capability == divmod(gpu, 10))
     libcuda = build.library()
-    path = _before("PYTHONPATH", TESTS, TESTS / "contract")
+    home = Path(sys.modules[function.__module__].__file__).with_suffix("")
+    # A test file is no part of a package; the stub driver's own files are, also where one runs as a program.
+    module = f"{home.parent.name}.{home.name}" if home.parent.name == "stub_driver" else home.name
+    # Of each room whose tests run in this process pytest has put the folder there.
+    rooms = [Path(folder) for folder in sys.path if Path(folder).is_relative_to(TESTS)]
+    path = _before("PYTHONPATH", TESTS, TESTS / "contract", *rooms)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "PYTHONPATH": path, "PYFUSED_BACKEND": "triton", "OMP_NUM_THREADS": "1",
         "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", libcuda), "TRITON_LIBCUDA_PATH": str(libcuda),
@@ -45,9 +50,8 @@ def over_stub(
         "STUB_CAPABILITY": str(gpu), "STUB_MULTIPROCESSORS": str(target.multiprocessors),
         "STUB_SHARED_MEMORY": str(target.shared_memory),
     }  # fmt: skip
-    module = Path(sys.modules[function.__module__].__file__).relative_to(TESTS).with_suffix("").as_posix()
     command = [sys.executable, "-m", "stub_driver.inside", str(libcuda / "libcuda.so.1"), str(compiling)]
-    command += [module.replace("/", "."), function.__qualname__, json.dumps(arguments)]
+    command += [module, function.__qualname__, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
     if not quiet:
         sys.stderr.write(done.stderr)

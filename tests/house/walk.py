@@ -1,6 +1,6 @@
 """Counts the way of a tensor through the package: Python calls, moves between rooms, and rooms, forward and backward.
 
-    python tests/walk.py lora_linear triton
+    python tests/house/walk.py lora_linear triton
 
 A room is a file of the package. A call of a Python function is a move if the call before it was in another room; the
 first call enters a room, which is a move too. Kernels are interpreted, and nothing below a launch is counted, only the
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 BACKENDS = ("triton", "portable")
 
 

@@ -9,10 +9,10 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
 import pyfused
 from pyfused import cli
@@ -20,8 +20,6 @@ from pyfused.bench.cases import operators
 from pyfused.bench.cases.adapter_residual import AdapterCase
 from pyfused.bench.cases.lora_linear import LoRACase
 from pyfused.choice import backends
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_info_names_versions_and_every_backend_with_its_reason(capsys):

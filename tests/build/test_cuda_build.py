@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tree import ROOT
 import json
 import os
 import re
@@ -20,7 +21,6 @@ from torch._subclasses import FakeTensorMode
 import pyfused
 from pyfused.choice import backends
 
-ROOT = Path(__file__).resolve().parent.parent
 # Stands in for the operators, on everything that they are built upon.
 PROBE = {
     "operators.h": """

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tree import EXAMPLES, TESTS
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 for package in ("rich", "tqdm", "matplotlib"):
     pytest.importorskip(package)
 sys.path.insert(0, str(EXAMPLES))
@@ -211,7 +211,7 @@ class TestCheckpoint:
     def test_killed_while_it_writes_the_one_before_survives(self, tmp_path):
         script = textwrap.dedent(f"""
             import os, signal, sys
-            sys.path[:0] = [{str(EXAMPLES)!r}, {str(Path(__file__).parent)!r}]
+            sys.path[:0] = [{str(EXAMPLES)!r}, {str(TESTS)!r}]
             import torch, test_recipe
             made = test_recipe.training(test_recipe.Path(sys.argv[1]))
             save, calls = torch.save, []

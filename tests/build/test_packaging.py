@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tree import ROOT
 import json
 import os
 import shutil
@@ -18,7 +19,6 @@ import pyfused
 
 pytestmark = pytest.mark.host
 
-ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
 
 # Where the parts of the package come from, and every module file that is loaded under more than one name.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
 from pyfused.bench.cases import operators
 from pyfused.bench.gpu import budget, schedule
@@ -20,7 +21,6 @@ from pyfused.bench.gpu.schedule import AT_MOST, STEPS, TESTS, Machine
 
 pytestmark = pytest.mark.host
 
-ROOT = Path(__file__).resolve().parent.parent
 H200 = Machine("NVIDIA H200", "90", 132, frozenset(schedule.WANTED), 16, "compute-sanitizer", "ncu")
 # Kernels are specialised where nothing interprets them, and meta tensors do not launch them.
 _COUNT = """

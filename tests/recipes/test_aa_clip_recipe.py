@@ -13,15 +13,15 @@ import pytest
 import torch
 from aa_clip_cases import open_clip
 from PIL import Image
+from tree import EXAMPLES
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import aa_clip  # noqa: E402
-import aa_clip_data  # noqa: E402
-import recipe  # noqa: E402
+import aa_clip
+import aa_clip_data
+import recipe
 
-from pyfused import models  # noqa: E402
+from pyfused import models
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 assert open_clip

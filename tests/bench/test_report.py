@@ -14,6 +14,7 @@ from pathlib import Path
 import browser
 import pytest
 import torch
+from tree import ROOT
 
 from pyfused import cli
 
@@ -27,7 +28,6 @@ from pyfused.bench.record.rows import Row
 from pyfused.bench.show import figures, page, rates, style, tables
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 OLD_RECORD = ROOT / "bench/results/cpu-2x-intel-r-xeon-r-processor-2-50ghz/2026-11-21-115040"
 WHERE = {"device": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "pyfused": "0.1.0", "commit": "abc"}
 CASES = [LoRACase(400, 768, n) for n in (768, 2304, 3072)]

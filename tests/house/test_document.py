@@ -9,12 +9,12 @@ from pathlib import Path
 
 import import_table
 import pytest
+from tree import ROOT
 
 from pyfused.bench.record.rows import Row, RowFile
 from pyfused.bench.show import document
 from pyfused.ops import OPERATORS
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 # What was measured by hand, each fact with its date. No other document has a figure of its own.
 BY_HAND = ROOT / "docs" / "measured.md"
@@ -165,7 +165,7 @@ def test_what_is_no_figure_is_not(text):
 
 @pytest.mark.host
 def test_contributing_has_the_rooms_and_the_imports_of_test_house():
-    assert import_table.inserted(CONTRIBUTING) == CONTRIBUTING, "python tests/import_table.py"
+    assert import_table.inserted(CONTRIBUTING) == CONTRIBUTING, "python tests/house/import_table.py"
 
 
 def test_a_document_without_the_markers_is_refused():
@@ -192,7 +192,7 @@ def test_every_file_that_contributing_names_is_there():
     """A path in backticks with a folder in it; <op> stands for an operator that has such a file."""
     paths = re.findall(r"`((?:\.?[\w<>*.-]+/)+[\w<>*.-]*)`", CONTRIBUTING)
     assert len(paths) > 20
-    assert [path for path in paths if not list(ROOT.glob(path.replace("<op>", "*").rstrip("/")))] == []
+    assert [path for path in paths if not list(ROOT.glob(re.sub("<op>|<family>", "*", path).rstrip("/")))] == []
 
 
 @pytest.mark.host

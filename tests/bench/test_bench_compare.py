@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
 from pyfused import reference
 from pyfused.bench.cases import operators
@@ -22,7 +23,6 @@ from pyfused.bench.measure import parity
 
 pytestmark = pytest.mark.host
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CASE = operators.tiny_cases(CPU)[0]
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tree import EXAMPLES
 
 from pyfused import inject_lora, preset
 from pyfused.bench.models.training import reference_operators
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 for package in ("open_clip", "rich", "tqdm", "matplotlib", "sklearn", "torchvision"):
     pytest.importorskip(package)
 sys.path.insert(0, str(EXAMPLES))

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tree import EXAMPLES
 
 from pyfused.models import LatentWire, latent_wire_loss, left_padded_labels
 from pyfused.models.latent_wire import OBJECTIVES
@@ -216,7 +217,7 @@ class TestObjectives:
 
 @pytest.fixture(scope="module")
 def recipe():
-    examples = str(Path(__file__).resolve().parent.parent / "examples")
+    examples = str(EXAMPLES)
     sys.path.insert(0, examples)
     yield importlib.import_module("latent_wire")
     sys.path.remove(examples)

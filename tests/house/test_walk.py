@@ -1,15 +1,13 @@
-"""The count of a tensor's way through the package (`tests/walk.py`), on ways that are known."""
+"""The count of a tensor's way through the package (`tests/house/walk.py`), on ways that are known."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import walk
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.host
 
 
@@ -50,7 +48,7 @@ def test_lora_linear_goes_from_its_module_to_its_backend(backend):
 
 
 def test_the_table_has_a_line_for_each_direction():
-    command = [sys.executable, str(ROOT / "tests" / "walk.py"), "projection_residual", "portable"]
+    command = [sys.executable, walk.__file__, "projection_residual", "portable"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert printed.startswith("| | Python calls | moves | rooms |\n")
     for way in ("forward", "backward"):

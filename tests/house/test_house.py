@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 host = pytest.mark.host
 
 # Room, a folder or a file of pyfused -> the other rooms that it may import. A room inside a room has a dot. "face" is

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 import pyfused
 from pyfused.bench.gpu import kit, library, run
 from pyfused.bench.gpu.library import Unfit
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.host
 
 LIBRARY = Path(pyfused.__file__).with_name(library.NAME)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tree import ROOT
 
 from pyfused.bench.measure import timing
 from pyfused.bench.record import rows
@@ -19,7 +20,6 @@ from pyfused.bench.run import session
 from pyfused.bench.run.session import Session, Settings
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _row(name="a", measured="forward", mode="wall clock", passed=True, device=None, **changes):

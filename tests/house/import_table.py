@@ -1,14 +1,18 @@
-"""Writes the rooms of the package and the imports that `tests/test_house.py` allows them into CONTRIBUTING.md.
+"""Writes the rooms of the package and the imports that `tests/house/test_house.py` allows them into CONTRIBUTING.md.
 
-python tests/import_table.py
+python tests/house/import_table.py
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_house import MAY_IMPORT, MAY_IMPORT_LATE, ROOT, THIRD_PARTY
 

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tree import ROOT
 
 from pyfused.bench.cases import operators
 from pyfused.bench.measure import memory, timing
@@ -18,7 +18,6 @@ from pyfused.bench.record.rows import Row
 from pyfused.bench.targets import numbers
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _row(name: str = "lora_linear 400x768->2304", **changes) -> Row:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import is_running, python, script, wait_for
+from tree import ROOT
 
 from pyfused.bench.cases import operators
 from pyfused.bench.gpu import library, run, schedule
@@ -24,7 +25,6 @@ from pyfused.bench.run.session import Session, Settings
 pytestmark = pytest.mark.host
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _recorded(directory: Path) -> dict:

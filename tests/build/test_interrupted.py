@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tree import ROOT
 import contextlib
 import hashlib
 import json
@@ -22,7 +23,6 @@ import pytest
 from pyfused.bench.record.rows import read_rows
 
 pytestmark = pytest.mark.host
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- Triton's cache, killed and shared

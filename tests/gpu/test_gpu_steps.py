@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from processes import is_running, python, wait_for
+from tree import ROOT
 
 from pyfused.bench import signals
 from pyfused.bench.gpu import steps
 from pyfused.bench.gpu.steps import Runner, Step
 
 pytestmark = pytest.mark.host
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _runner(directory: Path, budget: float = 100.0) -> Runner:

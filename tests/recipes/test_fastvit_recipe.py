@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from models_setup import fastvit_block
 from torch import nn
+from tree import EXAMPLES
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("PIL", reason="pillow is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
