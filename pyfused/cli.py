@@ -24,7 +24,7 @@ _OPTIONAL = {
     "timm": "models",
 }
 # Module -> distribution: without these `pyfused bench` does not start; every other package costs its own rows only.
-_BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich", "matplotlib": "matplotlib"}
+_BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich"}
 _REPORT_NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "rich": "rich"}
 _TUNE_NEEDS = {"triton": "triton", "rich": "rich"}
 

@@ -19,7 +19,7 @@ WANTED = {
     "pytest": "no tests and no benchmark",
     "pytest_benchmark": "no benchmark",
     "rich": "no benchmark",
-    "matplotlib": "no benchmark",
+    "matplotlib": "tests of what draws are skipped",
     "xdist": "the tests run one after another",
     "pytest_timeout": "a test that hangs takes its step's whole time",
     "hypothesis": "tests of random calls are skipped",
