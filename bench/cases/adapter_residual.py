@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfused.bench.cases.baselines import narrowed
-from pyfused.bench.cases.case import Case, Work, normal, short, with_both_adapters
+from pyfused.bench.cases.case import Case, Result, Work, normal, short, with_both_adapters
 from pyfused.ops.adapter_residual import PLANS
 from pyfused.reference.adapter import ACTIVATIONS
 
@@ -108,7 +108,7 @@ class AdapterCase(Case):
             tensors["sample_scale"] = scale.index_fill(0, dropped, 0.0).to(self.dtype)
         return tensors
 
-    def call(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Tensor:
+    def call(self, function: Callable[..., Result], tensors: Mapping[str, Tensor], **options) -> Result:
         return function(
             *(tensors[name] for name in ("z", "down_weight", "down_bias", "up_weight", "up_bias")),
             residual=tensors["residual"], layer_scale=tensors["layer_scale"], sample_scale=tensors.get("sample_scale"),

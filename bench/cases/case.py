@@ -23,6 +23,7 @@ H200_FLOPS = 790e12
 H200_BANDWIDTH = 4.3e12
 
 _Case = TypeVar("_Case", bound="Case")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Case(abc.ABC):
         """Every tensor by name, and dy, from `normal`; no gradient is zero."""
 
     @abc.abstractmethod
-    def call(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Tensor:
+    def call(self, function: Callable[..., Result], tensors: Mapping[str, Tensor], **options) -> Result:
         """y of ``function``, the operator or one with its signature."""
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfused.bench.cases.baselines import narrowed
-from pyfused.bench.cases.case import Case, Work, normal, short, with_both_adapters
+from pyfused.bench.cases.case import Case, Result, Work, normal, short, with_both_adapters
 from pyfused.bench.cases.projection_residual import eager_projection_residual
 from pyfused.ops.cross_attention_residual import PLANS
 from pyfused.ops.prepared_context import PROJECTIONS
@@ -111,7 +111,7 @@ class CrossAttentionCase(Case):
             "dy": draw((self.batch, self.length, c), 1.0, self.dtype),
         }
 
-    def call(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Tensor:
+    def call(self, function: Callable[..., Result], tensors: Mapping[str, Tensor], **options) -> Result:
         return function(
             *(tensors[name] for name in ("x", "context", *PROJECTIONS)),
             num_heads=self.heads, weight=self.weight, norm_match=self.norm_match, **options,

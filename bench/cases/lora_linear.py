@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyfused.bench import thirdparty
 from pyfused.bench.cases.baselines import BASE, Contender, Contenders, narrowed
-from pyfused.bench.cases.case import Case, Work, normal, short, with_both_adapters
+from pyfused.bench.cases.case import Case, Result, Work, normal, short, with_both_adapters
 from pyfused.ops.lora_linear import PLANS
 
 # (in features, out features) of in_proj, out_proj, c_fc and c_proj in CLIP's ViT-B.
@@ -92,7 +92,7 @@ class LoRACase(Case):
             "dy": draw((m, n), 1.0, self.dtype),
         }
 
-    def call(self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], **options) -> Tensor:
+    def call(self, function: Callable[..., Result], tensors: Mapping[str, Tensor], **options) -> Result:
         arguments = (tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias"))
         return function(*arguments, scaling=self.scaling, dropout_p=self.dropout_p, **options)
 

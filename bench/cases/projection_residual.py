@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfused.bench.cases.case import Case, Work, normal, short
+from pyfused.bench.cases.case import Case, Result, Work, normal, short
 from pyfused.ops.projection_residual import keeps_projection
 from pyfused.reference.adapter import ACTIVATIONS
 
@@ -87,8 +87,8 @@ class ProjectionCase(Case):
         }
 
     def call(
-        self, function: Callable[..., Tensor], tensors: Mapping[str, Tensor], plan: str = "auto", **options
-    ) -> Tensor:
+        self, function: Callable[..., Result], tensors: Mapping[str, Tensor], plan: str = "auto", **options
+    ) -> Result:
         """The operator has one plan and takes no name of one."""
         return function(
             tensors["o"], tensors["weight"], tensors["bias"], residual=tensors["residual"], gate=self.gate,

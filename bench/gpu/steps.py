@@ -190,6 +190,8 @@ class Runner:
                 )  # fmt: skip
             process.wait(limit)
         except subprocess.TimeoutExpired:
+            # Only `wait` raises it.
+            assert process is not None
             overran = True
             # As by Ctrl-C, on which pytest and the benchmark sum up what they have.
             _ask(process, signal.SIGINT, _AFTER_INTERRUPT)

@@ -31,7 +31,9 @@ class SecondStage(nn.Module):
         self.model = model
         model.set_stage(2)
         # Softmax does not see k_bias, whose gradient is zero but for rounding.
-        for part in (model.detection_projection, model.image_cross_attention.k_bias):
+        k_bias = model.image_cross_attention.k_bias
+        assert k_bias is not None
+        for part in (model.detection_projection, k_bias):
             part.requires_grad_(False)
         self.register_buffer("context", context)
 

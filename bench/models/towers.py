@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,8 @@ def with_peft(model: Classifier, weights_of: Classifier, linear_attention: bool 
     targets = ["attn", "c_fc", "c_proj"]
     if linear_attention:
         targets = list(TARGETS)
-        for block in model.visual.transformer.resblocks:
+        visual: Any = model.visual
+        for block in visual.transformer.resblocks:
             block.attn = LinearAttention(block.attn)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
     model.visual = peft.get_peft_model(model.visual, config)

@@ -50,6 +50,8 @@ class Watcher:
             self._say(f"FAILED {report.nodeid}\n{report.longreprtext}", "red")
             self.faults.append(_in_a_line(report))
         elif report.skipped:
+            # (file, line, reason).
+            assert isinstance(report.longrepr, tuple)
             self._say(f"skipped {report.nodeid}: {report.longrepr[2]}", "yellow")
         if report.when == "teardown":
             self.progress.update(self.task, advance=1, refresh=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _CONTENDERS = ("pyfused", "eager")
 _PLACES = [(turn, distance) for distance in (10, 16, 23, 31, 40) for turn in np.arange(0, 1, 1 / 12)]
 # Rows that differ in one of these lie on lines of their own.
 _SETTINGS = ("dropout_p", "drop_path", "norm_match")
-_DASHES = ("-", "--", ":", "-.")
+_DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
 def missing(rows: Sequence[Row], limits: Limits | None) -> str | None:
@@ -218,7 +219,7 @@ def _spread(axes: Axes, labels: Sequence[Annotation], rows: Sequence[Row]) -> No
     taken = [
         Bbox.from_bounds(x - unit, y - unit, 2 * unit, 2 * unit)
         for line in axes.get_lines()
-        if len(line.get_xdata()) > 2
+        if np.size(line.get_xdata()) > 2
         for x, y in axes.transData.transform(line.get_xydata())
     ]
     for row in rows:

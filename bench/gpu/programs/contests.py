@@ -8,7 +8,7 @@ import functools
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,7 +72,7 @@ class Question:
 
     name: str
     text: str
-    contests: Callable[[torch.device, Target], Iterator[Contest]]
+    contests: Callable[[torch.device, Target], Generator[Contest, None, None]]
     host: bool = False
 
 
@@ -95,7 +95,7 @@ def _alone(kernel: str, call: Call, target: Target, outputs: tuple[str, ...]) ->
     return run
 
 
-def pointer_gemm(device: torch.device, target: Target) -> Iterator[Contest]:
+def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, None, None]:
     """y = x W^T + s P B^T and dx = dy W + Q A, P and Q given, in each tile, and the product alone by the library."""
     for (m, k, n), direction in itertools.product(_shapes(target), ("y", "dx")):
         draw = normal(device, 0)
@@ -148,7 +148,7 @@ def _widened(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _DIRECTIONS = {"forward": False, "forward+backward": True}
 
 
-def adapter_dtypes(device: torch.device, target: Target) -> Iterator[Contest]:
+def adapter_dtypes(device: torch.device, target: Target) -> Generator[Contest, None, None]:
     """`one_launch` and `adapter_residual` over bfloat16 rows, with parameters of 16 bits and of 32."""
     cases: list[tuple[Case, str]]
     cases = [(LoRACase(m, k, n, RANK, dtype=BF16), "one_launch") for m, k, n in _shapes(target)]
@@ -163,7 +163,7 @@ def adapter_dtypes(device: torch.device, target: Target) -> Iterator[Contest]:
         yield Contest(f"{case.name} {direction}", calls)
 
 
-def plans(device: torch.device, target: Target) -> Iterator[Contest]:
+def plans(device: torch.device, target: Target) -> Generator[Contest, None, None]:
     """Plan "auto" and plan "blas", forward and backward, float32 adapters."""
     for p, (m, k, n) in itertools.product((0.0, 0.1), _shapes(target)):
         case = LoRACase(m, k, n, RANK, dtype=BF16, adapter_dtype=FP32, dropout_p=p)
@@ -205,7 +205,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def wgrad_orders(folder: Path, device: torch.device, target: Target) -> Iterator[Contest]:
+def wgrad_orders(folder: Path, device: torch.device, target: Target) -> Generator[Contest, None, None]:
     """One pass over dy for dB and Q: its two products in today's order, and dB's first."""
     for m, _, n in _shapes(target):
         draw = normal(device, 0)
@@ -217,7 +217,7 @@ def wgrad_orders(folder: Path, device: torch.device, target: Target) -> Iterator
         yield Contest(f"dy {m}x{n}", calls)
 
 
-def host_times(device: torch.device, target: Target) -> Iterator[Contest]:
+def host_times(device: torch.device, target: Target) -> Generator[Contest, None, None]:
     """A training call of each operator's module, and of the formula as people write it, where nothing is computed."""
     dtype = FP32 if device.type == "cpu" else BF16
     where: dict[str, Any] = {"device": device, "dtype": dtype}

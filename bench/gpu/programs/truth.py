@@ -92,15 +92,15 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def poisoned() -> Iterator[None]:
     """Inside, memory holds NaN until it is written."""
     enabled = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     # Only the filling is wanted: an operator without a deterministic form may still run.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled[0], warn_only=enabled[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def refusal(call: Call, device: torch.device) -> str | None:
