@@ -14,11 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from pyfused.kernels.bottleneck_config import block_width, rows_config, weights_config
+from pyfused.kernels.bottleneck_config import rows_config, weights_config
 from pyfused.kernels.device import activation, activation_slope, dropout_keep_mask, known_multiple
 from pyfused.kernels.launch import (
     MAX_REGISTERS,
-    device_guard,
+    block_width,
+    configuration,
     dot_precision,
     dropout_arguments,
     launch,
@@ -28,7 +29,6 @@ from pyfused.kernels.launch import (
     strides,
     vectorised,
 )
-from pyfused.kernels.recording import configuration, target
 from pyfused.kernels.sums import load_part, sums_slots
 from pyfused.kernels.tiles import (
     copy_rows,
@@ -395,11 +395,11 @@ def adapter_residual_fwd(
     if batch * length == 0:
         return y, hidden
     config = configuration(
-        _adapter_fwd_kernel, rows_config, batch, length, channels, width, z.dtype, target(z.device),
+        _adapter_fwd_kernel, rows_config, z.device, batch, length, channels, width, z.dtype,
         weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), beside=int(dropout_p > 0.0),
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
-    with device_guard(z):
+    with torch.cuda.device_of(z):
         launch(
             _adapter_fwd_kernel, (batch * tiles_l,),
             z_ptr=z, down_ptr=down_weight, d_bias_ptr=down_bias, up_ptr=up_weight, u_bias_ptr=up_bias, r_ptr=residual,
@@ -451,7 +451,7 @@ def adapter_residual_bwd(
     gradients = dz, d_down, d_d_bias, d_up, d_u_bias, d_gamma
     if rows == 0:
         return dz, *(gradient.zero_() for gradient in gradients[1:])
-    size = batch, length, channels, width, like.dtype, target(dy.device)
+    size = dy.device, batch, length, channels, width, like.dtype
     kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
     rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, weight_bytes=down_weight.itemsize, **kind)
     sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind)
@@ -473,7 +473,7 @@ def adapter_residual_bwd(
         "skip": skip, **dropout_arguments(seed, dropout_p), "ACTIVATION": activation, "DROP": dropout_p > 0.0,
         "PRECISION": dot_precision(like.dtype), "BLOCK_ALL": triton.next_power_of_2(channels),
     }  # fmt: skip
-    with device_guard(dy):
+    with torch.cuda.device_of(dy):
         row_tiles = triton.cdiv(length, rows_cfg.block_m)
         launch(
             _adapter_bwd_rows_kernel, (batch * row_tiles,), **shared,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyfused.kernels.launch import block_width
 from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
 
 
@@ -45,11 +46,6 @@ _MOST_ROWS = {
 }
 # Exact float32 has no matrix instruction at all.
 _MOST_ROWS_FLOAT32 = {16: 32, 32: 32, 64: 32, 128: 32}
-
-
-def block_width(width: int) -> int:
-    """The narrow width padded to what a matrix instruction takes: a power of two, at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def rows_config(

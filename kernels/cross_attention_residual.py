@@ -20,7 +20,7 @@ from pyfused.kernels.bottleneck_config import rows_config, weights_config
 from pyfused.kernels.device import dropout_keep_mask, inverse_or_zero, known_multiple
 from pyfused.kernels.launch import (
     MAX_REGISTERS,
-    device_guard,
+    configuration,
     dot_precision,
     dropout_arguments,
     launch,
@@ -29,7 +29,6 @@ from pyfused.kernels.launch import (
     strides,
     vectorised,
 )
-from pyfused.kernels.recording import configuration, target
 from pyfused.kernels.sums import sums_slots
 from pyfused.kernels.tiles import gate_root, load_tile, load_weight, narrow_product, row_pointers, store_tile, tile_rows
 
@@ -390,12 +389,12 @@ def cross_attention_residual_fwd(
     shared = _shared(e, c, f, bias, gate)
     config = configuration(
         _cross_attention_fwd_kernel, rows_config,
-        batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype, target(x.device),
+        x.device, batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype,
         weight_bytes=e.itemsize, vectorised=vectorised(x, y),
         beside=_beside(e.dtype, shared["BLOCK_H"] * shared["BLOCK_T"], dropout_p, norm_match),
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
-    with device_guard(x):
+    with torch.cuda.device_of(x):
         launch(
             _cross_attention_fwd_kernel, (batch * tiles_l,), **shared,
             x_ptr=x, y_ptr=y, p_ptr=p if save else None,
@@ -433,7 +432,7 @@ def cross_attention_residual_bwd(
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
     shared = _shared(e, c, f, bias, gate)
     rows, columns, padded = batch * length, heads * tokens, shared["BLOCK_H"] * shared["BLOCK_T"]
-    size = batch, length, channels, padded, e.dtype, target(dy.device)
+    size = dy.device, batch, length, channels, padded, e.dtype
     vectors = vectorised(dy, x, dx if need_dx else None)
     beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
     kind = {"vectorised": vectors, "beside": beside}
@@ -465,7 +464,7 @@ def cross_attention_residual_bwd(
     if rows == 0:
         parts.zero_()
     else:
-        with device_guard(dy):
+        with torch.cuda.device_of(dy):
             row_tiles = triton.cdiv(length, rows_cfg.block_m)
             from_x = x if recompute or norm_match else None
             launch(

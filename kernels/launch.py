@@ -1,13 +1,18 @@
-"""Launches a kernel, and makes of tensors what a kernel is given."""
+"""Launches a kernel: for which GPU, in which configuration, and with what of its tensors."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton.language as tl
 
 from pyfused.kernels import recording
+from pyfused.kernels.recording import INTERPRETER, Chosen, Launch, Target
+
+_Config = TypeVar("_Config")
 
 # All that a thread can have, up to 8 warps: the compiler would rather spill a few to fit a second block.
 MAX_REGISTERS = 255
@@ -18,14 +23,40 @@ def launch(
 ) -> None:
     """``maxnreg``: registers a thread may have; None lets the compiler spill a few of them for another block."""
     if recording.current is not None:
-        recording.current[1].append(recording.Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
+        recording.current[1].append(Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
     else:
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
 
 
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Kernels start on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.name,
+    )
+
+
+def target(device: torch.device) -> Target:
+    if recording.current is not None:
+        return recording.current[0]
+    if device.type == "cuda":
+        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    return INTERPRETER
+
+
+def configuration(
+    kernel: object, function: Callable[..., _Config], device: torch.device, *sizes: object, **settings: object
+) -> _Config:
+    """The configuration in which ``kernel`` starts: ``function``'s, unless a row measured on this GPU knows better."""
+    chosen = Chosen(kernel.__name__, function, (*sizes, target(device)), tuple(settings.items()))
+    if recording.forcing is None:
+        return recording.measured_or_own(chosen)
+    configs, found = recording.forcing
+    found.append(chosen)
+    return configs.get(chosen) or chosen.config()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -72,6 +103,16 @@ def multiple(number: int, of: int = 16) -> int:
     Triton's own specialisation would also tell 1 from all other numbers.
     """
     return of if number % of == 0 else 1
+
+
+def block_width(width: int) -> int:
+    """A rank or another narrow width, padded to what a matrix instruction takes: a power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def rank_divisor(rank: int) -> int:
+    """What must divide a rank for loads by vectors; with 4 at rank 64 wgrad spills on compute capability 10.0."""
+    return 4 if rank <= 16 else 8
 
 
 def row_length(length: int, *rows: torch.Tensor | None) -> dict[str, int]:

@@ -15,27 +15,22 @@ import triton.language as tl
 from pyfused.kernels.device import dropout_keep_mask, known_multiple, swizzle
 from pyfused.kernels.launch import (
     MAX_REGISTERS,
-    device_guard,
+    block_width,
+    configuration,
     dot_precision,
     dropout_arguments,
     launch,
     multiple,
     offset_type,
+    rank_divisor,
     row_length,
     rows_like,
     strides,
+    target,
     vectorised,
 )
-from pyfused.kernels.lora_linear_config import (
-    EXPAND_BLOCK_R,
-    block_rank,
-    gemm_config,
-    rank_divisor,
-    shares_pass,
-    shrink_config,
-    wgrad_config,
-)
-from pyfused.kernels.recording import INTERPRETER, configuration, target
+from pyfused.kernels.lora_linear_config import EXPAND_BLOCK_R, gemm_config, shares_pass, shrink_config, wgrad_config
+from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.sums import sum_partials
 from pyfused.kernels.tiles import (
     dense_rows,
@@ -253,16 +248,17 @@ def _lora_expand_kernel(
 
 
 def _gemm(
-    x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *,
+    x, weight, a, b, bias, p, seed, scaling, dropout_p, channels_first, *,
     own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False, transposed=False,
-):  # fmt: skip
-    """y <- x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
+) -> torch.Tensor:  # fmt: skip
+    """y = x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
 
     With ``save_p`` saved_scaling P goes to ``p``. a is (R, K) and b (N, R); ``transposed``, (K, R) and (R, N).
     """
     (batch, length, k), n, rank = x.shape, weight.shape[0], p.shape[1]
+    y = rows_like(x, n, channels_first)
     config = configuration(
-        _lora_gemm_kernel, gemm_config, batch, length, n, k, rank, x.dtype, target(x.device),
+        _lora_gemm_kernel, gemm_config, x.device, batch, length, n, k, rank, x.dtype,
         weight_bytes=weight.itemsize, vectorised=vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
@@ -276,15 +272,16 @@ def _gemm(
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=block_rank(rank) if own_p else min(block_rank(rank), EXPAND_BLOCK_R), GROUP_M=config.group_m,
+        BLOCK_R=block_width(rank) if own_p else min(block_width(rank), EXPAND_BLOCK_R), GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    return y
 
 
 def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tensor:
     """scaling drop(x) a^T, (M, R), in x's dtype; a is (R, K), or, ``transposed``, (K, R)."""
     (batch, length, k), rank = x.shape, a.shape[1 if transposed else 0]
-    config = configuration(_lora_shrink_kernel, shrink_config, batch, length, k, rank, x.dtype, target(x.device))
+    config = configuration(_lora_shrink_kernel, shrink_config, x.device, batch, length, k, rank, x.dtype)
     steps = triton.cdiv(triton.cdiv(k, config.block_c), config.splits)
     splits = triton.cdiv(triton.cdiv(k, config.block_c), steps)
     p = x.new_empty((batch * length, rank))
@@ -297,7 +294,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
         **strides("x", "blk", x), scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
-        BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_rank(rank),
+        BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -310,9 +307,8 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
     given a ``factor`` (C, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
     config = configuration(
-        _lora_wgrad_kernel, wgrad_config, batch, length, columns, rank, t.dtype, target(t.device),
-        vectorised=vectorised(t),
-    )  # fmt: skip
+        _lora_wgrad_kernel, wgrad_config, t.device, batch, length, columns, rank, t.dtype, vectorised=vectorised(t)
+    )
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
@@ -325,7 +321,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
         RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         **strides("t", "blc", t), **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
-        BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_rank(rank),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # So few columns are loaded one by one, and the compiler would spill to fit blocks that nobody starts.
         maxnreg=MAX_REGISTERS if columns < 16 else None,
@@ -357,18 +353,17 @@ def lora_linear_fwd(
     if batch * length == 0:
         return rows_like(x, n, channels_first), p
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    with device_guard(x):
+    with torch.cuda.device_of(x):
         if plan == "blas":
             p = _shrink(x, lora_a, seed, dropout_p)
             y = _blas_product(x, weight, bias, channels_first)
             _blas_add_(y, p, lora_b, scaling)
         else:
-            y = rows_like(x, n, channels_first)
             own = plan == "one_launch"
             if not own:
                 p = _shrink(x, lora_a, seed, dropout_p)
-            _gemm(
-                x, weight, lora_a, lora_b, bias, p, y, seed, scaling, dropout_p,
+            y = _gemm(
+                x, weight, lora_a, lora_b, bias, p, seed, scaling, dropout_p, channels_first,
                 own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0,
             )  # fmt: skip
     return y, p if save else x.new_empty((0, rank))
@@ -398,7 +393,7 @@ def lora_linear_bwd(
     if batch * length == 0:
         return rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    with device_guard(dy):
+    with torch.cuda.device_of(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
         share = need_db and need_q and not own and shares_pass(rank)
@@ -417,9 +412,8 @@ def lora_linear_bwd(
             else:
                 _blas_add_(dx, q, lora_a.t(), 1.0)
         elif need_dx:
-            dx = rows_like(dy, k, channels_first)
-            _gemm(
-                dy, weight.t(), lora_b, lora_a, None, q, dx, seed, scaling if own else 1.0, dropout_p,
+            dx = _gemm(
+                dy, weight.t(), lora_b, lora_a, None, q, seed, scaling if own else 1.0, dropout_p, channels_first,
                 own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0, transposed=True,
             )  # fmt: skip
         if need_da:
@@ -459,5 +453,5 @@ def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
         **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
         tiles_l=tiles_l, **strides("y", "bln", y), scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
-        BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_rank(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
+        BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_width(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pyfused.kernels.launch import block_width, rank_divisor
 from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
 
 
@@ -38,16 +39,6 @@ class PassConfig:
 
 # Columns of P that the epilogue takes at a time when P comes from memory.
 EXPAND_BLOCK_R = 32
-
-
-def block_rank(rank: int) -> int:
-    """The rank padded to what a matrix instruction takes: a power of two, at least 16."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def rank_divisor(rank: int) -> int:
-    """What must divide a rank for loads by vectors; with 4 at rank 64 wgrad spills on compute capability 10.0."""
-    return 4 if rank <= 16 else 8
 
 
 _GEMM_TILES_WGMMA = (
@@ -96,7 +87,7 @@ def gemm_config(
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
-    padded = block_rank(rank)
+    padded = block_width(rank)
     tiles, registers = _GEMM_TILES.get(target.capability[0], (_GEMM_TILES_MMA_SYNC, 88))
     if dtype == torch.float32:
         tiles = _GEMM_TILES_FLOAT32
@@ -135,7 +126,7 @@ def gemm_work(
     own_p: bool,
 ) -> LaunchWork:  # fmt: skip
     """A tile of the GEMM, and with ``own_p`` of P."""
-    narrow = block_rank(rank) if own_p else 0
+    narrow = block_width(rank) if own_p else 0
     tiles = batch * -(-length // config.block_m) * -(-n // config.block_n)
     nbytes = k * (config.block_m * dtype.itemsize + config.block_n * weight_bytes)
     return LaunchWork(tiles, 2 * k * config.block_m * (config.block_n + narrow), nbytes)
@@ -145,7 +136,7 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
     """P = drop(x) A^T: ``splits`` cut K when there are too few tiles of rows to fill the GPU."""
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
-    padded = block_rank(rank)
+    padded = block_width(rank)
     block_k = 16 if padded > 128 else 64 if padded < 64 and dtype.itemsize == 2 else 32
     tiles = batch * -(-length // 64)
     splits = max(1, min(8, (2 * target.multiprocessors) // max(1, tiles), -(-k // (2 * block_k))))
@@ -156,7 +147,7 @@ def shrink_config(batch: int, length: int, k: int, rank: int, dtype: torch.dtype
 
 def shrink_work(config: PassConfig, batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> LaunchWork:
     """A tile of P, of a part of K."""
-    part, narrow = k / config.splits, block_rank(rank)
+    part, narrow = k / config.splits, block_width(rank)
     nbytes = part * dtype.itemsize * (config.block_m + narrow)
     return LaunchWork(batch * -(-length // config.block_m) * config.splits, 2 * part * config.block_m * narrow, nbytes)
 
@@ -167,7 +158,7 @@ def wgrad_config(
     """The sum over rows of dA and dB: ``splits`` cut the rows. Loads that do not vectorise need more threads."""
     if target == INTERPRETER:
         return PassConfig(32, 32, 2, num_warps=4, num_stages=2)
-    padded = block_rank(rank)
+    padded = block_width(rank)
     block_c = 128 if padded <= 64 else 64
     block_m = 64 if dtype.itemsize == 2 else 32
     tiles = -(-columns // block_c)
@@ -180,7 +171,7 @@ def wgrad_config(
 
 def wgrad_work(config: PassConfig, batch: int, length: int, columns: int, rank: int, dtype: torch.dtype) -> LaunchWork:
     """A tile of the gradient, of a part of the rows."""
-    part, narrow = batch * length / config.splits, block_rank(rank)
+    part, narrow = batch * length / config.splits, block_width(rank)
     nbytes = part * dtype.itemsize * (config.block_c + narrow)
     return LaunchWork(-(-columns // config.block_c) * config.splits, 2 * part * config.block_c * narrow, nbytes)
 

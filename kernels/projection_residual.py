@@ -10,9 +10,18 @@ import triton
 import triton.language as tl
 
 from pyfused.kernels.device import activation, activation_slope, inverse_or_zero, known_multiple, swizzle
-from pyfused.kernels.launch import device_guard, dot_precision, launch, offset_type, row_length, strides, vectorised
+from pyfused.kernels.launch import (
+    configuration,
+    dot_precision,
+    launch,
+    offset_type,
+    row_length,
+    strides,
+    target,
+    vectorised,
+)
 from pyfused.kernels.lora_linear_config import gemm_config
-from pyfused.kernels.recording import INTERPRETER, configuration, target
+from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.tiles import load_tile, row_pointers, store_tile, tile_rows
 
 # Rows and channels of a tile in the passes over rows, which multiply no matrices; not timed on a GPU yet.
@@ -185,7 +194,7 @@ def projection_residual_fwd(
         return y, pre if save else o.new_empty(0)
     # The residual's tile lies beside the accumulator, as a masked term of lora_linear's would.
     config = configuration(
-        _projection_fwd_kernel, gemm_config, batch, length, channels, k, 16, o.dtype, target(o.device),
+        _projection_fwd_kernel, gemm_config, o.device, batch, length, channels, k, 16, o.dtype,
         weight_bytes=weight.itemsize, vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
@@ -195,7 +204,7 @@ def projection_residual_fwd(
         "stride_gate": _stride(gate), **strides("x", "blc", residual), **strides("y", "blc", y),
         "factor": factor, "skip": skip, "ACTIVATION": activation, "OFFSET": offset_type(o, weight, residual),
     }  # fmt: skip
-    with device_guard(o):
+    with torch.cuda.device_of(o):
         launch(
             _projection_fwd_kernel, (batch * tiles_l * tiles_n,), **shared,
             o_ptr=o, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if save or norm_match else None, squares_ptr=squares,
@@ -252,7 +261,7 @@ def projection_residual_bwd(
         tiles_l = triton.cdiv(length, block_m)
         parts = torch.empty((batch * tiles_l, 2, channels), dtype=torch.float32, device=dy.device)
         if batch * length > 0:
-            with device_guard(dy):
+            with torch.cuda.device_of(dy):
                 launch(
                     _projection_bwd_kernel, (batch * tiles_l,),
                     dy_ptr=dy, pre_ptr=pre, x_ptr=residual, gate_ptr=gate, dh_ptr=dh,

@@ -1,4 +1,4 @@
-"""For which GPU and in which configuration kernels start: recorded for the audit, forced for tuning."""
+"""What launches know of a GPU and of their configuration: recorded for the audit, forced for tuning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from pyfused.choice import measured
 
@@ -82,37 +80,9 @@ class Launch:
 current: tuple[Target, list[Launch]] | None = None
 
 
-@functools.cache
-def _cuda_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
-    return Target(
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        properties.name,
-    )
-
-
-def target(device: torch.device) -> Target:
-    if current is not None:
-        return current[0]
-    if device.type == "cuda":
-        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
-    return INTERPRETER
-
-
-def configuration(kernel: object, function: Callable[..., _Config], *sizes: object, **settings: object) -> _Config:
-    """The configuration in which ``kernel`` starts: ``function``'s, unless a row measured on this GPU knows better."""
-    chosen = Chosen(kernel.__name__, function, sizes, tuple(settings.items()))
-    if _forced is None:
-        return _measured_or_own(chosen)
-    configs, found = _forced
-    found.append(chosen)
-    return configs.get(chosen) or chosen.config()
-
-
 @functools.lru_cache(4096)
-def _measured_or_own(chosen: Chosen) -> object:
+def measured_or_own(chosen: Chosen) -> object:
+    """The configuration of a row measured on this GPU, or else the function's own."""
     own = chosen.config()
     if not measured.TABLE.rows:
         return own
@@ -123,7 +93,7 @@ def _measured_or_own(chosen: Chosen) -> object:
 
 def forget() -> None:
     """To be called after `measured.TABLE` has changed."""
-    _measured_or_own.cache_clear()
+    measured_or_own.cache_clear()
 
 
 def measured_for(arguments: Mapping[str, object]) -> tuple[str, str, int, dict[str, object]]:
@@ -135,7 +105,8 @@ def measured_for(arguments: Mapping[str, object]) -> tuple[str, str, int, dict[s
     return where.name, dtype, batch * length, others | ({"length": length} if batch > 1 else {})
 
 
-_forced: tuple[Mapping[Chosen, object], list[Chosen]] | None = None
+# The configurations that `forced` was given, and where it collects what was chosen; None outside.
+forcing: tuple[Mapping[Chosen, object], list[Chosen]] | None = None
 
 
 @contextlib.contextmanager
@@ -144,15 +115,15 @@ def forced(configs: Mapping[Chosen, object]) -> Iterator[list[Chosen]]:
 
     One thread at a time: a tool for tuning, not for programs that train.
     """
-    global _forced
-    if _forced is not None:
+    global forcing
+    if forcing is not None:
         raise RuntimeError("forced() does not nest")
     found: list[Chosen] = []
-    _forced = configs, found
+    forcing = configs, found
     try:
         yield found
     finally:
-        _forced = None
+        forcing = None
 
 
 @contextlib.contextmanager

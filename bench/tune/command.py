@@ -28,7 +28,7 @@ from pyfused.bench.tune import search
 from pyfused.bench.tune.search import Direction, Peaks
 from pyfused.choice import backends, measured
 from pyfused.choice import order as preference
-from pyfused.kernels import audit, recording
+from pyfused.kernels import audit, launch, recording
 from pyfused.kernels.recording import Chosen, Target
 
 # A configuration is recorded where it is this much faster than the one that ships: less is noise.
@@ -204,7 +204,7 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
         task = progress.add_task("the GPU's limits", total=len(cases))
         peaks = peaks_of(device, measure)
         tuner = Tuner(
-            device, recording.target(device), peaks, measure, seconds=seconds, jobs=os.cpu_count() or 1, commit=commit,
+            device, launch.target(device), peaks, measure, seconds=seconds, jobs=os.cpu_count() or 1, commit=commit,
             on_step=lambda text: progress.update(task, description=text),
         )  # fmt: skip
         for case in cases:

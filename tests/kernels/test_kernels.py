@@ -25,7 +25,7 @@ from pyfused.kernels import (  # noqa: E402
     projection_residual,
 )
 from pyfused.kernels import lora_linear_config as plan  # noqa: E402
-from pyfused.kernels.launch import offset_type, row_length, strides  # noqa: E402
+from pyfused.kernels.launch import block_width, offset_type, row_length, strides, target  # noqa: E402
 from pyfused.kernels.recording import (  # noqa: E402
     INTERPRETER,
     SHARED_MEMORY,
@@ -33,7 +33,6 @@ from pyfused.kernels.recording import (  # noqa: E402
     like_sizes,
     record,
     suits_best,
-    target,
 )
 from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
 from pyfused.ops.lora_linear import MAX_RANK_ONE_LAUNCH, choose_plan  # noqa: E402
@@ -76,7 +75,7 @@ def test_configurations_fit_every_target(device):
                 1, length, n, 768, rank, dtype, device,
                 weight_bytes=4, vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop,
             )  # fmt: skip
-            row = tile.block_m * dtype.itemsize + 4 * (tile.block_n + (plan.block_rank(rank) if own_p else 0))
+            row = tile.block_m * dtype.itemsize + 4 * (tile.block_n + (block_width(rank) if own_p else 0))
             assert row * tile.block_k * tile.num_stages <= device.shared_memory
         shrink = plan.shrink_config(1, length, n, rank, dtype, device)
         wgrad = plan.wgrad_config(1, length, n, rank, dtype, device, vectorised=True)
@@ -86,7 +85,7 @@ def test_configurations_fit_every_target(device):
 
 def test_padded_ranks():
     padded = {1: 16, 16: 16, 17: 32, 64: 64, 100: 128, 256: 256}
-    assert {rank: plan.block_rank(rank) for rank in padded} == padded
+    assert {rank: block_width(rank) for rank in padded} == padded
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_bottleneck_configurations_fit_every_target(device):
             options = {"vectorised": vectorised, "beside": beside}
             size = batch, length, channels, width, dtype, device
             rows = bottleneck_config.rows_config(*size, weight_bytes=4, **options)
-            padded = bottleneck_config.block_width(width)
+            padded = block_width(width)
             # float32 weights wait in shared memory as they are, and once more as the product takes them.
             stage = rows.block_c * (rows.block_m * dtype.itemsize + padded * 4)
             copy = rows.block_c * padded * dtype.itemsize

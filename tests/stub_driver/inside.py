@@ -147,14 +147,14 @@ def _serve_meta_tensors() -> None:
     backends.refusal = lambda name, *_: "not over the stub driver" if name == "cuda" else None
     # Otherwise the dispatcher would answer with the operator's fake.
     registry._PLAIN.append(torch._C.DispatchKeySet(torch._C.DispatchKey.Meta).raw_repr())
-    recording = importlib.import_module("pyfused.kernels.recording")
-    known = {name for name in sys.modules if name.startswith("pyfused.kernels.")} - {"pyfused.kernels.recording"}
+    launch = importlib.import_module("pyfused.kernels.launch")
+    known = {name for name in sys.modules if name.startswith("pyfused.kernels.")} - {"pyfused.kernels.launch"}
     assert not any(hasattr(sys.modules[name], "target") for name in known), "kernels have taken the real target"
-    found = recording.Target(
+    found = launch.Target(
         divmod(int(os.environ["STUB_CAPABILITY"]), 10), int(os.environ["STUB_MULTIPROCESSORS"]),
         int(os.environ["STUB_SHARED_MEMORY"]),
     )  # fmt: skip
-    recording.target = lambda device: found
+    launch.target = lambda device: found
     # torch has no autocast for meta tensors.
     checks.autocast_dtype = lambda x: None if x.dtype == torch.float64 else _autocast
     torch.autocast = _Autocast

@@ -104,12 +104,12 @@ def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, Non
         stored = draw((n, k), k**-0.5, BF16)
         weight = stored if direction == "y" else stored.t()
         a, b = draw((RANK, inner), 1.0, FP32), draw((outer, RANK), RANK**-0.5, BF16).float()
-        out, y = (torch.empty((m, outer), dtype=BF16, device=device) for _ in range(2))
+        out = torch.empty((m, outer), dtype=BF16, device=device)
 
-        def gemm(tile: str, x=x, weight=weight, a=a, b=b, p=p, y=y) -> Call:
+        def gemm(tile: str, x=x, weight=weight, a=a, b=b, p=p) -> Call:
             # Not a public call, which would make P as well.
             make = functools.partial(
-                lora_linear._gemm, x[None], weight, a, b, None, p, y[None], None, 1.0, 0.0, own_p=False
+                lora_linear._gemm, x[None], weight, a, b, None, p, None, 1.0, 0.0, False, own_p=False
             )
             with record(target), recording.forced({}) as found:
                 make()

@@ -22,7 +22,7 @@ from pyfused.bench.gpu.programs.contests import Contest, Question, every_call, q
 from pyfused.bench.gpu.programs.outcomes import FAILED, PASSED, RUNNING, Outcomes, answers, arguments_of, go_on
 from pyfused.bench.measure import timing
 from pyfused.bench.record import rows
-from pyfused.kernels import recording
+from pyfused.kernels import launch
 from pyfused.kernels.recording import Target
 
 # Of the time, what compiling ahead may take.
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"questions: {error}", file=sys.stderr)
         return 1
-    target = recording.target(device)
+    target = launch.target(device)
     done = (PASSED, FAILED) if arguments.continued else (PASSED,)
     with scratch() as folder:
         found = questions(folder)

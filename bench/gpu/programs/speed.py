@@ -21,7 +21,8 @@ from pyfused.bench.gpu.programs import ahead
 from pyfused.bench.gpu.programs.outcomes import go_on
 from pyfused.bench.record.rows import RowFile
 from pyfused.bench.run.session import Settings
-from pyfused.kernels.recording import Target, target
+from pyfused.kernels.launch import target
+from pyfused.kernels.recording import Target
 
 _SELECT = "test_machine or test_operators or test_overhead or test_compiled"
 # Rows beside four of each case: of the machine and of host time. What compiling ahead and the rounds may take of the

@@ -29,7 +29,7 @@ from pyfused.bench.gpu.programs.truth_cases import Call, calls, results
 from pyfused.bench.measure import parity
 from pyfused.bench.record import rows
 from pyfused.choice import backends
-from pyfused.kernels import recording
+from pyfused.kernels import launch
 from pyfused.kernels.recording import Target
 
 # Of the time, what compiling ahead may take.
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif outcomes.status(call.name) not in done:
             left.append(call)
     if device.type == "cuda" and not arguments.continued:
-        target = recording.target(device)
+        target = launch.target(device)
         found = ahead.compile_ahead(
             specialisations(left, target), target, arguments.workers, _AHEAD_SHARE * arguments.seconds
         )  # fmt: skip
