@@ -174,14 +174,14 @@ def _lora_shrink_kernel(
 def _lora_wgrad_kernel(
     t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
     length, rows_total, columns, rank, tiles_l, tiles_m, steps,
-    stride_tb, stride_tl, stride_tc, inverse_keep, threshold: tl.uint32,
+    stride_tb, stride_tl, stride_tc, scaling, q_scaling, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """g[split] (C, R) = drop(t)^T p over the split's ``steps`` tiles of rows. TRANSPOSED: g lies in memory as (R, C).
+    """g[split] (C, R) = s drop(t)^T p over the split's ``steps`` tiles of rows. TRANSPOSED: g lies in memory as (R, C).
 
-    With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = t f, a part of t's own product.
+    With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = s t f, a part of t's own product.
     """
     length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
     pid_c, split = tl.program_id(0), tl.program_id(1)
@@ -205,7 +205,7 @@ def _lora_wgrad_kernel(
         p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
         if f_ptr is not None:
-            q = tl.dot(t, f, input_precision=PRECISION)
+            q = tl.dot(t, f, input_precision=PRECISION) * q_scaling
             store_tile(dense_rows(q_ptr, batch, offs_l, length, rank, OFFSET), offs_r, 1, q, ok_l, ok_r, OFFSET)
         if DROP_T:
             keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
@@ -213,9 +213,10 @@ def _lora_wgrad_kernel(
         acc = tl.dot(tl.trans(t), p, acc, input_precision=PRECISION)
     if DROP_T:
         acc *= inverse_keep
+    acc *= scaling
     stride_gc, stride_gr = (1, columns) if TRANSPOSED else (rank, 1)
     g_ptrs = weight_pointers(g_ptr + split.to(tl.int64) * columns * rank, offs_c, offs_r, stride_gc, stride_gr, OFFSET)
-    tl.store(g_ptrs, acc, mask=ok_c[:, None] & ok_r[None, :])
+    tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=ok_c[:, None] & ok_r[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "threshold"])
@@ -312,25 +313,27 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
     tiles_l, tiles_c = triton.cdiv(length, config.block_m), triton.cdiv(columns, config.block_c)
     steps = triton.cdiv(batch * tiles_l, config.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
-    parts = torch.empty((splits, *gradient.shape), dtype=torch.float32, device=t.device)
-    q_parts = None if factor is None else parts.new_empty((tiles_c, batch * length, rank))
+    q = None if factor is None else t.new_empty((batch * length, rank))
+    # A sum of one part is that part.
+    parts = gradient if splits == 1 else gradient.new_empty((splits, *gradient.shape), dtype=torch.float32)
+    q_parts = q if q is None or tiles_c == 1 else q.new_empty((tiles_c, *q.shape), dtype=torch.float32)
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
         t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
         RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
-        **strides("t", "blc", t), **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
+        **strides("t", "blc", t), scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
+        **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
         # So few columns are loaded one by one, and the compiler would spill to fit blocks that nobody starts.
         maxnreg=MAX_REGISTERS if columns < 16 else None,
     )  # fmt: skip
-    sum_partials(parts, gradient, scaling)
-    if factor is None:
-        return None
-    q = t.new_empty((batch * length, rank))
-    sum_partials(q_parts, q, scaling)
+    if splits > 1:
+        sum_partials(parts, gradient, scaling)
+    if q is not None and tiles_c > 1:
+        sum_partials(q_parts, q, scaling)
     return q
 
 

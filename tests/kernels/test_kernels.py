@@ -113,6 +113,15 @@ def test_offsets_are_64_bit_only_where_they_must_be():
     assert str(offset_type(torch.empty_strided((2, 3), (1 << 31, 1), device="meta"))) == "int64"
 
 
+def test_a_sum_of_one_part_is_no_launch_of_its_own():
+    with record(TARGETS[0]) as launches:
+        audit._lora_linear_call(1, 40, 64, 64, 16, torch.bfloat16, 0.1, "shrink_expand", False)()
+        few = [launch.kernel.__name__ for launch in launches]
+        audit._lora_linear_call(1, 2740, 768, 768, 16, torch.bfloat16, 0.1, "shrink_expand", False)()
+    assert "_sum_partials_kernel" not in few
+    assert "_sum_partials_kernel" in [launch.kernel.__name__ for launch in launches[len(few) :]]
+
+
 def test_recording_replaces_the_target_and_ends():
     device = torch.device("cpu")
     with record(TARGETS[0]) as launches:
