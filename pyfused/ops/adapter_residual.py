@@ -271,7 +271,7 @@ def adapter_residual(
         (sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1], channels_first[0]),
         (resolved, chosen),
     )
-    return layout.from_rows(y, z, channel_dim, channels_first[-1])
+    return y.view(z.shape) if channel_dim == -1 else layout.as_channels(y, z, channels_first[-1])
 
 
 def _decided(z, sizes, backend, plan, reason, limits, cast) -> decision.Decision:

@@ -45,16 +45,20 @@ def choose_plan(n: int, rank: int, dropout_p: float, dtype: torch.dtype, device_
     return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
 
 
+_Plans = tuple[tuple[str, str], tuple[str, str]]
+_ONLY_PLANS: dict[str, _Plans] = {
+    backend: ((PLANS[backend][0], f"the only plan of backend {backend!r}"),) * 2 for backend in ("portable", "cuda")
+}
+
+
 def resolve_plans(
-    plan: str, backend: str, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str
-) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(plan, reason) of forward, then of backward."""
+    plan: str, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str
+) -> dict[str, _Plans]:
+    """Backend -> (plan, reason) of forward, then of backward."""
     if plan != "auto":
-        return ((plan, "plan asked for by name"),) * 2
-    if backend != "triton":
-        return ((PLANS[backend][0], f"the only plan of backend {backend!r}"),) * 2
+        return dict.fromkeys(PLANS, ((plan, "plan asked for by name"),) * 2)
     forward = choose_plan(n, rank, dropout_p, dtype, device_type)
-    return forward, choose_plan(k, rank, dropout_p, dtype, device_type)
+    return {**_ONLY_PLANS, "triton": (forward, choose_plan(k, rank, dropout_p, dtype, device_type))}
 
 
 def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
@@ -138,7 +142,7 @@ class _LoRALinear(torch.autograd.Function):
 def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
     (n, k), rank = weight.shape, lora_a.shape[0]
     # Of a program that was traced for one direction, the other is planned where it runs.
-    _, (backward, _) = resolve_plans("auto", backend, n, k, rank, dropout_p, x.dtype, x.device.type)
+    _, (backward, _) = resolve_plans("auto", n, k, rank, dropout_p, x.dtype, x.device.type)[backend]
     y = _LoRALinear.apply(
         x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend
     )  # fmt: skip
@@ -211,6 +215,7 @@ def lora_linear(
     dropout_p = float(dropout_p) if training else 0.0
     (n, k), rank = weight.shape, lora_a.shape[0]
     sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
+    plans = resolve_plans(plan, n, k, rank, dropout_p, dtype, x.device.type)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
     chosen = backends.choose(backend, x.device, dtype, name, sizes, limits)
     if plan not in ("auto", *PLANS[chosen]):
@@ -218,7 +223,7 @@ def lora_linear(
         raise ValueError(
             f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
         )
-    forward, backward = resolve_plans(plan, chosen, n, k, rank, dropout_p, dtype, x.device.type)
+    forward, backward = plans[chosen]
     if decision.observers:
         decision.notify(_decided(x, sizes, chosen, forward, backward, limits, cast))
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
@@ -231,7 +236,7 @@ def lora_linear(
         (seed, float(scaling), dropout_p, channels_first, forward[0]),
         (backward[0], chosen),
     )
-    return layout.from_rows(y, x, channel_dim, channels_first)
+    return y.view(*x.shape[:-1], n) if channel_dim == -1 else layout.as_channels(y, x, channels_first)
 
 
 def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:

@@ -329,7 +329,7 @@ def test_plan_asked_for_by_name():
 
 def test_the_plans_of_both_directions_are_named():
     """The low-rank term of a GPU's y (M, 14336) costs less in a pass of its own, that of dx (M, 768) in the GEMM."""
-    plans = resolve_plans("auto", "triton", 14336, 768, 16, 0.0, torch.bfloat16, "cuda")
+    plans = resolve_plans("auto", 14336, 768, 16, 0.0, torch.bfloat16, "cuda")["triton"]
     sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
     x = torch.empty(5, 768, dtype=torch.bfloat16)
     call = _call("up", _decided(x, sizes, "triton", *plans, {}, False))

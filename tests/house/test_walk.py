@@ -45,6 +45,10 @@ def test_lora_linear_goes_from_its_module_to_its_backend(backend):
         # Neither device functions nor what interprets them.
         assert not any(name.endswith("_kernel") for _, name in found[way].calls)
     assert any(name == "forward" and "linear" in room for room, name in found["forward"].calls)
+    if backend == "triton":
+        # A detour that comes back is seen here.
+        assert found["forward"].moves <= 12
+        assert found["backward"].moves <= 9
 
 
 def test_the_table_has_a_line_for_each_direction():

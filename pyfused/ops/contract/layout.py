@@ -22,10 +22,8 @@ def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool
     return [tensor.flatten(1, -2) for tensor in rows], channels_first
 
 
-def from_rows(y: Tensor, x: Tensor, channel_dim: int, channels_first: bool) -> Tensor:
-    """(B, L, N) -> x's shape with N channels, a view of y."""
-    if channel_dim == -1:
-        return y.reshape(x.shape[:-1] + y.shape[-1:])
+def as_channels(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """(B, L, N) -> x's shape (B, ...) with N channels in dimension 1, a view of y."""
     if channels_first:
         return y.transpose(1, 2).reshape(x.shape[0], y.shape[-1], *x.shape[2:])
     return y.reshape(x.shape[0], *x.shape[2:], y.shape[-1]).movedim(-1, 1)
