@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pyfused.choice.order import preference
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision, LeftToTorch
 from pyfused.surgery import watch
-from pyfused.surgery.report import folded
+from pyfused.surgery.report import folded, table
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,10 @@ class OperatorCall:
 
 
 @dataclass(frozen=True)
-class PlainPart:
-    """What a module of pyfused leaves to plain torch.
-
-    Attributes:
-        module: path of the module, "" for the one that was explained.
-        what: the part, in words.
-        why: why no operator serves it.
-    """
+class PlainPart(LeftToTorch):
+    """What a module of pyfused leaves to plain torch, and the path of that module, "" for the one explained."""
 
     module: str
-    what: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -99,9 +91,7 @@ class Explanation:
                     f"[{notes.setdefault(call.why, len(notes) + 1)}]",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = table(rows, "<" * len(rows[0]))
         lines += ["", f"{len(self.calls)} calls; a training step saves {_bytes(self.saved_bytes)} beyond their inputs"]
         lines += [f"[{number}] {'; '.join(why)}" for why, number in notes.items()]
         lines += [f"plain torch: {part.module or '-'}: {part.what}: {part.why}" for part in self.plain]
@@ -151,7 +141,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
     def observer(told: Decision | LeftToTorch) -> None:
         module = path[-1] if path else ""
         if isinstance(told, LeftToTorch):
-            explanation.plain.append(PlainPart(module, told.what, told.why))
+            explanation.plain.append(PlainPart(told.what, told.why, module))
         else:
             explanation.calls.append(_call(module, told))
 
@@ -161,18 +151,9 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
 
 
 def _call(module: str, decided: Decision) -> OperatorCall:
-    return OperatorCall(
-        module=module,
-        operator=decided.operator,
-        shapes=decided.shapes,
-        dtype=decided.dtype,
-        device=decided.device,
-        backend=decided.backend,
-        plan=decided.plan,
-        backward_plan=decided.backward_plan,
-        why=(*decided.reasons, *_not_taken(decided)),
-        saved_bytes=decided.saved_bytes,
-    )
+    names = {field.name for field in fields(OperatorCall)} - {"module", "why"}
+    same = {name: getattr(decided, name) for name in names}
+    return OperatorCall(module=module, why=(*decided.reasons, *_not_taken(decided)), **same)
 
 
 @contextlib.contextmanager

@@ -277,21 +277,9 @@ def adapter_residual(
 def _decided(z, sizes, backend, plan, reason, limits, cast) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in ("M", "C", "h"))
     m, channels, hidden = (size for _, size in shapes)
-    return decision.Decision(
-        operator=_NAME,
-        kernels=_NAME,
-        shapes=shapes,
-        sizes=sizes,
-        dtype=z.dtype,
-        device=z.device,
-        backend=backend,
-        plan=plan,
-        backward_plan=plan,
-        reasons=(reason,),
-        # What autocast made of z is no input of the call, and kept too.
-        saved_bytes=m * (hidden * (plan == "save") + channels * cast) * z.element_size(),
-        limits=limits,
-    )
+    # What autocast made of z is no input of the call, and kept too.
+    saved = m * (hidden * (plan == "save") + channels * cast) * z.element_size()
+    return decision.Decision(_NAME, shapes, sizes, z.dtype, z.device, backend, plan, plan, (reason,), saved, limits)
 
 
 def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -> None:

@@ -29,7 +29,6 @@ the products have. Dropout's mask has row m and column h T' + t, T' the power of
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -241,8 +240,8 @@ def attend(
     gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
     out_bias = None if projections.out_bias is None else projections.out_bias.to(dtype)
     if decision.observers:
-        need_gate = gate is not None and gate.requires_grad
-        decision.notify(_decided(x, prepared, projections, norm_match, need_gate, operator, sizes, chosen, limits))
+        saved = _saved_bytes(x, prepared, projections, norm_match, gate is not None and gate.requires_grad)
+        decision.notify(_decided(x, prepared, projections, sizes, chosen, limits, operator, saved))
     if prepared.plan == "standard":
         # torch's attention would be the first to meet a tangent, and refuse it in its own name.
         registry.refuse_tangents(_NAME, {"x": x, "context": prepared.keys})
@@ -267,37 +266,15 @@ def attend(
     return y.view(x.shape)
 
 
-def _decided(
-    x: Tensor,
-    prepared: PreparedContext,
-    projections: Projections,
-    norm_match: bool,
-    need_gate: bool,
-    kernels: str,
-    sizes: Mapping[str, float],
-    backend: str,
-    limits: Mapping[str, str],
-) -> decision.Decision:
-    heads, tokens, width = projections.num_heads, prepared.tokens, projections.head_dim
+def _decided(x, prepared, projections, sizes, backend, limits, kernels, saved) -> decision.Decision:
+    heads, width, plan = projections.num_heads, projections.head_dim, prepared.plan
+    shapes = (("M", int(sizes["M"])), ("C", x.shape[2]), ("H", heads), ("d", width), ("T", prepared.tokens))
     return decision.Decision(
-        operator=_NAME,
-        kernels=kernels,
-        shapes=(("M", int(sizes["M"])), ("C", x.shape[2]), ("H", heads), ("d", width), ("T", tokens)),
-        sizes=sizes,
-        dtype=prepared.dtype,
-        device=x.device,
-        backend=backend,
-        plan=prepared.plan,
-        backward_plan=prepared.plan,
-        reasons=(prepared.reason,),
-        saved_bytes=_saved_bytes(x, prepared, projections, norm_match, need_gate),
-        limits=limits,
+        _NAME, shapes, sizes, prepared.dtype, x.device, backend, plan, plan, (prepared.reason,), saved, limits, kernels
     )
 
 
-def _saved_bytes(
-    x: Tensor, prepared: PreparedContext, projections: Projections, norm_match: bool, need_gate: bool
-) -> int:
+def _saved_bytes(x, prepared, projections, norm_match, need_gate) -> int:
     """What a training step keeps for backward beyond the call's own inputs, in bytes."""
     dtype, heads, tokens = prepared.dtype, projections.num_heads, prepared.tokens
     (batch, length, channels), inner, contexts = x.shape, heads * projections.head_dim, len(prepared.keys)

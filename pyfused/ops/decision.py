@@ -14,22 +14,15 @@ class Decision:
     """One call of an operator, as the operator decided it.
 
     Attributes:
-        operator: the operator's name.
-        kernels: the operator whose kernels serve the call; another one for attention in plan "standard".
-        shapes: letters and sizes that describe the call, such as ``(("M", 400), ("K", 768), ("N", 3072), ("R", 16))``.
+        operator, shapes, dtype, device, backend, plan, backward_plan, saved_bytes: as `explain` shows them, see
+            `pyfused.explanation.OperatorCall`.
         sizes: letters and sizes by which the order of the backends is chosen, see `preference`.
-        dtype: dtype the call computes in.
-        device: device of its input.
-        backend: the backend that serves it.
-        plan: the plan of forward, "auto" resolved.
-        backward_plan: the plan of backward.
         reasons: why these plans.
-        saved_bytes: what a training step keeps for backward, in bytes, beyond the call's own inputs.
         limits: backend -> why its kernels do not take this call.
+        served_by: the operator whose kernels serve the call, "" for its own; attention in plan "standard" has none.
     """
 
     operator: str
-    kernels: str
     shapes: tuple[tuple[str, int], ...]
     sizes: Mapping[str, float]
     dtype: torch.dtype
@@ -40,16 +33,17 @@ class Decision:
     reasons: tuple[str, ...]
     saved_bytes: int
     limits: Mapping[str, str]
+    served_by: str = ""
+
+    @property
+    def kernels(self) -> str:
+        """The operator whose kernels serve the call."""
+        return self.served_by or self.operator
 
 
 @dataclass(frozen=True)
 class LeftToTorch:
-    """A part of a module that no operator serves.
-
-    Attributes:
-        what: the part, in words.
-        why: why no operator serves it.
-    """
+    """A part of a module that no operator serves: what it is, in words, and why none serves it."""
 
     what: str
     why: str

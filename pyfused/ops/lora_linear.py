@@ -242,20 +242,11 @@ def lora_linear(
 def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:
     (plan, reason), (backward_plan, backward_reason) = forward, backward
     reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
+    shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")
+    # P, and what autocast made of x.
+    saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size()
     return decision.Decision(
-        operator="lora_linear",
-        kernels="lora_linear",
-        shapes=tuple((letter, int(sizes[letter])) for letter in "MKNR"),
-        sizes=sizes,
-        dtype=x.dtype,
-        device=x.device,
-        backend=backend,
-        plan=plan,
-        backward_plan=backward_plan,
-        reasons=reasons,
-        # P, and what autocast made of x.
-        saved_bytes=int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size(),
-        limits=limits,
+        "lora_linear", shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
     )
 
 

@@ -186,21 +186,10 @@ def projection_residual(
 
 def _decided(o, sizes, backend, keeps) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKC")
-    plan = "save" if keeps else "-"
-    return decision.Decision(
-        operator=_NAME,
-        kernels=_NAME,
-        shapes=shapes,
-        sizes=sizes,
-        dtype=o.dtype,
-        device=o.device,
-        backend=backend,
-        plan=plan,
-        backward_plan=plan,
-        reasons=("backward needs the projection" if keeps else "backward needs nothing of y's size",),
-        saved_bytes=int(sizes["M"] * sizes["C"]) * o.element_size() * keeps,
-        limits={},
-    )
+    plan, reason = ("save", "the projection") if keeps else ("-", "nothing of y's size")
+    saved = int(sizes["M"] * sizes["C"]) * o.element_size() * keeps
+    reasons = (f"backward needs {reason}",)
+    return decision.Decision(_NAME, shapes, sizes, o.dtype, o.device, backend, plan, plan, reasons, saved, {})
 
 
 def project_residual(
