@@ -367,9 +367,7 @@ def compile_case(case: Case) -> Finding:
         faults.append(f"spills: {spills} local accesses, {stack} bytes of stack")
     if shared > case.target.shared_memory:
         faults.append(f"shared memory {shared} > {case.target.shared_memory}")
-    sixteen_bit = any(
-        getattr(v, "dtype", None) in (torch.float16, torch.bfloat16) for v in case.launch.arguments.values()
-    )
+    sixteen_bit = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in case.launch.tensors)
     if "tt.dot" in compiled.asm["ttir"] and sixteen_bit and not instructions:
         faults.append("no tensor-core instruction")
     if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:

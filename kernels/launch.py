@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -72,6 +72,21 @@ def offset_type(*tensors: torch.Tensor | None) -> tl.dtype:
         if sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
             return tl.int64
     return tl.int32
+
+
+class Mat(NamedTuple):
+    """A tensor as a kernel takes it: in device code ``x.ptr`` and ``x.strides[i]``."""
+
+    ptr: torch.Tensor
+    strides: tuple[int, ...]
+
+
+def mat(tensor: torch.Tensor | None) -> Mat | None:
+    """Strides are zero where there is one element: that stride is never taken, and may be any number."""
+    if tensor is None:
+        return None
+    taken = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return Mat(tensor, tuple(taken))
 
 
 def strides(name: str, dimensions: str, tensor: torch.Tensor | None) -> dict[str, int]:

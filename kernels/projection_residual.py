@@ -14,36 +14,40 @@ from pyfused.kernels.launch import (
     configuration,
     dot_precision,
     launch,
+    mat,
     offset_type,
     row_length,
-    strides,
     target,
     vectorised,
 )
 from pyfused.kernels.lora_linear_config import gemm_config
 from pyfused.kernels.recording import INTERPRETER
-from pyfused.kernels.tiles import load_tile, row_pointers, store_tile, tile_rows
+from pyfused.kernels.tiles import (
+    load_tile,
+    load_vector,
+    row_starts,
+    store_tile,
+    tile_pointers,
+    tile_rows,
+    weight_pointers,
+)
 
 # Rows and channels of a tile in the passes over rows, which multiply no matrices; not timed on a GPU yet.
 _ROWS, _CHANNELS = 16, 128
 
 
 @triton.jit
-def _gate(gate_ptr, stride_gate, offs_c, ok_c, factor):
+def _gate(gate, offs_c, ok_c, factor):
     """w of each channel, float32."""
-    if gate_ptr is None:
+    if gate is None:
         return tl.where(ok_c, factor, 0.0)
     else:
-        return tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)
+        return load_vector(gate, offs_c, ok_c)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "tiles_n"])
 def _projection_fwd_kernel(
-    o_ptr, w_ptr, bias_ptr, x_ptr, gate_ptr, pre_ptr, squares_ptr, y_ptr,
-    length, channels, k, tiles_l, tiles_m, tiles_n,
-    stride_ob, stride_ol, stride_ok, stride_wn, stride_wk, stride_bias, stride_gate,
-    stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc,
-    factor, skip,
+    o, w, bias, x, gate, pre_ptr, squares_ptr, y, length, channels, k, tiles_l, tiles_m, tiles_n, factor, skip,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -53,21 +57,20 @@ def _projection_fwd_kernel(
     batch, offs_l, rows, ok_m = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_c, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     ok_c = offs_c < channels
-    dtype = o_ptr.dtype.element_ty
+    dtype = o.ptr.dtype.element_ty
     step_k = tl.full((), BLOCK_K, tl.int64)
-    o_rows = row_pointers(o_ptr, batch, offs_l, stride_ob, stride_ol, OFFSET)
-    o_ptrs = o_rows[:, None] + offs_k.to(OFFSET)[None, :] * stride_ok
-    w_ptrs = w_ptr + offs_c.to(OFFSET)[None, :] * stride_wn + offs_k.to(OFFSET)[:, None] * stride_wk
+    o_ptrs = tile_pointers(row_starts(o, batch, offs_l, OFFSET), offs_k, o.strides[2], OFFSET)
+    w_ptrs = weight_pointers(w.ptr, offs_k, offs_c, w.strides[1], w.strides[0], OFFSET)
     h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(tl.cdiv(k, BLOCK_K)):
         ok_k = offs_k < k - start * BLOCK_K
-        o = tl.load(o_ptrs, mask=ok_m[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=ok_c[None, :] & ok_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        h = tl.dot(o, w, h, input_precision=PRECISION)
-        o_ptrs += step_k * stride_ok
-        w_ptrs += step_k * stride_wk
-    if bias_ptr is not None:
-        h += tl.load(bias_ptr + offs_c * stride_bias, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+        o_tile = tl.load(o_ptrs, mask=ok_m[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w_tile = tl.load(w_ptrs, mask=ok_c[None, :] & ok_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        h = tl.dot(o_tile, w_tile, h, input_precision=PRECISION)
+        o_ptrs += step_k * o.strides[2]
+        w_ptrs += step_k * w.strides[1]
+    if bias is not None:
+        h += load_vector(bias, offs_c, ok_c)[None, :]
     ok = ok_m[:, None] & ok_c[None, :]
     if pre_ptr is not None:
         tl.store(pre_ptr + rows[:, None] * channels + offs_c[None, :], h.to(dtype), mask=ok)
@@ -76,59 +79,53 @@ def _projection_fwd_kernel(
         c = activation(h.to(dtype).to(tl.float32), ACTIVATION)
         tl.store(squares_ptr + rows * tiles_n + pid_n, tl.sum(c * c, axis=1), mask=ok_m)
     else:
-        x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
-        x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-        y = skip * x + _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :] * activation(h, ACTIVATION)
-        y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
-        store_tile(y_rows, offs_c, stride_yc, y, ok_m, ok_c, OFFSET)
+        x_rows, y_rows = row_starts(x, batch, offs_l, OFFSET), row_starts(y, batch, offs_l, OFFSET)
+        out = skip * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+        out += _gate(gate, offs_c, ok_c, factor)[None, :] * activation(h, ACTIVATION)
+        store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "tiles_n"])
 def _projection_match_kernel(
-    pre_ptr, squares_ptr, x_ptr, gate_ptr, y_ptr, length, channels, tiles_l, tiles_n,
-    stride_gate, stride_xb, stride_xl, stride_xc, stride_yb, stride_yl, stride_yc, factor, skip, eps,
+    pre_ptr, squares_ptr, x, gate, y, length, channels, tiles_l, tiles_n, factor, skip, eps,
     ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y of one tile of rows from h and the parts of |c|^2."""
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
-    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
-    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    x_rows, y_rows = row_starts(x, batch, offs_l, OFFSET), row_starts(y, batch, offs_l, OFFSET)
     square, square_x = tl.zeros((BLOCK_M,), dtype=tl.float32), tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in range(tiles_n):
         square += tl.load(squares_ptr + rows * tiles_n + tile, mask=ok_m, other=0.0)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = load_tile(x_rows, offs_c, stride_xc, ok_m, offs_c < channels, OFFSET).to(tl.float32)
-        square_x += tl.sum(x * x, axis=1)
+        x_tile = load_tile(x_rows, offs_c, x.strides[2], ok_m, offs_c < channels, OFFSET).to(tl.float32)
+        square_x += tl.sum(x_tile * x_tile, axis=1)
     rho = tl.sqrt(square_x) * inverse_or_zero(tl.sqrt(square) + eps)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
         ok = ok_m[:, None] & ok_c[None, :]
         h = tl.load(pre_ptr + rows[:, None] * channels + offs_c[None, :], mask=ok, other=0.0).to(tl.float32)
-        x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-        gate = _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)
-        y = skip * x + gate[None, :] * (rho[:, None] * activation(h, ACTIVATION))
-        store_tile(y_rows, offs_c, stride_yc, y, ok_m, ok_c, OFFSET)
+        out = skip * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+        out += _gate(gate, offs_c, ok_c, factor)[None, :] * (rho[:, None] * activation(h, ACTIVATION))
+        store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l"])
 def _projection_bwd_kernel(
-    dy_ptr, pre_ptr, x_ptr, gate_ptr, dh_ptr, dx_ptr, parts_ptr,
-    length, channels, tiles_l, stride_dyb, stride_dyl, stride_dyc, stride_gate, stride_xb, stride_xl, stride_xc,
-    factor, skip, eps,
+    dy, pre_ptr, x, gate, dh_ptr, dx_ptr, parts_ptr, length, channels, tiles_l, factor, skip, eps,
     ACTIVATION: tl.constexpr, NORM_MATCH: tl.constexpr, LARGEST: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dh and, with dx_ptr, dx of one tile of rows; the tile's parts of dw and db, (2, C)."""
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
-    dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
+    dy_rows = row_starts(dy, batch, offs_l, OFFSET)
     rho = tl.full((BLOCK_M,), 1.0, tl.float32)
     if NORM_MATCH:
-        x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+        x_rows = row_starts(x, batch, offs_l, OFFSET)
         along, square, square_x = rho * 0.0, rho * 0.0, rho * 0.0
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -136,11 +133,11 @@ def _projection_bwd_kernel(
             ok = ok_m[:, None] & ok_c[None, :]
             h = tl.load(pre_ptr + rows[:, None] * channels + offs_c[None, :], mask=ok, other=0.0).to(tl.float32)
             c = activation(h, ACTIVATION)
-            x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-            dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
-            along += tl.sum(dy * _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :] * c, axis=1)
+            x_tile = load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            along += tl.sum(dy_tile * _gate(gate, offs_c, ok_c, factor)[None, :] * c, axis=1)
             square += tl.sum(c * c, axis=1)
-            square_x += tl.sum(x * x, axis=1)
+            square_x += tl.sum(x_tile * x_tile, axis=1)
         norm, norm_x = tl.sqrt(square), tl.sqrt(square_x)
         inverse = inverse_or_zero(norm + eps)
         rho = norm_x * inverse
@@ -154,9 +151,9 @@ def _projection_bwd_kernel(
         at = rows[:, None] * channels + offs_c[None, :]
         h = tl.load(pre_ptr + at, mask=ok, other=0.0).to(tl.float32)
         c = activation(h, ACTIVATION)
-        dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
-        scaled = dy * rho[:, None]
-        dc = scaled * _gate(gate_ptr, stride_gate, offs_c, ok_c, factor)[None, :]
+        dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+        scaled = dy_tile * rho[:, None]
+        dc = scaled * _gate(gate, offs_c, ok_c, factor)[None, :]
         if NORM_MATCH:
             dc -= kappa[:, None] * c
         dh = dc * activation_slope(h, ACTIVATION)
@@ -168,8 +165,8 @@ def _projection_bwd_kernel(
         tl.store(parts_ptr + offs_c, tl.sum(scaled * c, axis=0), mask=ok_c)
         tl.store(parts_ptr + channels + offs_c, tl.sum(dh, axis=0), mask=ok_c)
         if dx_ptr is not None:
-            x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-            dx = skip * dy + towards[:, None] * x
+            x_tile = load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            dx = skip * dy_tile + towards[:, None] * x_tile
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
@@ -200,16 +197,14 @@ def projection_residual_fwd(
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
     squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None
     shared = {
-        "x_ptr": residual, "gate_ptr": gate, "y_ptr": y, "channels": channels,
-        "stride_gate": _stride(gate), **strides("x", "blc", residual), **strides("y", "blc", y),
+        "x": mat(residual), "gate": mat(gate), "y": mat(y), "channels": channels,
         "factor": factor, "skip": skip, "ACTIVATION": activation, "OFFSET": offset_type(o, weight, residual),
     }  # fmt: skip
     with torch.cuda.device_of(o):
         launch(
             _projection_fwd_kernel, (batch * tiles_l * tiles_n,), **shared,
-            o_ptr=o, w_ptr=weight, bias_ptr=bias, pre_ptr=pre if save or norm_match else None, squares_ptr=squares,
+            o=mat(o), w=mat(weight), bias=mat(bias), pre_ptr=pre if save or norm_match else None, squares_ptr=squares,
             **row_length(length, o, residual, y), k=k, tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
-            **strides("o", "blk", o), **strides("w", "nk", weight), stride_bias=_stride(bias),
             PRECISION=dot_precision(o.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             GROUP_M=config.group_m, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -264,10 +259,10 @@ def projection_residual_bwd(
             with torch.cuda.device_of(dy):
                 launch(
                     _projection_bwd_kernel, (batch * tiles_l,),
-                    dy_ptr=dy, pre_ptr=pre, x_ptr=residual, gate_ptr=gate, dh_ptr=dh,
+                    dy=mat(dy), pre_ptr=pre, x=mat(residual), gate=mat(gate), dh_ptr=dh,
                     dx_ptr=dx if need_residual else None, parts_ptr=parts,
-                    **row_length(length, dy, residual), channels=channels, tiles_l=tiles_l, **strides("dy", "blc", dy),
-                    stride_gate=_stride(gate), **strides("x", "blc", residual), factor=factor, skip=skip, eps=eps,
+                    **row_length(length, dy, residual), channels=channels, tiles_l=tiles_l,
+                    factor=factor, skip=skip, eps=eps,
                     ACTIVATION=activation, NORM_MATCH=norm_match, LARGEST=torch.finfo(pre.dtype).max,
                     OFFSET=offset_type(dy, residual),
                     BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4 if vectorised(dy, pre, residual) else 8, num_stages=2,
@@ -291,11 +286,6 @@ def _product(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Ten
         return left @ right
     y = left.new_empty((left.shape[0], right.shape[1]))
     return torch.addmm(y, left, right, beta=0.0, alpha=alpha, out=y)
-
-
-def _stride(vector: torch.Tensor | None) -> int:
-    """A scalar repeats: its stride is 0."""
-    return 0 if vector is None or vector.numel() == 1 else vector.stride(0)
 
 
 def _rows_block(device: torch.device) -> tuple[int, int]:

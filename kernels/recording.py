@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import Tensor
+
 from pyfused.choice import measured
 
 _Config = TypeVar("_Config")
@@ -74,6 +76,12 @@ class Launch:
     num_warps: int
     num_stages: int
     maxnreg: int | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those among the arguments, alone or with their strides."""
+        parts = (value if isinstance(value, tuple) else (value,) for value in self.arguments.values())
+        return [part for each in parts for part in each if isinstance(part, Tensor)]
 
 
 # Where `record` collects launches; None where they are made.

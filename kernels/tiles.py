@@ -17,6 +17,18 @@ def tile_rows(tile, tiles_l, length, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
+def row_starts(x, batch, offs_l, OFFSET: tl.constexpr):
+    """Pointers to the first elements of rows of x (B, L, C)."""
+    return x.ptr + batch * x.strides[0] + offs_l.to(OFFSET) * x.strides[1]
+
+
+@triton.jit
+def load_vector(vector, offs, ok):
+    """Elements of a vector, float32; 0 outside."""
+    return tl.load(vector.ptr + offs * vector.strides[0], mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def row_pointers(ptr, batch, offs_l, stride_b, stride_l, OFFSET: tl.constexpr):
     return ptr + batch * stride_b + offs_l.to(OFFSET) * stride_l
 

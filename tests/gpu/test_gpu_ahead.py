@@ -21,6 +21,7 @@ _JIT = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from pyfused.bench.gpu.programs import ahead, truth_cases
+from pyfused.kernels.launch import Mat
 from pyfused.kernels.recording import SHARED_MEMORY, Target, record
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
@@ -42,6 +43,8 @@ def launched(calls):
 def jit(launch, **settings):
     def real(value):
         # What the caching allocator gives is aligned; a view of it begins where it begins.
+        if isinstance(value, Mat):
+            return value._replace(ptr=real(value.ptr))
         if not isinstance(value, torch.Tensor):
             return value
         memory = torch.empty(value.data_ptr() + 64, dtype=torch.uint8)

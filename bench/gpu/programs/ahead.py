@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused.kernels import audit
+from pyfused.kernels.launch import Mat
 from pyfused.kernels.recording import Launch, Target, record
 from pyfused.ops.lora_linear import choose_plan
 
@@ -153,7 +154,7 @@ def compile_ahead(launches: Mapping[Key, Launch], target: Target, workers: int, 
 def _name(launch: Launch) -> str:
     """The kernel, with what most often decides whether it compiles."""
     blocks = (f"{name}={value}" for name, value in launch.arguments.items() if name.startswith("BLOCK"))
-    dtypes = {value.dtype: None for value in launch.arguments.values() if isinstance(value, Tensor)}
+    dtypes = {tensor.dtype: None for tensor in launch.tensors}
     shown = "+".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{launch.kernel.__name__} {shown} {' '.join(blocks)} {launch.num_warps} warps {launch.num_stages} stages"
 
@@ -212,10 +213,12 @@ class _Packed:
 
 
 def _packed(launch: Launch) -> _Packed:
-    arguments = {
-        name: _Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
-        for name, value in launch.arguments.items()
-    }
+    def packed(value: object) -> object:
+        if isinstance(value, Mat):
+            return value._replace(ptr=packed(value.ptr))
+        return _Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
+
+    arguments = {name: packed(value) for name, value in launch.arguments.items()}
     module = sys.modules[launch.kernel.__module__]
     return _Packed(
         module.__name__, str(module.__file__),
