@@ -15,9 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -68,7 +69,7 @@ class Finding:
     faults: tuple[str, ...]
 
 
-def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
+def representative_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, function that makes the launches) at the shapes and widths that pick each row of the configuration."""
     yield from _lora_linear_calls(full)
     yield from _adapter_residual_calls(full)
@@ -76,7 +77,7 @@ def representative_calls(full: bool) -> Iterator[tuple[str, object]]:
     yield from _projection_residual_calls(full)
 
 
-def _lora_linear_calls(full: bool) -> Iterator[tuple[str, object]]:
+def _lora_linear_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     # Rank and dropout: the ranks that users take, and, of tiles for other shapes, those that ask most of one.
     hardest, dtypes = [(64, 0.0), (64, 0.1), (256, 0.1)], [torch.bfloat16]
     shapes = {
@@ -136,7 +137,7 @@ def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first,
     return call
 
 
-def _adapter_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+def _adapter_residual_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     # (B, L, C) with its widths; B > 1: images of L positions, NCHW.
     shapes = [
         ((1, 6304, 768), (8, 64)),
@@ -203,7 +204,7 @@ def _adapter_residual_call(
     return call
 
 
-def _cross_attention_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+def _cross_attention_residual_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     # (B, L, C) with the heads and tokens; the context is every image's own.
     rows = 16, 1370, 1024
     widths = [(rows, 16, 2), (rows, 8, 8), ((10, 77, 768), 12, 3), (rows, 16, 16)]
@@ -254,7 +255,7 @@ def _cross_attention_residual_call(
     return call
 
 
-def _projection_residual_calls(full: bool) -> Iterator[tuple[str, object]]:
+def _projection_residual_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     # (M, K, C): AA-CLIP's attention and its adapters' blends.
     shapes = [(21920, 768, 1024), (21920, 1024, 1024), (1232, 768, 768)] if full else [(21920, 768, 1024)]
     for m, k, channels in shapes:
@@ -283,12 +284,16 @@ def _projection_residual_call(
             return torch.empty(shape, dtype=dtype, device="meta")
 
         o, residual = tensor(1, m, k), tensor(1, m, channels, dtype=stream_dtype or dtype)
-        weights, settings = (tensor(channels, k), tensor(channels)), (0.1, 0.9, activation, norm_match, 1e-6)
+        weights = tensor(channels, k), tensor(channels)
+        settings: dict[str, Any] = {
+            "factor": 0.1, "skip": 0.9, "activation": activation, "norm_match": norm_match, "eps": 1e-6,
+        }  # fmt: skip
         gate = tensor(channels, dtype=torch.float32) if per_channel else None
-        _, pre = projection_residual.projection_residual_fwd(o, *weights, residual, gate, *settings, norm_match)
+        _, pre = projection_residual.projection_residual_fwd(o, *weights, residual, gate, save=norm_match, **settings)
         dy, pre, x = torch.empty_like(residual), pre if norm_match else None, residual if norm_match else None
         projection_residual.projection_residual_bwd(
-            dy, o, *weights, x, gate, pre, *settings, True, True, norm_match, per_channel,
+            dy, o, *weights, x, gate, pre, need_do=True, need_weight=True, need_residual=norm_match,
+            need_gate=per_channel, **settings,
         )  # fmt: skip
 
     return call

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -51,17 +51,17 @@ class Chosen:
     """A launch configuration as it was chosen: of which kernel, by which function, from which arguments."""
 
     kernel: str
-    function: Callable[..., object]
+    function: Callable[..., Any]
     sizes: tuple[object, ...]
     settings: tuple[tuple[str, object], ...]
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         bound = inspect.signature(self.function).bind(*self.sizes, **dict(self.settings))
         bound.apply_defaults()
         return bound.arguments
 
-    def config(self) -> object:
+    def config(self) -> Any:
         """What the function returns."""
         return self.function(*self.sizes, **dict(self.settings))
 
@@ -70,9 +70,9 @@ class Chosen:
 class Launch:
     """One recorded launch: ``kernel[grid](**arguments, num_warps=..., num_stages=...)``."""
 
-    kernel: object
+    kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     num_warps: int
     num_stages: int
     maxnreg: int | None
@@ -89,7 +89,7 @@ current: tuple[Target, list[Launch]] | None = None
 
 
 @functools.lru_cache(4096)
-def measured_or_own(chosen: Chosen) -> object:
+def measured_or_own(chosen: Chosen) -> Any:
     """The configuration of a row measured on this GPU, or else the function's own."""
     own = chosen.config()
     if not measured.TABLE.rows:
@@ -104,7 +104,7 @@ def forget() -> None:
     measured_or_own.cache_clear()
 
 
-def measured_for(arguments: Mapping[str, object]) -> tuple[str, str, int, dict[str, object]]:
+def measured_for(arguments: Mapping[str, Any]) -> tuple[str, str, int, dict[str, object]]:
     """(GPU, dtype, M, all other sizes) by which a row of a configuration is found."""
     others = dict(arguments)
     where, dtype = others.pop("target"), str(others.pop("dtype")).removeprefix("torch.")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -213,7 +214,7 @@ class _Packed:
 
 
 def _packed(launch: Launch) -> _Packed:
-    def packed(value: object) -> object:
+    def packed(value: Any) -> Any:
         if isinstance(value, Mat):
             return value._replace(ptr=packed(value.ptr))
         return _Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
