@@ -24,13 +24,22 @@ from pyfused.kernels.launch import (
     dot_precision,
     dropout_arguments,
     launch,
+    mat,
     offset_type,
     row_length,
-    strides,
     vectorised,
 )
 from pyfused.kernels.sums import sums_slots
-from pyfused.kernels.tiles import gate_root, load_tile, load_weight, narrow_product, row_pointers, store_tile, tile_rows
+from pyfused.kernels.tiles import (
+    gate_root,
+    load_tile,
+    load_vector,
+    load_weight,
+    narrow_product,
+    row_pointers,
+    store_tile,
+    tile_rows,
+)
 
 # Slots that one program adds up at a time, and then groups of slots.
 _GROUP = 16
@@ -48,20 +57,19 @@ def _columns(
 
 @triton.jit
 def _probabilities(
-    x_rows, stride_xc, ok_m, e_ptr, c_ptr, heads, tokens, channels,
-    stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+    x_rows, stride_xc, ok_m, e, c, batch, heads, tokens, channels,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """softmax over the tokens of each head  [BLOCK_M, BLOCK_J] in float32; 0 where a head has none."""
-    columns, ok_j = _columns(heads, tokens, stride_eh, stride_et, OFFSET, BLOCK_H, BLOCK_T)
+    columns, ok_j = _columns(heads, tokens, e.strides[1], e.strides[2], OFFSET, BLOCK_H, BLOCK_T)
     s = narrow_product(
-        x_rows, stride_xc, ok_m, e_ptr, stride_ec, columns, ok_j, None, 0, 1.0, channels,
+        x_rows, stride_xc, ok_m, e.ptr + batch * e.strides[0], e.strides[3], columns, ok_j, None, 1.0, channels,
         DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
     )  # fmt: skip
-    if c_ptr is not None:
-        columns, ok_j = _columns(heads, tokens, stride_ch, stride_ct, OFFSET, BLOCK_H, BLOCK_T)
-        s += tl.load(c_ptr + columns, mask=ok_j, other=0.0).to(tl.float32)[None, :]
+    if c is not None:
+        columns, ok_j = _columns(heads, tokens, c.strides[1], c.strides[2], OFFSET, BLOCK_H, BLOCK_T)
+        s += tl.load(c.ptr + batch * c.strides[0] + columns, mask=ok_j, other=0.0).to(tl.float32)[None, :]
     s = tl.reshape(tl.where(ok_j[None, :], s, -float("inf")), (BLOCK_M, BLOCK_H, BLOCK_T))
     top = tl.max(s, axis=2)
     p = tl.exp(s - tl.where(top == -float("inf"), 0.0, top)[:, :, None])
@@ -83,19 +91,19 @@ def _output_tile(
 
 
 @triton.jit
-def _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET: tl.constexpr):
+def _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET: tl.constexpr):
     """g = w dy  [BLOCK_M, BLOCK_C] in float32; with a gate that is w."""
     g = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
-    if gate_ptr is None:
+    if gate is None:
         return g * weight
     else:
-        return g * tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)[None, :]
+        return g * load_vector(gate, offs_c, ok_c)[None, :]
 
 
 @triton.jit
 def _norms(
     a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, dy_rows, stride_dyc, ok_m,
-    gate_ptr, stride_gate, weight, channels,
+    gate, weight, channels,
     BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +117,7 @@ def _norms(
         o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
         square += tl.sum(o * o, axis=1)
         if BACKWARD:
-            g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET)
+            g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET)
             along += tl.sum(g * o, axis=1)
         x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
         square_x += tl.sum(x * x, axis=1)
@@ -119,7 +127,7 @@ def _norms(
 @triton.jit
 def _matched_product(
     a, norm, rho, kappa, f_ptr, columns, ok_j, stride_fc, bias_ptr, dy_rows, stride_dyc, ok_m,
-    gate_ptr, stride_gate, weight, root, channels,
+    gate, weight, root, channels,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +137,7 @@ def _matched_product(
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
         o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
-        g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate_ptr, stride_gate, weight, offs_c, ok_c, OFFSET)
+        g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET)
         do = (rho[:, None] * g - kappa[:, None] * o) / root
         if tl.float16 == DTYPE:
             # rho is |x| / eps where o is 0: times F or p = 0, where every key is masked, not NaN.
@@ -141,11 +149,7 @@ def _matched_product(
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "threshold"])
 def _cross_attention_fwd_kernel(
-    x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, y_ptr, p_ptr, seed_ptr,
-    length, channels, heads, tokens, tiles_l,
-    stride_xb, stride_xl, stride_xc, stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
-    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
-    stride_yb, stride_yl, stride_yc,
+    x, e, c, f, bias_ptr, gate, y, p_ptr, seed_ptr, length, channels, heads, tokens, tiles_l,
     weight, eps, inverse_keep, threshold: tl.uint32,
     NORM_MATCH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr,
@@ -154,11 +158,10 @@ def _cross_attention_fwd_kernel(
     """y and, with p_ptr, p of one tile of rows."""
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
-    dtype = e_ptr.dtype.element_ty
-    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    dtype = e.ptr.dtype.element_ty
+    x_rows = row_pointers(x, batch, offs_l, OFFSET)
     p = _probabilities(
-        x_rows, stride_xc, ok_m, e_ptr + batch * stride_eb, None if c_ptr is None else c_ptr + batch * stride_cb,
-        heads, tokens, channels, stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+        x_rows, x.strides[2], ok_m, e, c, batch, heads, tokens, channels,
         dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
     )  # fmt: skip
     if p_ptr is not None:
@@ -169,43 +172,38 @@ def _cross_attention_fwd_kernel(
         keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H * BLOCK_T)
         p = tl.where(keep, p * inverse_keep, 0.0)
     a = p.to(dtype)  # [BLOCK_M, BLOCK_J]
-    f_ptr += batch * stride_fb
-    columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
+    f_ptr = f.ptr + batch * f.strides[0]
+    columns, ok_j = _columns(heads, tokens, f.strides[1], f.strides[2], OFFSET, BLOCK_H, BLOCK_T)
     if NORM_MATCH:
         norm, norm_x, _ = _norms(
-            a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, x_rows, stride_xc, ok_m,
-            gate_ptr, stride_gate, weight, channels, False, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+            a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, x_rows, x.strides[2], x_rows, x.strides[2], ok_m,
+            gate, weight, channels, False, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         rho = norm_x * inverse_or_zero(norm + eps)
-    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
+    y_rows = row_pointers(y, batch, offs_l, OFFSET)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        out = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, dtype, PRECISION, OFFSET)
+        out = _output_tile(a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, offs_c, ok_c, dtype, PRECISION, OFFSET)
         if NORM_MATCH:
             out *= rho[:, None]
-        if gate_ptr is None:
+        if gate is None:
             out *= weight
         else:
-            out *= tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32)[None, :]
-        out += load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-        store_tile(y_rows, offs_c, stride_yc, out, ok_m, ok_c, OFFSET)
+            out *= load_vector(gate, offs_c, ok_c)[None, :]
+        out += load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+        store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "threshold", "counters"])
 def _cross_attention_bwd_rows_kernel(
-    dy_ptr, x_ptr, e_ptr, c_ptr, f_ptr, bias_ptr, gate_ptr, p_ptr, dx_ptr, ds_ptr, seed_ptr, counter_ptr,
-    rho_ptr, kappa_ptr, a_ptr,
-    length, channels, heads, tokens, tiles_l, counters,
-    stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_dxb, stride_dxl, stride_dxc,
-    stride_eb, stride_eh, stride_et, stride_ec, stride_cb, stride_ch, stride_ct,
-    stride_fb, stride_fh, stride_ft, stride_fc, stride_gate,
-    weight, root, eps, inverse_keep, threshold: tl.uint32,
+    dy, x, e, c, f, bias_ptr, gate, p_ptr, dx, ds_ptr, seed_ptr, counter_ptr, rho_ptr, kappa_ptr, a_ptr,
+    length, channels, heads, tokens, tiles_l, counters, weight, root, eps, inverse_keep, threshold: tl.uint32,
     NORM_MATCH: tl.constexpr, RECOMPUTE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
-    """ds / root and, with dx_ptr, dx of one tile of rows; RECOMPUTE: p too; NORM_MATCH: rho, kappa and a."""
+    """ds / root and, with dx, dx of one tile of rows; RECOMPUTE: p too; NORM_MATCH: rho, kappa and a."""
     if tl.program_id(0) == 0:
         # The sums over rows, which follow, count their programs here.
         for start in range(tl.cdiv(counters, 128)):
@@ -214,24 +212,25 @@ def _cross_attention_bwd_rows_kernel(
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
     dtype = ds_ptr.dtype.element_ty
-    dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
-    x_rows = dy_rows if x_ptr is None else row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
+    # What stands for an x that is not given is not read.
+    from_x = dy if x is None else x
+    x_rows = row_pointers(from_x, batch, offs_l, OFFSET)
     in_row, ok_j = _columns(heads, tokens, tokens, 1, OFFSET, BLOCK_H, BLOCK_T)
     p_offs = rows[:, None] * (heads * tokens) + in_row[None, :]
     ok_p = ok_m[:, None] & ok_j[None, :]
     if RECOMPUTE:
         p = _probabilities(
-            x_rows, stride_xc, ok_m, e_ptr + batch * stride_eb, None if c_ptr is None else c_ptr + batch * stride_cb,
-            heads, tokens, channels, stride_eh, stride_et, stride_ec, stride_ch, stride_ct,
+            x_rows, from_x.strides[2], ok_m, e, c, batch, heads, tokens, channels,
             dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
         )  # fmt: skip
         # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
         tl.store(p_ptr + p_offs, p.to(dtype), mask=ok_p)
         tl.debug_barrier()
-    if gate_ptr is not None:
-        root = gate_root(gate_ptr, stride_gate, channels, BLOCK_ALL)
-    columns, ok_j = _columns(heads, tokens, stride_fh, stride_ft, OFFSET, BLOCK_H, BLOCK_T)
-    f_ptr += batch * stride_fb
+    if gate is not None:
+        root = gate_root(gate, channels, BLOCK_ALL)
+    columns, ok_j = _columns(heads, tokens, f.strides[1], f.strides[2], OFFSET, BLOCK_H, BLOCK_T)
+    f_ptr = f.ptr + batch * f.strides[0]
     towards = tl.zeros((BLOCK_M,), dtype=tl.float32)
     # From here on gradients are divided by root.
     if NORM_MATCH:
@@ -242,8 +241,8 @@ def _cross_attention_bwd_rows_kernel(
         tl.store(a_ptr + p_offs, a, mask=ok_p)
         a = a.to(dtype)
         norm, norm_x, along = _norms(
-            a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, dy_rows, stride_dyc, ok_m,
-            gate_ptr, stride_gate, weight, channels, True, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+            a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, x_rows, from_x.strides[2], dy_rows, dy.strides[2], ok_m,
+            gate, weight, channels, True, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         inverse = inverse_or_zero(norm + eps)
         rho = norm_x * inverse
@@ -252,16 +251,16 @@ def _cross_attention_bwd_rows_kernel(
         tl.store(rho_ptr + rows, rho, mask=ok_m)
         tl.store(kappa_ptr + rows, kappa, mask=ok_m)
         da = _matched_product(
-            a, norm, rho, kappa, f_ptr, columns, ok_j, stride_fc, bias_ptr, dy_rows, stride_dyc, ok_m,
-            gate_ptr, stride_gate, weight, root, channels,
+            a, norm, rho, kappa, f_ptr, columns, ok_j, f.strides[3], bias_ptr, dy_rows, dy.strides[2], ok_m,
+            gate, weight, root, channels,
             dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
         )  # fmt: skip
     else:
         da = narrow_product(
-            dy_rows, stride_dyc, ok_m, f_ptr, stride_fc, columns, ok_j, gate_ptr, stride_gate, root,
+            dy_rows, dy.strides[2], ok_m, f_ptr, f.strides[3], columns, ok_j, gate, root,
             channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
         )  # fmt: skip
-        if gate_ptr is None:
+        if gate is None:
             da *= weight / root
     p = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
     if DROP:
@@ -272,26 +271,25 @@ def _cross_attention_bwd_rows_kernel(
     ds = tl.reshape(grouped * (dp - tl.sum(grouped * dp, axis=2)[:, :, None]), (BLOCK_M, BLOCK_H * BLOCK_T))
     ds = ds.to(dtype)  # [BLOCK_M, BLOCK_J]
     tl.store(ds_ptr + p_offs, ds, mask=ok_p)
-    if dx_ptr is not None:
-        dx_rows = row_pointers(dx_ptr, batch, offs_l, stride_dxb, stride_dxl, OFFSET)
-        columns, ok_j = _columns(heads, tokens, stride_eh, stride_et, OFFSET, BLOCK_H, BLOCK_T)
+    if dx is not None:
+        dx_rows = row_pointers(dx, batch, offs_l, OFFSET)
+        columns, ok_j = _columns(heads, tokens, e.strides[1], e.strides[2], OFFSET, BLOCK_H, BLOCK_T)
+        e_ptr = e.ptr + batch * e.strides[0]
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
             ok_c = offs_c < channels
-            e = load_weight(e_ptr + batch * stride_eb, columns, offs_c, 1, stride_ec, ok_j, ok_c, dtype, OFFSET)
-            out = tl.dot(ds, e, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
+            e_tile = load_weight(e_ptr, columns, offs_c, 1, e.strides[3], ok_j, ok_c, dtype, OFFSET)
+            out = tl.dot(ds, e_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
             if NORM_MATCH:
-                out += towards[:, None] * load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET).to(tl.float32)
-            out = out * root + load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET).to(tl.float32)
-            store_tile(dx_rows, offs_c, stride_dxc, out, ok_m, ok_c, OFFSET)
+                out += towards[:, None] * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            out = out * root + load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            store_tile(dx_rows, offs_c, dx.strides[2], out, ok_m, ok_c, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_context", "steps", "splits", "threshold"])
 def _cross_attention_bwd_weights_kernel(
-    dy_ptr, x_ptr, p_ptr, ds_ptr, rho_ptr, gate_ptr, seed_ptr, parts_ptr, counter_ptr,
-    length, channels, heads, tokens, tiles_l, per_context, steps, splits,
-    stride_dyb, stride_dyl, stride_dyc, stride_xb, stride_xl, stride_xc, stride_gate,
-    root, inverse_keep, threshold: tl.uint32,
+    dy, x, p_ptr, ds_ptr, rho_ptr, gate, seed_ptr, parts_ptr, counter_ptr,
+    length, channels, heads, tokens, tiles_l, per_context, steps, splits, root, inverse_keep, threshold: tl.uint32,
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
@@ -315,13 +313,13 @@ def _cross_attention_bwd_weights_kernel(
     head, token = offs_j // BLOCK_T, offs_j % BLOCK_T
     in_row, ok_j = head * tokens + token, (head < heads) & (token < tokens)
     dtype = ds_ptr.dtype.element_ty
-    WIDER: tl.constexpr = dy_ptr.dtype.element_ty != dtype
+    WIDER: tl.constexpr = dy.ptr.dtype.element_ty != dtype
     keys = tl.zeros((BLOCK_C, BLOCK_J), dtype=tl.float32)
     outer = tl.zeros((BLOCK_C, BLOCK_J), dtype=tl.float32)
     sum_ds = tl.zeros((BLOCK_J,), dtype=tl.float32)
     sum_dy = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if gate_ptr is not None:
-        root = gate_root(gate_ptr, stride_gate, channels, BLOCK_ALL)
+    if gate is not None:
+        root = gate_root(gate, channels, BLOCK_ALL)
     for step in range(steps):
         in_context = split * steps + step
         batch, offs_l, rows, ok_m = tile_rows(context * per_context + in_context, tiles_l, length, OFFSET, BLOCK_M)
@@ -330,26 +328,26 @@ def _cross_attention_bwd_weights_kernel(
         ok_p = ok_m[:, None] & ok_j[None, :]
         if NEED_KEYS:
             ds = tl.load(ds_ptr + p_offs, mask=ok_p, other=0.0)  # [BLOCK_M, BLOCK_J]
-            if x_ptr is not None:
-                x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
-                x = load_tile(x_rows, offs_c, stride_xc, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
-                keys = tl.dot(tl.trans(x.to(dtype)), ds, keys, input_precision=PRECISION)
+            if x is not None:
+                x_rows = row_pointers(x, batch, offs_l, OFFSET)
+                x_tile = load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+                keys = tl.dot(tl.trans(x_tile.to(dtype)), ds, keys, input_precision=PRECISION)
             sum_ds += tl.sum(ds.to(tl.float32), axis=0)
         if NEED_VALUES:
-            dy_rows = row_pointers(dy_ptr, batch, offs_l, stride_dyb, stride_dyl, OFFSET)
-            dy = load_tile(dy_rows, offs_c, stride_dyc, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+            dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
+            dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
             a = tl.load(p_ptr + p_offs, mask=ok_p, other=0.0).to(tl.float32)
             if DROP:
                 keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_j * BLOCK_J, threshold, BLOCK_M, BLOCK_J)
                 a = tl.where(keep, a * inverse_keep, 0.0)
-            g = dy.to(tl.float32)
+            g = dy_tile.to(tl.float32)
             if rho_ptr is not None:
                 rho = tl.load(rho_ptr + rows, mask=ok_m, other=0.0)
                 a *= rho[:, None]
                 g *= rho[:, None]
             if WIDER:
-                dy = dy.to(tl.float32) * root
-            outer = tl.dot(tl.trans(dy.to(dtype)), a.to(dtype), outer, input_precision=PRECISION)
+                dy_tile = dy_tile.to(tl.float32) * root
+            outer = tl.dot(tl.trans(dy_tile.to(dtype)), a.to(dtype), outer, input_precision=PRECISION)
             sum_dy += tl.sum(g, axis=0)
 
     groups = tl.cdiv(splits, GROUP)
@@ -386,20 +384,19 @@ def cross_attention_residual_fwd(
     p = e.new_empty((batch, length, heads * tokens) if save else 0)
     if batch * length == 0:
         return y, p
-    shared = _shared(e, c, f, bias, gate)
+    block_h, block_t = _blocks(heads, tokens)
+    beside = _beside(e.dtype, block_h * block_t, dropout_p, norm_match)
+    shared = _shared(e, c, f, bias, gate, block_h, block_t)
     config = configuration(
-        _cross_attention_fwd_kernel, rows_config,
-        x.device, batch, length, channels, shared["BLOCK_H"] * shared["BLOCK_T"], e.dtype,
-        weight_bytes=e.itemsize, vectorised=vectorised(x, y),
-        beside=_beside(e.dtype, shared["BLOCK_H"] * shared["BLOCK_T"], dropout_p, norm_match),
+        _cross_attention_fwd_kernel, rows_config, x.device, batch, length, channels, block_h * block_t, e.dtype,
+        weight_bytes=e.itemsize, vectorised=vectorised(x, y), beside=beside,
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
     with torch.cuda.device_of(x):
         launch(
             _cross_attention_fwd_kernel, (batch * tiles_l,), **shared,
-            x_ptr=x, y_ptr=y, p_ptr=p if save else None,
+            x=mat(x), y=mat(y), p_ptr=p if save else None,
             **row_length(length, x, y), channels=channels, tiles_l=tiles_l,
-            **strides("x", "blc", x), **strides("y", "blc", y),
             weight=weight, eps=eps, **dropout_arguments(seed, dropout_p),
             NORM_MATCH=norm_match, DROP=dropout_p > 0.0, OFFSET=offset_type(x, y, e, f),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c,
@@ -430,12 +427,13 @@ def cross_attention_residual_bwd(
     (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
     wide, nothing = {"dtype": torch.float32, "device": dy.device}, e.new_empty
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
-    shared = _shared(e, c, f, bias, gate)
-    rows, columns, padded = batch * length, heads * tokens, shared["BLOCK_H"] * shared["BLOCK_T"]
-    size = dy.device, batch, length, channels, padded, e.dtype
-    vectors = vectorised(dy, x, dx if need_dx else None)
+    block_h, block_t = _blocks(heads, tokens)
+    rows, columns, padded = batch * length, heads * tokens, block_h * block_t
+    rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
     beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
-    kind = {"vectorised": vectors, "beside": beside}
+    shared = _shared(e, c, f, bias, gate, block_h, block_t)
+    size = dy.device, batch, length, channels, padded, e.dtype
+    kind = {"vectorised": vectorised(dy, x, dx if need_dx else None), "beside": beside}
     rows_cfg = configuration(
         _cross_attention_bwd_rows_kernel, rows_config, *size, weight_bytes=e.itemsize, **kind
     )  # fmt: skip
@@ -454,10 +452,8 @@ def cross_attention_residual_bwd(
     recompute = p is None
     ds = nothing((rows, columns))
     p = torch.empty_like(ds) if recompute else p
-    rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
     arguments = {
-        "dy_ptr": dy, "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter,
-        "channels": channels, **strides("dy", "blc", dy),
+        "dy": mat(dy), "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter, "channels": channels,
         "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p), "DROP": dropout_p > 0.0,
         "BLOCK_ALL": triton.next_power_of_2(channels),
     }  # fmt: skip
@@ -469,10 +465,9 @@ def cross_attention_residual_bwd(
             from_x = x if recompute or norm_match else None
             launch(
                 _cross_attention_bwd_rows_kernel, (batch * row_tiles,), **arguments, **shared,
-                x_ptr=from_x, dx_ptr=dx if need_dx else None, kappa_ptr=kappa, a_ptr=a,
+                x=mat(from_x), dx=mat(dx) if need_dx else None, kappa_ptr=kappa, a_ptr=a,
                 **row_length(length, dy, from_x, dx if need_dx else None),
                 tiles_l=row_tiles, counters=counter.numel(),
-                **strides("x", "blc", from_x), **strides("dx", "blc", dx if need_dx else None),
                 weight=weight, eps=eps, NORM_MATCH=norm_match, RECOMPUTE=recompute, OFFSET=offset_type(dy, x, e, f),
                 BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c,
                 num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
@@ -487,18 +482,17 @@ def cross_attention_residual_bwd(
                 arguments["rho_ptr"] = rho / largest
             launch(
                 _cross_attention_bwd_weights_kernel, (tiles_c * (padded // block_j) * contexts * splits,),
-                **arguments, **{name: shared[name] for name in _OF_ALL},
-                x_ptr=x if need_keys else None, parts_ptr=parts,
+                **arguments, gate=shared["gate"], heads=heads, tokens=tokens, PRECISION=shared["PRECISION"],
+                x=mat(x) if need_keys else None, parts_ptr=parts,
                 **row_length(length, dy, x if need_keys else None),
                 tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
-                **strides("x", "blc", x if need_keys else None),
                 NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=_GROUP,
-                BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, COLUMNS=padded,
+                BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, BLOCK_T=block_t, COLUMNS=padded,
                 num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
     root = arguments["root"] if gate is None else _root(gate)
     keys, values, sum_ds, sum_dy = _unpacked(
-        parts[:, :, -1], sums_cfg.block_c, shared["BLOCK_H"], shared["BLOCK_T"], (heads, tokens, channels)
+        parts[:, :, -1], sums_cfg.block_c, block_h, block_t, (heads, tokens, channels)
     )
     # One empty tensor for all that is not needed would be outputs that alias.
     dc, db = nothing(0), nothing(0)
@@ -568,25 +562,17 @@ def _values(f: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return values if bias is None else torch.cat((values, bias.expand(len(f), 1, -1)), dim=1)
 
 
-# What the sums over rows need of `_shared`.
-_OF_ALL = ("gate_ptr", "heads", "tokens", "stride_gate", "PRECISION", "BLOCK_T")
-
-
-def _shared(e, c, f, bias, gate) -> dict[str, object]:
-    """The arguments that forward and backward have in common; what serves all images has a stride of 0 between them."""
-    heads, tokens = e.shape[1:3]
+def _blocks(heads: int, tokens: int) -> tuple[int, int]:
+    """BLOCK_H and BLOCK_T: a matrix instruction takes 16 columns at least."""
     block_t = triton.next_power_of_2(tokens)
-    arguments: dict[str, object] = {
-        "e_ptr": e, "c_ptr": c, "f_ptr": f, "bias_ptr": None if bias is None else bias.contiguous(), "gate_ptr": gate,
-        "heads": heads, "tokens": tokens,
-        **strides("e", ("b", "h", "t", "c"), e), **strides("c", ("b", "h", "t"), c),
-        **strides("f", ("b", "h", "t", "c"), f),
-        "stride_gate": 0 if gate is None or gate.numel() == 1 else gate.stride(0),
-        "PRECISION": dot_precision(e.dtype),
-        # A matrix instruction takes 16 columns at least.
-        "BLOCK_H": max(triton.next_power_of_2(heads), 16 // block_t), "BLOCK_T": block_t,
+    return max(triton.next_power_of_2(heads), 16 // block_t), block_t
+
+
+def _shared(e, c, f, bias, gate, block_h: int, block_t: int) -> dict[str, object]:
+    """The arguments that forward and backward have in common; what serves all images has a stride of 0 between them."""
+    return {
+        "e": mat(e), "c": mat(c), "f": mat(f), "gate": mat(gate),
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "heads": e.shape[1], "tokens": e.shape[2], "PRECISION": dot_precision(e.dtype),
+        "BLOCK_H": block_h, "BLOCK_T": block_t,
     }  # fmt: skip
-    for name, tensor in (("eb", e), ("cb", c), ("fb", f)):
-        if tensor is not None and len(tensor) == 1:
-            arguments[f"stride_{name}"] = 0
-    return arguments

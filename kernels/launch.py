@@ -85,19 +85,10 @@ def mat(tensor: torch.Tensor | None) -> Mat | None:
     """Strides are zero where there is one element: that stride is never taken, and may be any number."""
     if tensor is None:
         return None
-    taken = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return Mat(tensor, tuple(taken))
-
-
-def strides(name: str, dimensions: str, tensor: torch.Tensor | None) -> dict[str, int]:
-    """``strides("x", "blk", x)`` -> {"stride_xb": ..., "stride_xl": ..., "stride_xk": ...}; zeros for None.
-
-    Zero too where there is one element: that stride is never taken, and may be any number.
-    """
-    if tensor is None:
-        return {f"stride_{name}{letter}": 0 for letter in dimensions}
-    values = zip(dimensions, tensor.shape, tensor.stride(), strict=True)
-    return {f"stride_{name}{letter}": 0 if size == 1 else stride for letter, size, stride in values}
+    sizes, strides = tensor.shape, tensor.stride()
+    if 1 in sizes:
+        strides = tuple([0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True)])
+    return Mat(tensor, strides)
 
 
 def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:

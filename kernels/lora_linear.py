@@ -20,12 +20,12 @@ from pyfused.kernels.launch import (
     dot_precision,
     dropout_arguments,
     launch,
+    mat,
     multiple,
     offset_type,
     rank_divisor,
     row_length,
     rows_like,
-    strides,
     target,
     vectorised,
 )
@@ -35,6 +35,7 @@ from pyfused.kernels.sums import sum_partials
 from pyfused.kernels.tiles import (
     dense_rows,
     load_tile,
+    load_vector,
     load_weight,
     row_pointers,
     store_tile,
@@ -50,9 +51,7 @@ from pyfused.kernels.tiles import (
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
-    x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, p_ptr, y_ptr, seed_ptr,
-    length, n, k, rank, tiles_l, tiles_m, tiles_n,
-    stride_xb, stride_xl, stride_xk, stride_wn, stride_wk, stride_bias, stride_yb, stride_yl, stride_yn,
+    x, w, a_ptr, b_ptr, bias, p_ptr, y, seed_ptr, length, n, k, rank, tiles_l, tiles_m, tiles_n,
     scaling, saved_scaling, inverse_keep, threshold: tl.uint32,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
@@ -69,14 +68,13 @@ def _lora_gemm_kernel(
     offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     ok_n = offs_n < n
     p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
-    dtype = x_ptr.dtype.element_ty
+    dtype = x.ptr.dtype.element_ty
     step_k = tl.full((), BLOCK_K, tl.int64)
     stride_ar, stride_ak = (1, rank) if TRANSPOSED else (k, 1)
     stride_bn, stride_br = (1, n) if TRANSPOSED else (rank, 1)
 
-    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
-    x_ptrs = tile_pointers(x_rows, offs_k, stride_xk, OFFSET)
-    w_ptrs = weight_pointers(w_ptr, offs_k, offs_n, stride_wk, stride_wn, OFFSET)
+    x_ptrs = tile_pointers(row_pointers(x, batch, offs_l, OFFSET), offs_k, x.strides[2], OFFSET)
+    w_ptrs = weight_pointers(w.ptr, offs_k, offs_n, w.strides[1], w.strides[0], OFFSET)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if OWN_P:
         offs_r = tl.arange(0, BLOCK_R)
@@ -87,21 +85,21 @@ def _lora_gemm_kernel(
         seed = tl.load(seed_ptr)
     for start in range(tl.cdiv(k, BLOCK_K)):
         ok_k = offs_k < k - start * BLOCK_K
-        x = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_tile = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w_tile = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         if OWN_P:
             a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_R]
             if DROP_X:
                 keep = dropout_keep_mask(seed, rows, start * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
-                x = tl.where(keep, x, 0.0).to(dtype)
-            p_acc = tl.dot(x, a, p_acc, input_precision=PRECISION)
+                x_tile = tl.where(keep, x_tile, 0.0).to(dtype)
+            p_acc = tl.dot(x_tile, a, p_acc, input_precision=PRECISION)
             a_ptrs += step_k * stride_ak
-        x_ptrs += step_k * stride_xk
-        w_ptrs += step_k * stride_wk
+        x_ptrs += step_k * x.strides[2]
+        w_ptrs += step_k * w.strides[1]
 
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n.to(OFFSET) * stride_bias, mask=ok_n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += load_vector(bias, offs_n, ok_n)[None, :]
     if OWN_P:
         if DROP_X:
             p_acc *= inverse_keep
@@ -129,15 +127,13 @@ def _lora_gemm_kernel(
         keep = dropout_keep_mask(seed, rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
         acc += tl.where(keep, low_rank * inverse_keep, 0.0)
 
-    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
-    store_tile(y_rows, offs_n, stride_yn, acc, ok_l, ok_n, OFFSET)
+    store_tile(row_pointers(y, batch, offs_l, OFFSET), offs_n, y.strides[2], acc, ok_l, ok_n, OFFSET)
 
 
 @triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, p_ptr, seed_ptr,
-    length, rows_total, k, rank, tiles_l, steps,
-    stride_xb, stride_xl, stride_xk, scaling, inverse_keep, threshold: tl.uint32,
+    x, a_ptr, p_ptr, seed_ptr, length, rows_total, k, rank, tiles_l, steps,
+    scaling, inverse_keep, threshold: tl.uint32,
     DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -149,7 +145,8 @@ def _lora_shrink_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     ok_r = offs_r < rank
     stride_ar, stride_ak = (1, rank) if TRANSPOSED else (k, 1)
-    x_rows = row_pointers(x_ptr, batch, offs_l, stride_xb, stride_xl, OFFSET)
+    dtype = x.ptr.dtype.element_ty
+    x_rows = row_pointers(x, batch, offs_l, OFFSET)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X:
         seed = tl.load(seed_ptr)
@@ -157,12 +154,12 @@ def _lora_shrink_kernel(
         start = (split * steps + step) * BLOCK_K
         offs_k = start + tl.arange(0, BLOCK_K)
         ok_k = offs_k < k
-        x = load_tile(x_rows, offs_k, stride_xk, ok_l, ok_k, OFFSET)  # [BLOCK_M, BLOCK_K]
-        a = load_weight(a_ptr, offs_k, offs_r, stride_ak, stride_ar, ok_k, ok_r, x.dtype, OFFSET)  # [BLOCK_K, BLOCK_R]
+        x_tile = load_tile(x_rows, offs_k, x.strides[2], ok_l, ok_k, OFFSET)  # [BLOCK_M, BLOCK_K]
+        a = load_weight(a_ptr, offs_k, offs_r, stride_ak, stride_ar, ok_k, ok_r, dtype, OFFSET)  # [BLOCK_K, BLOCK_R]
         if DROP_X:
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
-            x = tl.where(keep, x, 0.0).to(x.dtype)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+            x_tile = tl.where(keep, x_tile, 0.0).to(dtype)
+        acc = tl.dot(x_tile, a, acc, input_precision=PRECISION)
     acc *= scaling
     if DROP_X:
         acc *= inverse_keep
@@ -172,9 +169,8 @@ def _lora_shrink_kernel(
 
 @triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
-    t_ptr, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr,
-    length, rows_total, columns, rank, tiles_l, tiles_m, steps,
-    stride_tb, stride_tl, stride_tc, scaling, q_scaling, inverse_keep, threshold: tl.uint32,
+    t, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr, length, rows_total, columns, rank, tiles_l, tiles_m, steps,
+    scaling, q_scaling, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -188,29 +184,28 @@ def _lora_wgrad_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     ok_c, ok_r = offs_c < columns, offs_r < rank
+    dtype = t.ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     if DROP_T:
         seed = tl.load(seed_ptr)
     if f_ptr is not None:
-        f = load_weight(
-            f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, t_ptr.dtype.element_ty, OFFSET
-        )  # [BLOCK_C, BLOCK_R]
+        f = load_weight(f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, dtype, OFFSET)  # [BLOCK_C, BLOCK_R]
         q_ptr += pid_c.to(tl.int64) * rows_total * rank
     for step in range(steps):
         tile = split * steps + step
         batch, offs_l, rows, ok_l = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
         ok_l &= tile < tiles_m
-        t_rows = row_pointers(t_ptr, batch, offs_l, stride_tb, stride_tl, OFFSET)
-        t = load_tile(t_rows, offs_c, stride_tc, ok_l, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+        t_rows = row_pointers(t, batch, offs_l, OFFSET)
+        t_tile = load_tile(t_rows, offs_c, t.strides[2], ok_l, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
         p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
         if f_ptr is not None:
-            q = tl.dot(t, f, input_precision=PRECISION) * q_scaling
+            q = tl.dot(t_tile, f, input_precision=PRECISION) * q_scaling
             store_tile(dense_rows(q_ptr, batch, offs_l, length, rank, OFFSET), offs_r, 1, q, ok_l, ok_r, OFFSET)
         if DROP_T:
             keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
-            t = tl.where(keep, t, 0.0).to(t.dtype)
-        acc = tl.dot(tl.trans(t), p, acc, input_precision=PRECISION)
+            t_tile = tl.where(keep, t_tile, 0.0).to(dtype)
+        acc = tl.dot(tl.trans(t_tile), p, acc, input_precision=PRECISION)
     if DROP_T:
         acc *= inverse_keep
     acc *= scaling
@@ -221,9 +216,7 @@ def _lora_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "threshold"])
 def _lora_expand_kernel(
-    y_ptr, p_ptr, a_ptr, seed_ptr,
-    length, n, rank, tiles_l,
-    stride_yb, stride_yl, stride_yn, scaling, inverse_keep, threshold: tl.uint32,
+    y, p_ptr, a_ptr, seed_ptr, length, n, rank, tiles_l, scaling, inverse_keep, threshold: tl.uint32,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -242,10 +235,10 @@ def _lora_expand_kernel(
         a = load_weight(a_ptr, offs_r, offs_n, n, 1, ok_r, ok_n, p.dtype, OFFSET)  # [BLOCK_R, BLOCK_N]
         low_rank = tl.dot(p, a, low_rank, input_precision=PRECISION)
     keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
-    y_rows = row_pointers(y_ptr, batch, offs_l, stride_yb, stride_yl, OFFSET)
-    y = load_tile(y_rows, offs_n, stride_yn, ok_l, ok_n, OFFSET).to(tl.float32)
-    y += tl.where(keep, low_rank * (scaling * inverse_keep), 0.0)
-    store_tile(y_rows, offs_n, stride_yn, y, ok_l, ok_n, OFFSET)
+    y_rows = row_pointers(y, batch, offs_l, OFFSET)
+    out = load_tile(y_rows, offs_n, y.strides[2], ok_l, ok_n, OFFSET).to(tl.float32)
+    out += tl.where(keep, low_rank * (scaling * inverse_keep), 0.0)
+    store_tile(y_rows, offs_n, y.strides[2], out, ok_l, ok_n, OFFSET)
 
 
 def _gemm(
@@ -265,10 +258,9 @@ def _gemm(
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
-        x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b, bias_ptr=bias, p_ptr=p, y_ptr=y,
+        x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
         **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
-        tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n, **strides("x", "blk", x), **strides("y", "bln", y),
-        **strides("w", "nk", weight), stride_bias=0 if bias is None else bias.stride(0),
+        tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, weight, a, b, y, p),
@@ -290,9 +282,9 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     tiles_l = triton.cdiv(length, config.block_m)
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
-        x_ptr=x, a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
+        x=mat(x), a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
         rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, steps=steps,
-        **strides("x", "blk", x), scaling=scaling, **dropout_arguments(seed, dropout_p),
+        scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_width(rank),
@@ -319,10 +311,10 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
     q_parts = q if q is None or tiles_c == 1 else q.new_empty((tiles_c, *q.shape), dtype=torch.float32)
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
-        t_ptr=t, p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
+        t=mat(t), p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
         RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
-        **strides("t", "blc", t), scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
+        scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_width(rank),
@@ -452,9 +444,9 @@ def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
     tiles_l = triton.cdiv(length, block)
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
-        y_ptr=y, p_ptr=p, a_ptr=a,
+        y=mat(y), p_ptr=p, a_ptr=a,
         **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
-        tiles_l=tiles_l, **strides("y", "bln", y), scaling=scaling, **dropout_arguments(seed, dropout_p),
+        tiles_l=tiles_l, scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_width(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.tiles import (
     load_tile,
     load_vector,
-    row_starts,
+    row_pointers,
     store_tile,
     tile_pointers,
     tile_rows,
@@ -59,7 +59,7 @@ def _projection_fwd_kernel(
     ok_c = offs_c < channels
     dtype = o.ptr.dtype.element_ty
     step_k = tl.full((), BLOCK_K, tl.int64)
-    o_ptrs = tile_pointers(row_starts(o, batch, offs_l, OFFSET), offs_k, o.strides[2], OFFSET)
+    o_ptrs = tile_pointers(row_pointers(o, batch, offs_l, OFFSET), offs_k, o.strides[2], OFFSET)
     w_ptrs = weight_pointers(w.ptr, offs_k, offs_c, w.strides[1], w.strides[0], OFFSET)
     h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(tl.cdiv(k, BLOCK_K)):
@@ -79,7 +79,7 @@ def _projection_fwd_kernel(
         c = activation(h.to(dtype).to(tl.float32), ACTIVATION)
         tl.store(squares_ptr + rows * tiles_n + pid_n, tl.sum(c * c, axis=1), mask=ok_m)
     else:
-        x_rows, y_rows = row_starts(x, batch, offs_l, OFFSET), row_starts(y, batch, offs_l, OFFSET)
+        x_rows, y_rows = row_pointers(x, batch, offs_l, OFFSET), row_pointers(y, batch, offs_l, OFFSET)
         out = skip * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
         out += _gate(gate, offs_c, ok_c, factor)[None, :] * activation(h, ACTIVATION)
         store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
@@ -94,7 +94,7 @@ def _projection_match_kernel(
     """y of one tile of rows from h and the parts of |c|^2."""
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
-    x_rows, y_rows = row_starts(x, batch, offs_l, OFFSET), row_starts(y, batch, offs_l, OFFSET)
+    x_rows, y_rows = row_pointers(x, batch, offs_l, OFFSET), row_pointers(y, batch, offs_l, OFFSET)
     square, square_x = tl.zeros((BLOCK_M,), dtype=tl.float32), tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in range(tiles_n):
         square += tl.load(squares_ptr + rows * tiles_n + tile, mask=ok_m, other=0.0)
@@ -122,10 +122,10 @@ def _projection_bwd_kernel(
     """dh and, with dx_ptr, dx of one tile of rows; the tile's parts of dw and db, (2, C)."""
     length = known_multiple(length, LENGTH_MULTIPLE_OF)
     batch, offs_l, rows, ok_m = tile_rows(tl.program_id(0), tiles_l, length, OFFSET, BLOCK_M)
-    dy_rows = row_starts(dy, batch, offs_l, OFFSET)
+    dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
     rho = tl.full((BLOCK_M,), 1.0, tl.float32)
     if NORM_MATCH:
-        x_rows = row_starts(x, batch, offs_l, OFFSET)
+        x_rows = row_pointers(x, batch, offs_l, OFFSET)
         along, square, square_x = rho * 0.0, rho * 0.0, rho * 0.0
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -17,7 +17,7 @@ def tile_rows(tile, tiles_l, length, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
-def row_starts(x, batch, offs_l, OFFSET: tl.constexpr):
+def row_pointers(x, batch, offs_l, OFFSET: tl.constexpr):
     """Pointers to the first elements of rows of x (B, L, C)."""
     return x.ptr + batch * x.strides[0] + offs_l.to(OFFSET) * x.strides[1]
 
@@ -26,11 +26,6 @@ def row_starts(x, batch, offs_l, OFFSET: tl.constexpr):
 def load_vector(vector, offs, ok):
     """Elements of a vector, float32; 0 outside."""
     return tl.load(vector.ptr + offs * vector.strides[0], mask=ok, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def row_pointers(ptr, batch, offs_l, stride_b, stride_l, OFFSET: tl.constexpr):
-    return ptr + batch * stride_b + offs_l.to(OFFSET) * stride_l
 
 
 @triton.jit
@@ -52,9 +47,9 @@ def weight_pointers(ptr, offs_i, offs_j, stride_i, stride_j, OFFSET: tl.constexp
 
 
 @triton.jit
-def sample_of_rows(scale_ptr, stride, rows, ok_m, per_sample):
+def sample_of_rows(scale_ptr, rows, ok_m, per_sample):
     """k of each row, float32; 0 in rows that do not exist."""
-    return tl.load(scale_ptr + rows // per_sample * stride, mask=ok_m, other=0.0).to(tl.float32)
+    return tl.load(scale_ptr + rows // per_sample, mask=ok_m, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -82,7 +77,7 @@ def load_weight(
 
 @triton.jit
 def narrow_product(
-    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, columns, ok_j, gate_ptr, stride_gate, root, channels,
+    rows_ptr, stride_c, ok_m, w_ptr, stride_wc, columns, ok_j, gate, root, channels,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -99,12 +94,12 @@ def narrow_product(
         ok_c = offs_c < channels
         x = load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
         w = load_weight(w_ptr, offs_c, columns, stride_wc, 1, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
-        if gate_ptr is not None:
-            gate = tl.load(gate_ptr + offs_c * stride_gate, mask=ok_c, other=0.0).to(tl.float32) / root
+        if gate is not None:
+            by_row = load_vector(gate, offs_c, ok_c) / root
             if WIDER:
                 x = x.to(tl.float32) * root
-                gate = gate / root
-            w = (w.to(tl.float32) * gate[:, None]).to(DTYPE)
+                by_row = by_row / root
+            w = (w.to(tl.float32) * by_row[:, None]).to(DTYPE)
         acc = tl.dot(x.to(DTYPE), w, acc, input_precision=PRECISION)
     return acc
 
@@ -122,9 +117,8 @@ def copy_rows(
 
 
 @triton.jit
-def gate_root(gate_ptr, stride, channels, BLOCK: tl.constexpr):
+def gate_root(gate, channels, BLOCK: tl.constexpr):
     """Square root of the largest |gate|; 1 where all are 0 or next to it."""
     offs = tl.arange(0, BLOCK)
-    gate = tl.load(gate_ptr + offs * stride, mask=offs < channels, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(gate))
+    largest = tl.max(tl.abs(load_vector(gate, offs, offs < channels)))
     return tl.sqrt(tl.where(largest < 1e-30, 1.0, largest))

@@ -76,7 +76,7 @@ def test_the_products_are_swapped():
     source = Path(lora_linear.__file__).read_text()
     swapped = contests.swapped_source(source)
     assert sorted(swapped.splitlines()) == sorted(source.splitlines()), "lines were moved, and none changed"
-    acc, q = "        acc = tl.dot(tl.trans(t), p, acc", "            q = tl.dot(t, f"
+    acc, q = "        acc = tl.dot(tl.trans(t_tile), p, acc", "            q = tl.dot(t_tile, f"
     assert source.index(q) < source.index(acc)
     assert swapped.index(acc) < swapped.index(q)
     # Nothing else: in front of the loop's end and behind it all is as it was.
@@ -87,7 +87,7 @@ def test_the_products_are_swapped():
 def test_another_kernel_is_not_swapped():
     source = Path(lora_linear.__file__).read_text()
     with pytest.raises(ValueError, match="0 times, not once"):
-        contests.swapped_source(source.replace("q = tl.dot(t, f", "q = tl.dot(t , f"))
+        contests.swapped_source(source.replace("q = tl.dot(t_tile, f", "q = tl.dot(t_tile , f"))
 
 
 def test_the_swapped_kernel_gives_the_same_bits(tmp_path, interpreted):

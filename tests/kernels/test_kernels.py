@@ -25,7 +25,7 @@ from pyfused.kernels import (  # noqa: E402
     projection_residual,
 )
 from pyfused.kernels import lora_linear_config as plan  # noqa: E402
-from pyfused.kernels.launch import block_width, offset_type, row_length, strides, target  # noqa: E402
+from pyfused.kernels.launch import Mat, block_width, mat, offset_type, row_length, target  # noqa: E402
 from pyfused.kernels.recording import (  # noqa: E402
     INTERPRETER,
     SHARED_MEMORY,
@@ -279,7 +279,8 @@ def test_kernels_are_told_a_length_where_positions_lie_side_by_side(length):
     told = set()
     for label, launch in _layouts(length):
         if "LENGTH_MULTIPLE_OF" in launch.arguments:
-            along = [value for name, value in launch.arguments.items() if re.fullmatch(r"stride_\w+l", name)]
+            rows = (value for value in launch.arguments.values() if isinstance(value, Mat) and value.ptr.dim() == 3)
+            along = [value.strides[1] for value in rows]
             wanted = 16 if 1 in along and length % 16 == 0 else 1
             assert launch.arguments["LENGTH_MULTIPLE_OF"] == wanted, label
             told.add(launch.kernel.__name__)
@@ -294,8 +295,8 @@ def test_what_a_kernel_is_told_of_a_length():
     assert row_length(49, torch.empty(2, 8, 49).transpose(1, 2)) == {"length": 49, "LENGTH_MULTIPLE_OF": 1}
     # The stride of a dimension with one element may be any number.
     odd = torch.empty(77).as_strided((1, 3, 16), (77, 16, 1))
-    assert strides("x", "blc", odd) == {"stride_xb": 0, "stride_xl": 16, "stride_xc": 1}
-    assert strides("x", "bl", None) == {"stride_xb": 0, "stride_xl": 0}
+    assert mat(odd).strides == (0, 16, 1)
+    assert mat(None) is None
 
 
 def _in_splits(monkeypatch, module, splits):

@@ -88,9 +88,11 @@ def _alone(kernel: str, call: Call, target: Target, outputs: tuple[str, ...]) ->
     (one,) = (item for item in launches if item.kernel.__name__ == kernel)
     settings: dict[str, Any] = {"num_warps": one.num_warps, "num_stages": one.num_stages, "maxnreg": one.maxnreg}
 
+    written = [one.arguments[name] for name in outputs]
+
     def run() -> tuple[object, ...]:
         launch.launch(one.kernel, one.grid, **settings, **one.arguments)
-        return tuple(one.arguments[name] for name in outputs)
+        return tuple(value.ptr if isinstance(value, launch.Mat) else value for value in written)
 
     return run
 
@@ -114,7 +116,7 @@ def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, Non
             with record(target), recording.forced({}) as found:
                 make()
             with recording.forced({found[0]: TILES[tile]}):
-                return _alone("_lora_gemm_kernel", make, target, ("y_ptr",))
+                return _alone("_lora_gemm_kernel", make, target, ("y",))
 
         calls: dict[str, Call] = {"torch.mm": functools.partial(torch.mm, x, weight.t(), out=out)}
         calls |= {tile: gemm(tile) for tile in TILES}
@@ -180,9 +182,9 @@ def swapped_source(source: str) -> str:
         ValueError: the lines are not there as they were when this was written.
     """
     pattern = re.compile(
-        r"(?P<q> {8}if f_ptr is not None:\n {12}q = tl\.dot\(t, f,.*\n(?: {12}.*\n)+)"
+        r"(?P<q> {8}if f_ptr is not None:\n {12}q = tl\.dot\(t_tile, f,.*\n(?: {12}.*\n)+)"
         r"(?P<drop> {8}if DROP_T:\n(?: {12}.*\n)+)"
-        r"(?P<acc> {8}acc = tl\.dot\(tl\.trans\(t\), p, acc,.*\n)"
+        r"(?P<acc> {8}acc = tl\.dot\(tl\.trans\(t_tile\), p, acc,.*\n)"
     )
     swapped, count = pattern.subn(r"\g<drop>\g<acc>\g<q>", source)
     if count != 1:
