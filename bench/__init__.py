@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-# Of the checkout; of an installed package its site-packages.
+# Of the checkout; of an installed package the folder of pyfused.
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,6 +10,8 @@ narrow width; z is (B, L, C) with any strides and row m is b * L + l; h and dh a
 root of the largest |gamma|, which is inside float16's range for small gammas and for scaled losses.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -427,9 +429,11 @@ def adapter_residual_bwd(
     dz = rows_like(dy, channels, channels_first, like.dtype) if need_dz else like.new_empty(0)
     gradients = dz, d_down, d_d_bias, d_up, d_u_bias, d_gamma
     if rows == 0:
-        return dz, *(gradient.zero_() for gradient in gradients[1:])
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
     size = dy.device, batch, length, channels, width, like.dtype
-    kind = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
+    kind: dict[str, Any] = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
     rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, weight_bytes=down_weight.itemsize, **kind)
     sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)

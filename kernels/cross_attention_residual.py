@@ -11,6 +11,7 @@ The J = H T columns of a tile are padded to powers of two in both: column j is h
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -425,7 +426,8 @@ def cross_attention_residual_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx in dy's dtype, dc and db_o in their tensors' dtypes, dE, dF, dw (C,) in float32; empty where not needed."""
     (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
-    wide, nothing = {"dtype": torch.float32, "device": dy.device}, e.new_empty
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
+    nothing = e.new_empty
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
     block_h, block_t = _blocks(heads, tokens)
     rows, columns, padded = batch * length, heads * tokens, block_h * block_t
@@ -433,7 +435,7 @@ def cross_attention_residual_bwd(
     beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
     shared = _shared(e, c, f, bias, gate, block_h, block_t)
     size = dy.device, batch, length, channels, padded, e.dtype
-    kind = {"vectorised": vectorised(dy, x, dx if need_dx else None), "beside": beside}
+    kind: dict[str, Any] = {"vectorised": vectorised(dy, x, dx if need_dx else None), "beside": beside}
     rows_cfg = configuration(
         _cross_attention_bwd_rows_kernel, rows_config, *size, weight_bytes=e.itemsize, **kind
     )  # fmt: skip

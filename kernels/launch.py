@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -34,7 +34,8 @@ def _cuda_target(index: int) -> Target:
     return Target(
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        # torch's type stubs lack it.
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         properties.name,
     )
 
@@ -48,7 +49,7 @@ def target(device: torch.device) -> Target:
 
 
 def configuration(
-    kernel: object, function: Callable[..., _Config], device: torch.device, *sizes: object, **settings: object
+    kernel: Any, function: Callable[..., _Config], device: torch.device, *sizes: object, **settings: Any
 ) -> _Config:
     """The configuration in which ``kernel`` starts: ``function``'s, unless a row measured on this GPU knows better."""
     chosen = Chosen(kernel.__name__, function, (*sizes, target(device)), tuple(settings.items()))
@@ -91,7 +92,7 @@ def mat(tensor: torch.Tensor | None) -> Mat | None:
     return Mat(tensor, strides)
 
 
-def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, object]:
+def dropout_arguments(seed: torch.Tensor | None, p: float) -> dict[str, Any]:
     return {"seed_ptr": seed, "inverse_keep": 1.0 / (1.0 - p), "threshold": int(p * 2**32)}
 
 

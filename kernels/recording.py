@@ -114,11 +114,11 @@ def measured_for(arguments: Mapping[str, Any]) -> tuple[str, str, int, dict[str,
 
 
 # The configurations that `forced` was given, and where it collects what was chosen; None outside.
-forcing: tuple[Mapping[Chosen, object], list[Chosen]] | None = None
+forcing: tuple[Mapping[Chosen, Any], list[Chosen]] | None = None
 
 
 @contextlib.contextmanager
-def forced(configs: Mapping[Chosen, object]) -> Iterator[list[Chosen]]:
+def forced(configs: Mapping[Chosen, Any]) -> Iterator[list[Chosen]]:
     """Inside, kernels start in these configurations, all others in their functions' own; collects what was chosen.
 
     One thread at a time: a tool for tuning, not for programs that train.

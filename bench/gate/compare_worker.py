@@ -23,7 +23,7 @@ from pyfused.bench.measure import timing
 
 @dataclass
 class Worker:
-    """Holds one row at a time."""
+    """Holds one trial at a time."""
 
     device: torch.device
     job: dict[str, Any] = field(default_factory=dict)
@@ -31,8 +31,8 @@ class Worker:
     clock: timing.Clock = field(default_factory=timing.WallClock)
 
     def load(self, path: str, backward: bool) -> str:
-        """Takes up the row that `compare.write_job` wrote, and warms it up; what will be timed, as `Row.mode`."""
-        # What an earlier row holds goes first.
+        """Takes up the trial that `compare.write_job` wrote, and warms it up; what will be timed, as `Row.mode`."""
+        # What an earlier trial holds goes first.
         self.job, self.call = {}, lambda: None
         self.job = torch.load(path, map_location=self.device)
         if not backward:

@@ -80,7 +80,7 @@ class Tests:
 
 def _marked(mark: str) -> tuple[str, ...]:
     # Every file that need not be imported saves seconds of an instrumented Python.
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return tuple(str(path.relative_to(ROOT)) for path in files if f"mark.{mark}" in path.read_text())
 
 

@@ -105,6 +105,8 @@ def add_adapters(
         )  # fmt: skip
 
     def put(change: Change) -> None:
+        # Stages first: one seed gives the same numbers with and without their blocks.
+        sites.sort(key=lambda place: not isinstance(place.module, FastVitStage))
         built.extend(build(place.module) for place in sites)
         # A stage's `blocks` is the same object in the stage that takes its place.
         for place, adapted in zip(sites, built, strict=True):

@@ -279,7 +279,9 @@ def _decided(z, sizes, backend, plan, reason, limits, cast) -> decision.Decision
     m, channels, hidden = (size for _, size in shapes)
     # What autocast made of z is no input of the call, and kept too.
     saved = m * (hidden * (plan == "save") + channels * cast) * z.element_size()
-    return decision.Decision(_NAME, shapes, sizes, z.dtype, z.device, backend, plan, plan, (reason,), saved, limits)
+    return decision.Decision(
+        _NAME, _NAME, shapes, sizes, z.dtype, z.device, backend, plan, plan, (reason,), saved, limits
+    )
 
 
 def _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim) -> None:

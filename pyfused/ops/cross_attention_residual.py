@@ -270,7 +270,7 @@ def _decided(x, prepared, projections, sizes, backend, limits, kernels, saved) -
     heads, width, plan = projections.num_heads, projections.head_dim, prepared.plan
     shapes = (("M", int(sizes["M"])), ("C", x.shape[2]), ("H", heads), ("d", width), ("T", prepared.tokens))
     return decision.Decision(
-        _NAME, shapes, sizes, prepared.dtype, x.device, backend, plan, plan, (prepared.reason,), saved, limits, kernels
+        _NAME, kernels, shapes, sizes, prepared.dtype, x.device, backend, plan, plan, (prepared.reason,), saved, limits
     )
 
 

@@ -16,13 +16,14 @@ class Decision:
     Attributes:
         operator, shapes, dtype, device, backend, plan, backward_plan, saved_bytes: as `explain` shows them, see
             `pyfused.explanation.OperatorCall`.
+        kernels: the operator whose kernels serve the call: "projection_residual" for attention in plan "standard".
         sizes: letters and sizes by which the order of the backends is chosen, see `preference`.
         reasons: why these plans.
         limits: backend -> why its kernels do not take this call.
-        served_by: the operator whose kernels serve the call, "" for its own; attention in plan "standard" has none.
     """
 
     operator: str
+    kernels: str
     shapes: tuple[tuple[str, int], ...]
     sizes: Mapping[str, float]
     dtype: torch.dtype
@@ -33,12 +34,6 @@ class Decision:
     reasons: tuple[str, ...]
     saved_bytes: int
     limits: Mapping[str, str]
-    served_by: str = ""
-
-    @property
-    def kernels(self) -> str:
-        """The operator whose kernels serve the call."""
-        return self.served_by or self.operator
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pyfused.ops import decision
 from pyfused.ops.contract import checks, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit
 
+_NAME = "lora_linear"
 MAX_RANK = 256
 # Beyond it P of every tile does not fit beside the tile's accumulator.
 MAX_RANK_ONE_LAUNCH = 64
@@ -47,7 +48,9 @@ def choose_plan(n: int, rank: int, dropout_p: float, dtype: torch.dtype, device_
 
 _Plans = tuple[tuple[str, str], tuple[str, str]]
 _ONLY_PLANS: dict[str, _Plans] = {
-    backend: ((PLANS[backend][0], f"the only plan of backend {backend!r}"),) * 2 for backend in ("portable", "cuda")
+    backend: ((plans[0], f"the only plan of backend {backend!r}"),) * 2
+    for backend, plans in PLANS.items()
+    if len(plans) == 1
 }
 
 
@@ -77,14 +80,14 @@ def _fake_bwd(
 
 # ``save`` asks for P, which is empty otherwise; a gradient that is not needed comes back empty.
 _fwd = registry.define(
-    "lora_linear",
+    _NAME,
     "fwd",
     "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scaling, "
     "float dropout_p, bool channels_first, str plan, bool save) -> (Tensor y, Tensor p)",
     _fake_fwd,
 )
 _bwd = registry.define(
-    "lora_linear",
+    _NAME,
     "bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? p, Tensor? seed, float scaling, "
     "float dropout_p, bool channels_first, str plan, bool need_dx, bool need_da, bool need_db) "
@@ -200,7 +203,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    name = "lora_linear"
+    name = _NAME
     _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
     checks.flag(name, "training", training)
     dtype = checks.autocast_dtype(x)
@@ -246,7 +249,7 @@ def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Dec
     # P, and what autocast made of x.
     saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size()
     return decision.Decision(
-        "lora_linear", shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
+        _NAME, _NAME, shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
     )
 
 

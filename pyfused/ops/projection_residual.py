@@ -189,7 +189,7 @@ def _decided(o, sizes, backend, keeps) -> decision.Decision:
     plan, reason = ("save", "the projection") if keeps else ("-", "nothing of y's size")
     saved = int(sizes["M"] * sizes["C"]) * o.element_size() * keeps
     reasons = (f"backward needs {reason}",)
-    return decision.Decision(_NAME, shapes, sizes, o.dtype, o.device, backend, plan, plan, reasons, saved, {})
+    return decision.Decision(_NAME, _NAME, shapes, sizes, o.dtype, o.device, backend, plan, plan, reasons, saved, {})
 
 
 def project_residual(

@@ -51,6 +51,7 @@ class Request:
                 raise TypeError(f"{caller}: train must name floating parameters, got {name} of dtype {parameter.dtype}")
         self.trained = list(chosen.values())
         resolve(caller, "exclude", self.exclude, modules.union(known))
+        check_parameters(caller, model)
 
     def aside(self, *paths: str) -> str | None:
         """Why the method leaves alone what stands at ``paths``; None where it does not."""
@@ -86,7 +87,6 @@ def adapt(
         stays: whether they stay so when what was added is taken out.
     """
     model = request.model
-    check_parameters(request.caller, model)
     with all_or_nothing() as change:
         put(change)
         if freeze:

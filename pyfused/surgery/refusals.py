@@ -91,12 +91,12 @@ def check_plain(caller: str, module: nn.Module, kind: type[nn.Module], weights: 
         TypeError: another kind of module, one whose forward is its own, or of a class with members of its own.
         ValueError: this package's already, or its weights are no plain floating parameters.
     """
-    if not isinstance(module, kind):
-        raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(module).__name__}")
     if isinstance(module, KeepsWide):
         raise ValueError(
             f"{caller}: expected a plain nn.{kind.__name__}, got a {type(module).__name__}: already wrapped"
         )
+    if not isinstance(module, kind):
+        raise TypeError(f"{caller}: expected an nn.{kind.__name__}, got {type(module).__name__}")
     given, _ = plain_class(type(module))
     named = f"{given.__module__}.{given.__qualname__}"
     if given.forward is not kind.forward or "forward" in module.__dict__:

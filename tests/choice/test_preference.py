@@ -188,7 +188,7 @@ def test_measured_rows_are_explained(gpu, monkeypatch):
 
     monkeypatch.setattr(measured, "TABLE", Table([replace(ROW, found={"triton": 30.0, "cuda": 31.0})]))
     name, dtype = "adapter_residual", torch.bfloat16
-    reasons = _not_taken(Decision(name, (), ADAPTER, dtype, GPU, "cuda", "save", "save", (), 0, {}))
+    reasons = _not_taken(Decision(name, name, (), ADAPTER, dtype, GPU, "cuda", "save", "save", (), 0, {}))
     assert reasons == ["measured at M = 6304: triton 30.0 us, cuda 31.0 us", "not triton: not asked for"]
 
 

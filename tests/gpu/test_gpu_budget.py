@@ -105,6 +105,13 @@ def test_a_step_selects_no_more_tests_than_its_budget_says(step, selected):
         assert most.compilations == 0 or compilations > 0.5 * most.compilations
 
 
+@pytest.mark.parametrize("step", ["small", "alone"])
+def test_a_step_of_marked_tests_imports_their_files_alone(step):
+    """An instrumented Python would else import every test three times."""
+    every = len(list((ROOT / "tests").rglob("test_*.py")))
+    assert 1 <= len(TESTS[step].paths) < every / 4
+
+
 def test_the_three_steps_of_tests_have_each_test_once(selected):
     parts = [selected[name] for name in ("tests", "triton", "others")]
     assert len(set().union(*parts)) == sum(map(len, parts))

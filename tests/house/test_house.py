@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.metadata
 import re
 import subprocess
@@ -270,6 +271,18 @@ def test_allocations_are_poisoned():
         ):
             assert tensor.isnan().all()
     assert (torch.empty(5, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+
+
+@host
+def test_every_test_file_is_collected_and_tracked(pytestconfig):
+    """pytest passes by folders of some names, and git by what it ignores, without a word."""
+    passed_by = pytestconfig.getini("norecursedirs")
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert len(folders) > 15
+    assert [name for name in folders if any(fnmatch.fnmatch(name, pattern) for pattern in passed_by)] == []
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
 
 
 @host

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tree import ROOT
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from tree import ROOT
 
 import pyfused
 from pyfused.choice import backends

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tree import ROOT
 import contextlib
 import hashlib
 import json
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tree import ROOT
 
 from pyfused.bench.record.rows import read_rows
 

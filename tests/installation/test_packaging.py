@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tree import ROOT
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from tree import ROOT
 
 import pyfused
 

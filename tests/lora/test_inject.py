@@ -243,6 +243,13 @@ class TestFreezing:
         assert report.lora_parameters == report.trainable_parameters
         assert {row.rank for row in report.rows} == {2, 4}
 
+    def test_what_was_told_to_train_goes_on_training_beside_its_lora(self):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+        inject_lora(net, "0", rank=1, train=("0.bias",))
+        inject_lora(net, "1", rank=1)
+        assert net[0].bias.requires_grad
+        assert not net[1].bias.requires_grad
+
 
 def conv_net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5), nn.BatchNorm1d(5))

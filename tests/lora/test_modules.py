@@ -488,6 +488,8 @@ class TestRefusals:
             LoRAConv2d.from_conv(nn.Linear(4, 8))
         with pytest.raises(ValueError, match=r"got a LoRALinear: already wrapped"):
             LoRALinear.from_linear(LoRALinear(7, 11))
+        with pytest.raises(ValueError, match=r"got a LoRALinear: already wrapped"):
+            LoRAConv2d.from_conv(LoRALinear(7, 11))
         with pytest.raises(TypeError, match=r"got .*OwnForward with a forward that replaces it"):
             LoRALinear.from_linear(OwnForward(7, 11))
         patched = nn.Linear(7, 11)

@@ -375,6 +375,17 @@ class TestModel:
         assert report.stages == (4 if conv_lora_rank else 0)
         assert all(isinstance(stage, ConvLoRAStage) == (conv_lora_rank == 8) for stage in model.stages)
 
+    def test_stages_are_drawn_before_blocks(self, sa12):
+        """One seed gives the numbers that it gave before."""
+        models = [copy.deepcopy(sa12) for _ in range(2)]
+        for model, exclude in zip(models, ((), tuple(f"stages.{i}.blocks" for i in range(4))), strict=True):
+            torch.manual_seed(0)
+            add_adapters(model, conv_lora_rank=2, exclude=exclude)
+        drawn = [dict(model.named_parameters()) for model in models]
+        names = [name for name in drawn[1] if "lora_a" in name]
+        assert len(names) == 4
+        assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in names)
+
     def test_the_original_form_starts_without_the_frozen_branches(self):
         model = fastvit("fastvit_t8", layer_scale_init_value=1.0)
         without = copy.deepcopy(model)
