@@ -3,6 +3,7 @@
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
+from pyfused.integrations.peft import FuseReport, fuse, unfuse
 from pyfused.lora.inject import inject_lora, remove_lora
 from pyfused.lora.report import LoRAReport
 from pyfused.lora.state import load_lora_state_dict, lora_state_dict
@@ -27,6 +28,7 @@ __all__ = [
     "BitFitReport",
     "BottleneckAdapter",
     "ConvLoRA",
+    "FuseReport",
     "LoRAConv2d",
     "LoRALinear",
     "LoRAModule",
@@ -43,6 +45,7 @@ __all__ = [
     "cross_attention_residual",
     "diagnostics",
     "explain",
+    "fuse",
     "inject_lora",
     "load_lora_state_dict",
     "lora_linear",
@@ -53,4 +56,5 @@ __all__ = [
     "preset_for",
     "projection_residual",
     "remove_lora",
+    "unfuse",
 ]

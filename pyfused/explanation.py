@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,10 +13,12 @@ from torch import nn
 
 from pyfused.choice import backends
 from pyfused.choice.order import preference
+from pyfused.integrations.peft import left_to_peft
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision, LeftToTorch
 from pyfused.surgery import watch
 from pyfused.surgery.report import folded, table
+from pyfused.surgery.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,10 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class PlainPart(LeftToTorch):
-    """What a module of pyfused leaves to plain torch, and the path of that module, "" for the one explained."""
+    """What a module leaves to plain torch, and the path of that module, "" for the one explained.
+
+    It is a module of pyfused, or a LoRA layer of PEFT's that no operator serves.
+    """
 
     module: str
 
@@ -70,8 +76,13 @@ class Explanation:
         return sum(call.saved_bytes for call in self.calls)
 
     def __str__(self) -> str:
+        plain = Counter(replace(part, module=folded(part.module)) for part in self.plain)
+        beside = [
+            f"plain torch: {part.module or '-'}{f' ({times} calls)' if times > 1 else ''}: {part.what}: {part.why}"
+            for part, times in plain.items()
+        ]
         if not self.calls:
-            return "no operator of pyfused was called"
+            return "\n".join(["no operator of pyfused was called", *beside])
         alike: dict[OperatorCall, list[OperatorCall]] = {}
         for call in self.calls:
             alike.setdefault(replace(call, module=folded(call.module)), []).append(call)
@@ -94,8 +105,7 @@ class Explanation:
         lines = table(rows, "<" * len(rows[0]))
         lines += ["", f"{len(self.calls)} calls; a training step saves {_bytes(self.saved_bytes)} beyond their inputs"]
         lines += [f"[{number}] {'; '.join(why)}" for why, number in notes.items()]
-        lines += [f"plain torch: {part.module or '-'}: {part.what}: {part.why}" for part in self.plain]
-        return "\n".join(lines)
+        return "\n".join([*lines, *beside])
 
 
 def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) -> Explanation:
@@ -160,9 +170,23 @@ def _call(module: str, decided: Decision) -> OperatorCall:
 def _path_tracked(model: nn.Module | None, path: list[str]) -> Iterator[None]:
     """Keeps the path of the module that is running at the end of ``path``."""
     handles = []
+    modules = [] if model is None else list(model.named_modules())
+    # A module that stands for others would find hooks on them, and act otherwise than it does without.
+    inside = {
+        id(part)
+        for _, module in modules
+        if isinstance(module, Variant) and module._variant_whole
+        for part in module.modules()
+        if part is not module
+    }
     try:
-        for name, module in model.named_modules() if model is not None else ():
+        for name, module in modules:
+            if id(module) in inside:
+                continue
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+            left = left_to_peft(module)
+            if left is not None:
+                handles.append(module.register_forward_pre_hook(lambda *_, left=left: decision.notify(left)))
             handles.append(module.register_forward_hook(lambda *_: _drop_last(path), always_call=True))
         yield
     finally:

@@ -10,8 +10,8 @@ from torch import nn
 from pyfused.lora.attention import LoRAProjections
 from pyfused.lora.base import LoRAModule
 from pyfused.lora.linear import LoRALinear
-from pyfused.lora.targets import LeftAlone, group_of, kind_of, lora_places
-from pyfused.surgery.report import Counts, count, elements, folded, table, table_of_alike
+from pyfused.lora.targets import group_of, kind_of, lora_places
+from pyfused.surgery.report import Counts, LeftAlone, count, elements, folded, left_lines, table_of_alike
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ class LoRAReport(Counts):
         ]
 
     def __str__(self) -> str:
-        if not self.left:
-            return super().__str__()
-        left = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in self.left]
-        lines = table([("kind", "count", "parameters", "the first", "why"), *left], "<>><<")
-        return "\n".join([super().__str__(), "", "left alone, and why", *lines])
+        return "\n".join([super().__str__(), *left_lines(self.left, "left alone, and why")])
 
 
 def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[LeftAlone] = ()) -> LoRAReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from pyfused.lora.linear import LoRALinear
 from pyfused.surgery.bytecode import reads_weight
 from pyfused.surgery.paths import Place, places
 from pyfused.surgery.refusals import check_plain
-from pyfused.surgery.report import elements
+from pyfused.surgery.report import LeftAlone, elements
 
 ALL_LINEAR = "all-linear"
 # Each selects layers by what they are; every other target is a name.
@@ -214,28 +214,6 @@ def heads_of(model: nn.Module) -> dict[int, str]:
         if path and id(module) in wanted:
             found |= {id(inside): path for inside in module.modules() if id(inside) not in found}
     return found
-
-
-@dataclass
-class LeftAlone:
-    """Weights of one kind that were not adapted, and why.
-
-    Attributes:
-        kind: class of the modules, or "Parameter" for weights that stand outside any layer.
-        why: the reason, in words.
-        paths: dotted paths of the modules or parameters.
-        parameters: elements of all of them.
-    """
-
-    kind: str
-    why: str
-    paths: list[str] = field(default_factory=list)
-    parameters: int = 0
-
-    @property
-    def count(self) -> int:
-        """Modules or parameters."""
-        return len(self.paths)
 
 
 def left_alone(model: nn.Module, layers: Iterable[Layer], why: dict[int, str]) -> tuple[LeftAlone, ...]:

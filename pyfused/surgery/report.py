@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +42,36 @@ class Counts:
     def _found(self) -> list[str]:
         """The lines of a report that are its own."""
         return []
+
+
+@dataclass
+class LeftAlone:
+    """Weights of one kind that a method left alone, and why.
+
+    Attributes:
+        kind: class of the modules, or "Parameter" for weights that stand outside any layer.
+        why: the reason, in words.
+        paths: dotted paths of the modules or parameters.
+        parameters: elements of all of them.
+    """
+
+    kind: str
+    why: str
+    paths: list[str] = field(default_factory=list)
+    parameters: int = 0
+
+    @property
+    def count(self) -> int:
+        """Modules or parameters."""
+        return len(self.paths)
+
+
+def left_lines(left: Sequence[LeftAlone], title: str) -> list[str]:
+    """Lines that say what was left alone, and why; none where nothing was."""
+    if not left:
+        return []
+    rows = [(row.kind, str(row.count), f"{row.parameters:,}", row.paths[0], row.why) for row in left]
+    return ["", title, *table([("kind", "count", "parameters", "the first", "why"), *rows], "<>><<")]
 
 
 def elements(tensors: Iterable[Tensor]) -> int:

@@ -15,6 +15,7 @@ class Variant(nn.Module):
 
     Attributes:
         _variant_of: what it was. _variant_kind: as what it was made. _variant_prefix: of the name of its class.
+        _variant_whole: whether it stands for the modules inside it, whose hooks it must heed: a watcher hooks it alone.
 
     All its names begin so, for that it may stand on any class: one of that class's members would be out of sight.
     """
@@ -22,6 +23,7 @@ class Variant(nn.Module):
     _variant_of: type[nn.Module]
     _variant_prefix = "Variant"
     _variant_kind: type[Variant]
+    _variant_whole = False
 
     @classmethod
     def _variant_made(cls, base: type[nn.Module]) -> Any:

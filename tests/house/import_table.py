@@ -49,7 +49,7 @@ def block() -> str:
 def _names(names: Iterable[str], every: Iterable[str] = ()) -> str:
     """Those names, or where they are most of ``every``, the names that are missing."""
     names, missing = set(names), set(every) - set(names)
-    if every and len(names) > 2 * len(missing):
+    if every and len(names) >= 2 * len(missing):
         return "all" + (f" but {', '.join(sorted(missing))}" if missing else "")
     return ", ".join(sorted(names))
 

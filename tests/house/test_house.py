@@ -34,8 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"lora", "modules", "surgery", "ops.contract"},
     "models": {"lora", "modules", "surgery", "ops", "ops.contract"},
     "diagnostics": {"methods", "lora", "modules", "surgery", "ops.contract"},
-    "explanation": {"choice", "ops", "surgery"},
-    "face": {"choice", "ops", "lora", "modules", "models", "diagnostics", "explanation", "methods"},
+    "integrations": {"surgery", "ops", "ops.contract"},
+    "explanation": {"choice", "integrations", "ops", "surgery"},
+    "face": {"choice", "ops", "lora", "modules", "models", "diagnostics", "explanation", "methods", "integrations"},
     "cli": {"face", "choice", "choice.measured"},
     "bench": {
         "face",
@@ -59,6 +60,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "kernels": {"triton", "numpy"},
     "models": {"timm"},
     "diagnostics": {"matplotlib"},
+    "integrations": {"peft"},
     "cli": None,
     "bench": None,
 }
