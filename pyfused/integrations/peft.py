@@ -112,8 +112,8 @@ def fuse(model: nn.Module) -> FuseReport:
     its own; nothing is copied, and nothing else is touched. Parameters, their names, the configuration, ``merge``,
     ``unload``, ``save_pretrained``, adapters that are added, weighted or switched: PEFT's, as before. In each call the
     operator serves what it computes as PEFT would, and everything else runs as PEFT made it: merged or disabled
-    adapters, ``adapter_names``, variants such as DoRA and aLoRA, quantised, sharded and hooked layers, several active
-    adapters with dropout, transforms of torch.func. `explain` says so for each layer.
+    adapters, ``adapter_names``, variants such as DoRA and aLoRA, quantised, sharded and hooked layers, dropout of
+    several adapters or on a CPU, transforms of torch.func. `explain` says so for each layer.
 
     Layers of PEFT's for nn.MultiheadAttention are left alone: PEFT adds out_proj's term twice, and a right result
     would not equal what its ``merge`` makes. Adapters that are added on new layers are not fused: call ``fuse`` again,
@@ -275,8 +275,14 @@ def _active(layer: Any) -> list[str]:
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
+# Where the operator draws its mask in plain torch, which takes longer than PEFT's layer with nn.Dropout's own.
+_SLOW_MASKS = ("cpu",)
 _PLAIN = (Tensor, nn.Parameter)
 _DROPOUTS = (nn.Dropout, nn.Identity)
+
+
+def _drops(dropout: Any) -> bool:
+    return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
 def _hooked(module: Any) -> bool:
@@ -319,7 +325,7 @@ def _not_now(layer: Any, active: list[str]) -> str | None:
             return "A, B or dropout has hooks"
         if not isinstance(layer.scaling[adapter], int | float):
             return f"scaling is a {type(layer.scaling[adapter]).__name__}"
-        if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0:
+        if _drops(dropout):
             drops = True
             if dropout.p >= 1.0:
                 return "dropout leaves nothing"
@@ -343,6 +349,8 @@ def _not_this_call(layer: Any, active: list[str], x: Any, args: tuple, kwargs: d
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is on"
+    if x.device.type in _SLOW_MASKS and _drops(layer.lora_dropout[active[0]]):
+        return f"dropout on a {x.device.type.upper()}, where the operator's mask takes longer than PEFT's"
     base = layer.base_layer
     weight, bias = base.weight, base.bias
     # What does not fit is PEFT's to refuse; a weight of no elements is one that another library has put aside.

@@ -138,6 +138,12 @@ ALL = {"target_modules": "all-linear"}
 WORDS = torch.arange(12).reshape(2, 6)
 
 
+@pytest.fixture
+def any_device(monkeypatch):
+    """Dropout is served on a CPU too, as it is elsewhere."""
+    monkeypatch.setattr("pyfused.integrations.peft._SLOW_MASKS", ())
+
+
 # ---- numbers
 
 
@@ -262,12 +268,13 @@ def test_float64():
     check_parity(pair().double(), X.double(), served=2, tolerance=1e-13)
 
 
-def test_dropout_acts_in_training_alone_and_is_fair():
+def test_dropout_acts_in_training_alone_and_is_fair(any_device):
     model = pair(lora_dropout=0.5)
     model.eval()
     check_parity(model, X, served=2)
     fuse(model)
     model.train()
+    assert told(model, X) == (2, [])
     torch.manual_seed(4)
     first = model(X)
     torch.manual_seed(4)
@@ -286,7 +293,7 @@ def test_dropout_acts_in_training_alone_and_is_fair():
         assert torch.equal(layer(X), layer.eval()(X))
 
 
-def test_checkpointing_draws_the_same_mask_again():
+def test_checkpointing_draws_the_same_mask_again(any_device):
     model = pair(lora_dropout=0.5)
     fuse(model)
     model.train()
@@ -421,6 +428,19 @@ def test_several_adapters_with_dropout_are_pefts_in_training():
     assert torch.equal(ours, model(X))
 
 
+def test_dropout_on_a_cpu_is_pefts():
+    model = pair(lora_dropout=0.5)
+    fuse(model)
+    assert told(model.eval(), X) == (2, [])
+    why = "dropout on a CPU, where the operator's mask takes longer than PEFT's"
+    assert told(model.train(), X) == (0, [why] * 2)
+    torch.manual_seed(1)
+    ours = model(X)
+    unfuse(model)
+    torch.manual_seed(1)
+    assert torch.equal(ours, model(X))
+
+
 def test_a_mixed_batch_is_pefts():
     model = two_adapters().eval()
     names = ["default", "other", "__base__", "other", "default"]
@@ -491,6 +511,16 @@ def test_torch_func_is_pefts():
     assert torch.equal(torch.func.jvp(model, (X,), (torch.ones_like(X),))[1], tangent)
 
 
+def test_forward_mode_is_pefts():
+    model = pair()
+    fuse(model)
+    with torch.autograd.forward_ad.dual_level():
+        y = model(torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    unfuse(model)
+    assert (tangent - torch.func.jvp(model, (X,), (torch.ones_like(X),))[1]).abs().max() <= 1e-5
+
+
 def test_a_second_derivative_raises():
     model = pair()
     fuse(model)
@@ -516,6 +546,7 @@ def test_an_attention_stays_pefts_and_is_reported():
     )
     assert kinds["PEFT's MultiheadAttention"].paths == ["base_model.model.attention"]
     assert kinds["PEFT's Embedding"].count == 1
+    assert len(report.left) == 2
     assert report.total == 1
     assert sum(isinstance(module, FusedLayer) for module in model.modules()) == 1
     assert (model(images, words) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
