@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from pyfused.ops import decision
 from pyfused.ops.contract import checks
@@ -349,6 +350,8 @@ def _not_this_call(layer: Any, active: list[str], x: Any, args: tuple, kwargs: d
             return "a transform of torch.func is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is on"
+        if _has_any_global_hook():
+            return "every module has a hook"
     if x.device.type in _SLOW_MASKS and _drops(layer.lora_dropout[active[0]]):
         return f"dropout on a {x.device.type.upper()}, where the operator's mask takes longer than PEFT's"
     base = layer.base_layer

@@ -199,6 +199,18 @@ def test_a_1x1_convolution_is_served_and_a_wider_one_is_not():
     ]
 
 
+@pytest.mark.parametrize(
+    ("settings", "served"),
+    [({}, 1), ({"padding": "same"}, 1), ({"stride": 2}, 0), ({"padding": 1}, 0), ({"groups": 2}, 0)],
+    ids=str,
+)
+def test_1x1_convolutions_of_every_kind(settings, served):
+    torch.manual_seed(0)
+    model = fill(get_peft_model(nn.Sequential(nn.Conv2d(6, 4, 1, **settings)), config("0")))
+    check_parity(model, torch.randn(2, 6, 5, 4), served=served)
+    assert fuse(model).total == served
+
+
 def test_channels_last_and_a_batch_of_nothing():
     torch.manual_seed(0)
     model = fill(get_peft_model(nn.Sequential(nn.Conv2d(6, 4, 1)), config("0")))
@@ -519,6 +531,19 @@ def test_forward_mode_is_pefts():
         tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
     unfuse(model)
     assert (tangent - torch.func.jvp(model, (X,), (torch.ones_like(X),))[1]).abs().max() <= 1e-5
+
+
+def test_hooks_of_every_module_see_pefts():
+    model = pair()
+    fuse(model)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        assert told(model, X) == (0, ["every module has a hook"] * 2)
+    finally:
+        handle.remove()
+    assert model.base_model.model[0].lora_A["default"] in seen
+    assert told(model, X) == (2, [])
 
 
 def test_a_second_derivative_raises():
