@@ -104,12 +104,12 @@ def rows_like(x: torch.Tensor, width: int, channels_first: bool, dtype: torch.dt
     return x.new_empty((batch, length, width), dtype=dtype)
 
 
-def multiple(number: int, of: int = 16) -> int:
-    """``of`` if it divides ``number``, else 1: what a kernel may know of a number that it is not specialised for.
+def multiple(number: int) -> int:
+    """16 if it divides ``number``, else 1: what a kernel may know of a number that it is not specialised for.
 
     Triton's own specialisation would also tell 1 from all other numbers.
     """
-    return of if number % of == 0 else 1
+    return 16 if number % 16 == 0 else 1
 
 
 def block_width(width: int) -> int:
@@ -118,7 +118,7 @@ def block_width(width: int) -> int:
 
 
 def rank_divisor(rank: int) -> int:
-    """What must divide a rank for loads by vectors; with 4 at rank 64 wgrad spills on compute capability 10.0."""
+    """What divides the rank of every launch, for loads by vectors; with 4 at rank 64 sums over rows spill on 10.0."""
     return 4 if rank <= 16 else 8
 
 

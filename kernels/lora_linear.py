@@ -21,7 +21,6 @@ from pyfused.kernels.launch import (
     dropout_arguments,
     launch,
     mat,
-    multiple,
     offset_type,
     rank_divisor,
     row_length,
@@ -45,8 +44,8 @@ from pyfused.kernels.tiles import (
 )
 
 # What changes with the batch is not specialised, but for whether 16 divides it where that makes vectors of loads:
-# another number of rows must not compile another kernel. Nor must another rank: of it a kernel knows what it is padded
-# to, and whether `rank_divisor` divides it.
+# another number of rows must not compile another kernel. Nor must another rank: a kernel knows the power of two that it
+# is padded to, and that `rank_divisor` divides it, as zeros in A and B see to.
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
@@ -259,7 +258,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
-        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
+        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank),
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
@@ -283,7 +282,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
         x=mat(x), a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
-        rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, steps=steps,
+        rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank), tiles_l=tiles_l, steps=steps,
         scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
@@ -313,7 +312,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
         _lora_wgrad_kernel, (tiles_c, splits),
         t=mat(t), p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
-        RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
+        RANK_MULTIPLE_OF=rank_divisor(rank), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
@@ -344,10 +343,10 @@ def lora_linear_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, N) and P (M, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     (batch, length, _), (n, rank) = x.shape, lora_b.shape
-    p = x.new_empty((batch * length if save else 0, rank))
     if batch * length == 0:
-        return rows_like(x, n, channels_first), p
-    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+        return rows_like(x, n, channels_first), x.new_empty((0, rank))
+    lora_a, lora_b = _wider(lora_a, 0), _wider(lora_b, 1)
+    p = x.new_empty((batch * length if save else 0, len(lora_a)))
     with torch.cuda.device_of(x):
         if plan == "blas":
             p = _shrink(x, lora_a, seed, dropout_p)
@@ -361,7 +360,7 @@ def lora_linear_fwd(
                 x, weight, lora_a, lora_b, bias, p, seed, scaling, dropout_p, channels_first,
                 own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0,
             )  # fmt: skip
-    return y, p if save else x.new_empty((0, rank))
+    return y, p[:, :rank].contiguous() if save else x.new_empty((0, rank))
 
 
 def lora_linear_bwd(
@@ -383,18 +382,19 @@ def lora_linear_bwd(
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     (batch, length, n), (rank, k) = dy.shape, lora_a.shape
     dx = dy.new_empty(0)
-    da = lora_a.new_empty((rank, k)) if need_da else lora_a.new_empty(0)
-    db = lora_b.new_empty((n, rank)) if need_db else lora_b.new_empty(0)
     if batch * length == 0:
-        return rows_like(dy, k, channels_first) if need_dx else dx, da.zero_(), db.zero_()
-    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+        da, db = lora_a.new_zeros((rank, k) if need_da else 0), lora_b.new_zeros((n, rank) if need_db else 0)
+        return rows_like(dy, k, channels_first) if need_dx else dx, da, db
+    lora_a, lora_b, p = _wider(lora_a, 0), _wider(lora_b, 1), None if p is None else _wider(p, 1)
+    wide = len(lora_a)
+    da, db = lora_a.new_empty((wide, k) if need_da else 0), lora_b.new_empty((n, wide) if need_db else 0)
     with torch.cuda.device_of(dy):
         own = plan == "one_launch" and need_dx
         need_q = need_da or need_dx
-        share = need_db and need_q and not own and shares_pass(rank)
+        share = need_db and need_q and not own and shares_pass(wide)
         q = None
         if own:
-            q = dy.new_empty((batch * length if need_da else 0, rank))
+            q = dy.new_empty((batch * length if need_da else 0, wide))
         elif need_q and not share:
             q = _shrink(dy, lora_b, None, 0.0, scaling, transposed=True)
         if need_db:
@@ -413,7 +413,16 @@ def lora_linear_bwd(
             )  # fmt: skip
         if need_da:
             _wgrad(x, q, da, seed, 1.0, dropout_p, transposed=True)
-    return dx, da, db
+    return dx, da[:rank], db[:, :rank].contiguous() if need_db else db
+
+
+def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Dense, with as many zeros in the dimension of the rank as make `rank_divisor` divide it."""
+    rank = tensor.shape[dim]
+    missing = -rank % rank_divisor(rank)
+    if missing:
+        tensor = torch.nn.functional.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
+    return tensor.contiguous()
 
 
 def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
@@ -445,7 +454,7 @@ def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
         y=mat(y), p_ptr=p, a_ptr=a,
-        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=multiple(rank, rank_divisor(rank)),
+        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank),
         tiles_l=tiles_l, scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_width(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyfused.kernels.launch import block_width, rank_divisor
+from pyfused.kernels.launch import block_width
 from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
 
 
@@ -102,11 +102,9 @@ def gemm_config(
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
-        # Otherwise rows of P are loaded one element at a time.
-        scattered = 48 if rank % rank_divisor(rank) and not own_p else 0
         # Loads of single elements pass through registers, value and address, instead of going to shared memory.
         staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
-        return (accumulators + staged) // (32 * tile.num_warps) + drawing + scattered <= registers
+        return (accumulators + staged) // (32 * tile.num_warps) + drawing <= registers
 
     def cost(tile: GemmConfig, batch: int, length: int) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)

@@ -146,7 +146,7 @@ SERIES: dict[str, tuple[Callable[..., Tensor], Sequence]] = {
     ),
     "lora_linear, p": (lambda p: lora("shrink_expand", p=p), (0.1, 0.5, 0.6)),
     "lora_linear, scaling": (lambda scaling: lora("one_launch", scaling=scaling), (2.0, 0.5, 1.0)),
-    "lora_linear, R": (lambda rank: lora("one_launch", rank=rank), (16, 8, 4, 32, 1)),
+    "lora_linear, R": (lambda rank: lora("one_launch", rank=rank), (16, 8, 4, 1, 13, 32, 20)),
     "adapter_residual, M": (lambda rows: adapter("save", rows, 768), (1576, 1379, 197, 394, 6304, 50, 1000, 16, 1)),
     "adapter_residual, p": (lambda p: adapter("save", p=p), (0.1, 0.5)),
     "adapter_residual NCHW, B": (lambda batch: adapter("save", batch, 64, 56, 56), (8, 64, 4, 2, 1, 63)),
