@@ -31,7 +31,7 @@ from pyfused.kernels.launch import (
     rows_like,
     vectorised,
 )
-from pyfused.kernels.sums import load_part, sums_slots
+from pyfused.kernels.sums import SLOTS_PER_GROUP, load_part, sums_slots
 from pyfused.kernels.tiles import (
     copy_rows,
     gate_root,
@@ -44,9 +44,6 @@ from pyfused.kernels.tiles import (
     store_tile,
     tile_rows,
 )
-
-# Splits of the sums over rows whose parts one program adds up.
-_GROUP = 16
 
 
 @triton.jit
@@ -440,7 +437,7 @@ def adapter_residual_bwd(
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
-    groups = triton.cdiv(splits, _GROUP)
+    groups = triton.cdiv(splits, SLOTS_PER_GROUP)
     counter = torch.empty((tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
     recompute = hidden is None
     dh = like.new_empty((rows, width))
@@ -476,7 +473,7 @@ def adapter_residual_bwd(
             d_up_ptr=d_up if need_up else None, d_u_bias_ptr=d_u_bias if d_u_bias.numel() else None,
             d_gamma_ptr=d_gamma if need_up else None,
             **row_length(length, dy, z), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps, splits=splits,
-            NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=_GROUP,
+            NEED_DOWN=need_down, NEED_UP=need_up, OFFSET=offset_type(dy, z, up_weight), GROUP=SLOTS_PER_GROUP,
             BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_H=sums_cfg.block_h,
             num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip

@@ -30,7 +30,7 @@ from pyfused.kernels.launch import (
     row_length,
     vectorised,
 )
-from pyfused.kernels.sums import sums_slots
+from pyfused.kernels.sums import SLOTS_PER_GROUP, sums_slots
 from pyfused.kernels.tiles import (
     gate_root,
     load_tile,
@@ -41,9 +41,6 @@ from pyfused.kernels.tiles import (
     store_tile,
     tile_rows,
 )
-
-# Slots that one program adds up at a time, and then groups of slots.
-_GROUP = 16
 
 
 @triton.jit
@@ -447,7 +444,7 @@ def cross_attention_residual_bwd(
     per_context = batch // contexts * tiles_l
     steps = max(1, triton.cdiv(per_context, sums_cfg.splits))
     splits = max(1, triton.cdiv(per_context, steps))
-    groups = triton.cdiv(splits, _GROUP)
+    groups = triton.cdiv(splits, SLOTS_PER_GROUP)
     counter = torch.empty((contexts, tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
     slot_size = (2 * sums_cfg.block_c + 1) * padded + sums_cfg.block_c
     parts = torch.empty((contexts, tiles_c, splits + groups + 1, slot_size), **wide)
@@ -488,7 +485,7 @@ def cross_attention_residual_bwd(
                 x=mat(x) if need_keys else None, parts_ptr=parts,
                 **row_length(length, dy, x if need_keys else None),
                 tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
-                NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=_GROUP,
+                NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=SLOTS_PER_GROUP,
                 BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, BLOCK_T=block_t, COLUMNS=padded,
                 num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip

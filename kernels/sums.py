@@ -7,6 +7,9 @@ import triton.language as tl
 from pyfused.kernels.device import known_multiple
 from pyfused.kernels.launch import launch, multiple
 
+# Slots that one program adds up at a time, and then groups of slots.
+SLOTS_PER_GROUP = 16
+
 
 @triton.jit(do_not_specialize=["elements", "splits"])
 def _sum_partials_kernel(

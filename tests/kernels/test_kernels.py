@@ -301,7 +301,7 @@ def test_what_a_kernel_is_told_of_a_length():
 
 def _in_splits(monkeypatch, module, splits):
     """So many slots for the sums over rows, of which two are added up at a time."""
-    monkeypatch.setattr(module, "_GROUP", 2)
+    monkeypatch.setattr(module, "SLOTS_PER_GROUP", 2)
     config = bottleneck_config.WeightsConfig(32, 32, 32, splits, num_warps=4, num_stages=1)
     monkeypatch.setattr(module, "weights_config", lambda *args, **kwargs: config)
 

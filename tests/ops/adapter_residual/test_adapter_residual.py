@@ -231,7 +231,7 @@ def test_sums_over_rows_in_several_groups(backend, plan, monkeypatch):
     from pyfused.kernels import adapter_residual as kernels
 
     # Three splits of the rows: two in a group and one alone.
-    monkeypatch.setattr(kernels, "_GROUP", 2)
+    monkeypatch.setattr(kernels, "SLOTS_PER_GROUP", 2)
     check(draw((200, 40), 34), backend, plan, dropout_p=0.3, seed=seed())
 
 
