@@ -50,7 +50,7 @@ def _lora_linear(capability: tuple[int, int], sizes: Mapping[str, float]) -> Cos
 
     def why() -> str:
         by_cuda, by_triton = (sizes["M"] * sizes["K"] * cost / _PER_MICROSECOND for cost in (cuda, triton))
-        return f"forward takes {by_cuda:.1f} us with cuda, {by_triton:.1f} us with triton, by an A100's rates"
+        return f"forward takes {by_cuda:.1f} us with cuda, {by_triton:.1f} us with triton (model, an A100)"
 
     return cuda, triton, why
 
