@@ -117,11 +117,6 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def rank_divisor(rank: int) -> int:
-    """What divides the rank of every launch, for loads by vectors; with 4 at rank 64 sums over rows spill on 10.0."""
-    return 4 if rank <= 16 else 8
-
-
 def row_length(length: int, *rows: torch.Tensor | None) -> dict[str, int]:
     """The arguments of a kernel that say how many positions an image of ``rows``, (B, L, ...) each, has.
 

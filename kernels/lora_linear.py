@@ -22,7 +22,6 @@ from pyfused.kernels.launch import (
     launch,
     mat,
     offset_type,
-    rank_divisor,
     row_length,
     rows_like,
     target,
@@ -45,7 +44,16 @@ from pyfused.kernels.tiles import (
 
 # What changes with the batch is not specialised, but for whether 16 divides it where that makes vectors of loads:
 # another number of rows must not compile another kernel. Nor must another rank: a kernel knows the power of two that it
-# is padded to, and that `rank_divisor` divides it, as zeros in A and B see to.
+# is padded to, and by that what divides it, as zeros in A and B see to.
+
+
+@triton.constexpr_function
+def _rank_divisor(width):
+    """What divides the rank of every launch, for loads by vectors; ``width`` is the rank, or the width of its blocks.
+
+    With 4 at rank 64 sums over rows spill on 10.0.
+    """
+    return 4 if width <= 16 else 8
 
 
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
@@ -53,7 +61,7 @@ def _lora_gemm_kernel(
     x, w, a_ptr, b_ptr, bias, p_ptr, y, seed_ptr, length, n, k, rank, tiles_l, tiles_m, tiles_n,
     scaling, saved_scaling, inverse_keep, threshold: tl.uint32,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + b + s P B^T for one tile. OWN_P: P comes from the tiles of x at hand, else from memory.
@@ -61,7 +69,7 @@ def _lora_gemm_kernel(
     SAVE_P keeps ``saved_scaling`` P. DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself
     (dx). TRANSPOSED: a lies in memory as (K, R) and b as (R, N), as they do for dx.
     """
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -134,11 +142,11 @@ def _lora_shrink_kernel(
     x, a_ptr, p_ptr, seed_ptr, length, rows_total, k, rank, tiles_l, steps,
     scaling, inverse_keep, threshold: tl.uint32,
     DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
-    LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K. TRANSPOSED: A lies as (K, R)."""
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
     pid_m, split = tl.program_id(0), tl.program_id(1)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -171,14 +179,14 @@ def _lora_wgrad_kernel(
     t, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr, length, rows_total, columns, rank, tiles_l, tiles_m, steps,
     scaling, q_scaling, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
-    LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """g[split] (C, R) = s drop(t)^T p over the split's ``steps`` tiles of rows. TRANSPOSED: g lies in memory as (R, C).
 
     With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = s t f, a part of t's own product.
     """
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
     pid_c, split = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -216,11 +224,11 @@ def _lora_wgrad_kernel(
 @triton.jit(do_not_specialize=["length", "rank", "tiles_l", "threshold"])
 def _lora_expand_kernel(
     y, p_ptr, a_ptr, seed_ptr, length, n, rank, tiles_l, scaling, inverse_keep, threshold: tl.uint32,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, RANK_MULTIPLE_OF: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y += s mask (P A), A (R, N), in place: dx's term in plan blas, whose GEMM is the library's."""
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, RANK_MULTIPLE_OF)
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -258,7 +266,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
-        **row_length(length, x, y), n=n, k=k, rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank),
+        **row_length(length, x, y), n=n, k=k, rank=rank,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
@@ -282,7 +290,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
         x=mat(x), a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
-        rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank), tiles_l=tiles_l, steps=steps,
+        rank=rank, tiles_l=tiles_l, steps=steps,
         scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
@@ -312,7 +320,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
         _lora_wgrad_kernel, (tiles_c, splits),
         t=mat(t), p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
         **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
-        RANK_MULTIPLE_OF=rank_divisor(rank), tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
+        tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
@@ -417,9 +425,9 @@ def lora_linear_bwd(
 
 
 def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Dense, with as many zeros in the dimension of the rank as make `rank_divisor` divide it."""
+    """Dense, with as many zeros in the dimension of the rank as make `_rank_divisor` divide it."""
     rank = tensor.shape[dim]
-    missing = -rank % rank_divisor(rank)
+    missing = -rank % _rank_divisor.fn(rank)  # its wrapper for device code takes 3 us
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
     return tensor.contiguous()
@@ -454,7 +462,7 @@ def _expand_(y, p, a, seed, scaling, dropout_p) -> None:
     launch(
         _lora_expand_kernel, (batch * tiles_l, triton.cdiv(n, block)),
         y=mat(y), p_ptr=p, a_ptr=a,
-        **row_length(length, y), n=n, rank=rank, RANK_MULTIPLE_OF=rank_divisor(rank),
+        **row_length(length, y), n=n, rank=rank,
         tiles_l=tiles_l, scaling=scaling, **dropout_arguments(seed, dropout_p),
         PRECISION=dot_precision(y.dtype), OFFSET=offset_type(y, a, p),
         BLOCK_M=block, BLOCK_N=block, BLOCK_R=min(block_width(rank), EXPAND_BLOCK_R), num_warps=8, num_stages=2,

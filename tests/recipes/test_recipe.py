@@ -211,7 +211,7 @@ class TestCheckpoint:
     def test_killed_while_it_writes_the_one_before_survives(self, tmp_path):
         script = textwrap.dedent(f"""
             import os, signal, sys
-            sys.path[:0] = [{str(EXAMPLES)!r}, {str(TESTS)!r}]
+            sys.path[:0] = [{str(EXAMPLES)!r}, {str(TESTS)!r}, {str(Path(__file__).parent)!r}]
             import torch, test_recipe
             made = test_recipe.training(test_recipe.Path(sys.argv[1]))
             save, calls = torch.save, []

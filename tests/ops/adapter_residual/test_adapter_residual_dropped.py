@@ -74,8 +74,11 @@ def test_what_a_dropped_sample_holds_does_not_matter(backend, case, residual):
     for name in ("down_weight", "down_bias", "up_weight", "up_bias", "layer_scale"):
         assert gradients[name].isfinite().all(), name
         assert torch.equal(gradients[name], expected[name]), f"{name} depends on what dropped samples hold"
-        torch.testing.assert_close(gradients[name], absent[name])
         assert absent[name].count_nonzero() > 0
+        # Fewer rows are summed in another order, and an element's rounding is that of its terms, not of their sum.
+        torch.testing.assert_close(
+            gradients[name], absent[name], rtol=1e-5, atol=1e-5 * absent[name].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("residual", [None, torch.bfloat16], ids=["z is residual", "bfloat16 residual"])
