@@ -19,6 +19,7 @@ from pyfused.methods.bias_tuning import is_bias
 from pyfused.methods.groups import methods_of
 from pyfused.methods.presets import RATES
 from pyfused.surgery.added import KeepsWide, added_names, added_parameters
+from pyfused.surgery.refusals import sharded
 from pyfused.surgery.report import elements, table
 from pyfused.surgery.watch import calls_watched, module_of, state_kept
 
@@ -113,11 +114,16 @@ def check(
 
     Raises:
         TypeError: an argument has the wrong type, or the loss is no tensor.
-        ValueError: ``optimizer`` without ``loss_fn``, or one that steps by a closure, or the loss is not a scalar.
+        ValueError: ``optimizer`` without ``loss_fn``, or one that steps by a closure, or the loss is not a scalar, or
+            the model is sharded.
     """
     module = module_of(model)
     if module is None:
         raise TypeError(f"{_CALLER}: model must be an nn.Module or a method of one, got {type(model).__name__}")
+    shard = sharded(module)
+    if shard is not None:
+        # Gradients are then elsewhere than at the parameters that forward has gathered.
+        raise ValueError(f"{_CALLER}: model must not be sharded, got {shard}; check it before it is")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"{_CALLER}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if optimizer is not None and loss_fn is None:

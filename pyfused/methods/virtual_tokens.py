@@ -41,6 +41,12 @@ class VirtualTokens(KeepsWide):
         device, dtype: of the parameters.
     """
 
+    tokens: nn.Parameter
+    hidden_weight: nn.Parameter
+    hidden_bias: nn.Parameter
+    out_weight: nn.Parameter
+    out_bias: nn.Parameter
+
     def __init__(
         self,
         sets: int,
@@ -76,10 +82,10 @@ class VirtualTokens(KeepsWide):
 
     def forward(self) -> tuple[Tensor, ...]:
         """``sets`` tensors (n, W)."""
-        tokens = F.dropout(self.get_parameter("tokens"), self.dropout, self.training)
+        tokens = F.dropout(self.tokens, self.dropout, self.training)
         if self.projection:
-            hidden = F.linear(tokens, self.get_parameter("hidden_weight"), self.get_parameter("hidden_bias"))
-            out = F.linear(hidden.tanh(), self.get_parameter("out_weight"), self.get_parameter("out_bias"))
+            hidden = F.linear(tokens, self.hidden_weight, self.hidden_bias)
+            out = F.linear(hidden.tanh(), self.out_weight, self.out_bias)
             return out.chunk(self.sets, dim=-1)
         return tokens.unbind(0)
 

@@ -342,6 +342,7 @@ class ScaledCrossAttention(KeepsWide):
             if cast:
                 allowed = tuple(narrow for narrow in checks.FLOATING if narrow != torch.float64)
             for name, parameter in self._sources(PROJECTIONS).items():
+                checks.tensor(_NAME, name, parameter)
                 checks.dtype(_NAME, name, parameter, allowed)
                 checks.same_device(_NAME, name, parameter, context.device, "context")
             mask = None if key_padding_mask is None else key_padding_mask.clone()

@@ -10,6 +10,8 @@ never drop(x) and never a mask: the mask is drawn again from the seed.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -204,6 +206,9 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
     name = _NAME
+    # As `checks.is_dtensor`: the most frequent call has one step less.
+    if type(weight).__name__ == "DTensor":
+        return _on_shards(x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, channel_dim, plan, backend)
     _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
     checks.flag(name, "training", training)
     dtype = checks.autocast_dtype(x)
@@ -240,6 +245,23 @@ def lora_linear(
         (backward[0], chosen),
     )
     return y.view(*x.shape[:-1], n) if channel_dim == -1 else layout.as_channels(y, x, channels_first)
+
+
+def _on_shards(
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, channel_dim, plan, backend
+) -> Tensor:  # fmt: skip
+    # Not above: it imports torch.distributed.tensor, which is slow, and is there already where a DTensor is.
+    from pyfused.ops.contract.tensor_parallel import on_shards
+
+    if training and dropout_p > 0.0:
+        raise ValueError(
+            f"{_NAME}: dropout_p must be 0 over DTensors, got {dropout_p}: processes that share a layer would draw "
+            "different masks"
+        )
+    if channel_dim != -1:
+        raise ValueError(f"{_NAME}: channel_dim must be -1 over DTensors, got {channel_dim}")
+    call = functools.partial(lora_linear, scaling=scaling, plan=plan, backend=backend)
+    return on_shards(_NAME, call, x, weight, lora_a, lora_b, bias)
 
 
 def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:

@@ -6,10 +6,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from pyfused.ops.contract.checks import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,9 +22,17 @@ kaiming = functools.partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 
 @torch.no_grad()
 def draw(parameter: Tensor, fill: Callable[[Tensor], object]) -> None:
-    """What ``fill`` makes of zeros on the CPU, in float32: a seed gives the same on every device and in every dtype."""
+    """What ``fill`` makes of zeros on the CPU, in float32: a seed gives the same on every device and in every dtype.
+
+    A parameter that is sharded over processes gets its shard of what the first of them has drawn.
+    """
     drawn = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
     fill(drawn)
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        drawn = distribute_tensor(drawn.to(parameter.device), sharded.device_mesh, sharded.placements)
     parameter.copy_(drawn)
 
 

@@ -40,7 +40,7 @@ def sharded(model: nn.Module) -> str | None:
         if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
             return f"the {type(module).__name__} {path or 'model'!r}"
     for name, parameter in model.named_parameters():
-        if any(base.__name__ == "DTensor" for base in (*type(parameter).__mro__, *type(parameter.data).__mro__)):
+        if checks.is_dtensor(parameter):
             return f"the DTensor {name!r}"
     return None
 

@@ -24,6 +24,17 @@ def tensor(operator: str, name: str, value: object) -> None:
         if value.is_nested:
             kind = "a nested one; on an nn.TransformerEncoder set use_nested_tensor = False, as inject_lora does"
         raise TypeError(f"{operator}: {name} must be a dense tensor, of layout torch.strided, got {kind}")
+    if is_dtensor(value):
+        placements = getattr(value, "placements", None)
+        raise TypeError(
+            f"{operator}: {name} must be a whole tensor, got a DTensor placed by {placements}; gather it by "
+            "full_tensor(), or call what fully_shard gathers for: forward, and what register_fsdp_forward_method names"
+        )
+
+
+def is_dtensor(value: torch.Tensor) -> bool:
+    """Whether ``value`` is sharded over processes, or could be. By name: torch.distributed may not be there."""
+    return type(value).__name__ == "DTensor"
 
 
 def integer(operator: str, name: str, value: object, least: int | None = None) -> None:
@@ -68,6 +79,7 @@ def argument(
         and value.shape == expected
         and value.dtype in allowed
         and value.device == device
+        and not is_dtensor(value)
     ):
         return
     tensor(operator, name, value)

@@ -1,0 +1,3 @@
+"""Fixtures of this folder."""
+
+from pair import folder, outcomes  # noqa: F401
