@@ -13,19 +13,17 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
+from pyfused.integrations import peft_attention, peft_linear
+from pyfused.integrations.peft_adapters import FusedLayer, active_adapters, what
 from pyfused.ops import decision
 from pyfused.ops.contract import checks
-from pyfused.ops.lora_linear import MAX_RANK, lora_linear
 from pyfused.surgery.change import all_or_nothing
 from pyfused.surgery.paths import Place, places
 from pyfused.surgery.refusals import check_module
 from pyfused.surgery.report import Counts, LeftAlone, count, elements, folded, left_lines, table_of_alike
-from pyfused.surgery.variants import Variant, plain_class
+from pyfused.surgery.variants import plain_class
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,9 @@ class FusedRow:
     """One served layer: its dotted path, its base's class and weight (N, K), and its active adapters.
 
     Attributes:
+        shape: (N, K); of an attention that of in_proj.
         adapters: (name, rank) of each.
-        parameters: elements of their A and B.
+        parameters: elements of their A and B, with DoRA's magnitudes and out_proj's pairs.
     """
 
     path: str
@@ -84,64 +83,52 @@ class FuseReport(Counts):
         return "\n".join([super().__str__(), *left_lines(self.left, "left to PEFT, and why")])
 
 
-class FusedLayer(Variant):
-    """One of PEFT's LoRA layers that calls ``lora_linear`` where that serves the call, else runs as PEFT made it."""
-
-    _variant_whole = True
-
-    @classmethod
-    def _variant_made(cls, base: type[nn.Module]) -> Any:
-        # PEFT's name, which its messages and its users' print-outs hold.
-        return type(base.__name__, (cls, base), cls._variant_members(base))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's: (..., K) -> (..., N), of a 1x1 convolution (B, K, H, W) -> (B, N, H, W)."""
-        active = _active(self)
-        why = _not_now(self, active) or _not_this_call(self, active, x, args, kwargs)
-        if why is None:
-            return _fused(self, active, x)
-        if decision.observers:
-            decision.notify(decision.LeftToTorch(_what(self), why))
-        result: Tensor = super().forward(x, *args, **kwargs)
-        return result
-
-
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, attention: bool = False) -> FuseReport:
     """Let ``lora_linear`` compute the LoRA layers that PEFT has put into ``model``, in place.
 
-    Each of PEFT's linear layers (over nn.Linear and transformers' Conv1D) and 1x1 convolutions gets a class on top of
-    its own; nothing is copied, and nothing else is touched. Parameters, their names, the configuration, ``merge``,
-    ``unload``, ``save_pretrained``, adapters that are added, weighted or switched: PEFT's, as before. In each call the
-    operator serves what it computes as PEFT would, and everything else runs as PEFT made it: merged or disabled
-    adapters, ``adapter_names``, variants such as DoRA and aLoRA, quantised, sharded and hooked layers, dropout of
-    several adapters or on a CPU, transforms of torch.func. `explain` says so for each layer.
+    Each of PEFT's linear layers (over nn.Linear and transformers' Conv1D), 1x1 convolutions and, where ``attention``
+    asks for it, attentions gets a class on top of its own; nothing is copied, and nothing else is touched. Parameters,
+    their names, the configuration, ``merge``, ``unload``, ``save_pretrained``, adapters that are added, weighted or
+    switched: PEFT's, as before. In each call the operator serves what it computes as PEFT would, DoRA without dropout
+    among it, and everything else runs as PEFT made it: merged or disabled adapters, ``adapter_names``, other variants
+    such as aLoRA, quantised, sharded and hooked layers, dropout of several adapters, with DoRA or on a CPU, transforms
+    of torch.func. `explain` says so for each layer.
 
-    Layers of PEFT's for nn.MultiheadAttention are left alone: PEFT adds out_proj's term twice, and a right result
-    would not equal what its ``merge`` makes. Adapters that are added on new layers are not fused: call ``fuse`` again,
-    which leaves alone what is fused.
+    PEFT's layer for nn.MultiheadAttention may add out_proj's low-rank term twice to its output and once to its
+    gradients, and it ignores LoRA's dropout. A fused attention does as the PEFT that is installed does, which ``fuse``
+    tries out on an attention of width 1. It keeps the weights as they are; PEFT puts new ones in place in each call.
+    Several adapters, a bias of B and weights that train are left to PEFT there, which drops gradients of theirs.
+
+    Adapters that are added on new layers are not fused: call ``fuse`` again, which leaves alone what is fused.
 
     Output and gradients equal PEFT's to rounding. What differs:
 
     - Over 16-bit weights PEFT computes the term of a float32 adapter in float32, and `lora_linear` in 16 bits, with
-      sums and gradients in float32.
+      sums and gradients in float32. In an attention PEFT rounds the sum of weight and term instead.
     - In training the mask of dropout is Philox's, as in `lora_linear`: the same distribution, another mask than that
       of nn.Dropout for the same seed.
+    - The norms of DoRA come from a formula that loses digits in rows of W + s B A that are far shorter than those of W.
     - A derivative of a derivative raises.
 
     Args:
         model: a model with LoRA layers of PEFT's somewhere inside it: a PeftModel, what it wraps, what
             ``inject_adapter_in_model`` or transformers' ``add_adapter`` made, a part of one. On any device.
+        attention: whether PEFT's layers for nn.MultiheadAttention are fused too. Default False: the model that they
+            train is another one than LoRA's formula says where PEFT adds the term twice.
 
     Returns:
         A `FuseReport`: which layers are served as they are now, and why the others are not; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is no nn.Module, or ``attention`` no bool.
         ValueError: it has no LoRA layer of PEFT's; for other models there is `inject_lora`.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, for its norms.
 
     Example:
         ``print(pyfused.fuse(get_peft_model(model, LoraConfig(target_modules="all-linear"))))``
     """
+    checks.flag("fuse", "attention", attention)
     found = _lora_places("fuse", model)
     fused = sum(isinstance(place.module, FusedLayer) for place in found)
     notes = [f"{fused} layers were fused before"] if fused else []
@@ -150,15 +137,16 @@ def fuse(model: nn.Module) -> FuseReport:
     with all_or_nothing() as change:
         for place in found:
             layer: Any = place.module
-            why = None if isinstance(layer, FusedLayer) else _never(layer) or _never_called(place)
+            part = _part_of(layer)
+            why = None if isinstance(layer, FusedLayer) else _never(layer, attention) or _never_called(place)
             if why is None:
-                change.as_variant(layer, FusedLayer)
-                active = _active(layer)
-                why = _not_now(layer, active)
+                change.as_variant(layer, part.KIND)
+                active = active_adapters(layer)
+                why = part.not_now(layer, active)
             if why is None:
                 rows.append(_row(place.paths[0], layer, active))
                 continue
-            kind = _what(layer)
+            kind = what(layer)
             alone = left.setdefault((kind, why), LeftAlone(kind, why))
             alone.paths.append(place.paths[0])
             alone.parameters += elements(layer.parameters())
@@ -186,7 +174,7 @@ def left_to_peft(module: nn.Module) -> decision.LeftToTorch | None:
     """What `explain` says of a layer of PEFT's that is not fused; None of any other module."""
     if not _is_lora(module) or isinstance(module, FusedLayer):
         return None
-    return decision.LeftToTorch(_what(module), _never(module) or "not fused: see pyfused.fuse")
+    return decision.LeftToTorch(what(module), _never(module, True) or "not fused: see pyfused.fuse")
 
 
 # ---- finding
@@ -217,199 +205,49 @@ def _is_attention(module: nn.Module) -> bool:
     return _is_lora(module) and isinstance(module.base_layer, nn.MultiheadAttention)
 
 
-def _what(layer: nn.Module) -> str:
-    return f"PEFT's {plain_class(type(layer))[0].__name__}"
-
-
 def _row(path: str, layer: Any, active: list[str]) -> FusedRow:
-    pairs = [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for adapter in active]
-    (a, b), kind = pairs[0], type(layer.base_layer).__name__
-    adapters = tuple((adapter, int(a.shape[0])) for adapter, (a, _) in zip(active, pairs, strict=True))
-    sizes = int(b.shape[0]), int(a.shape[1])
-    return FusedRow(path, kind, sizes, adapters, elements(tensor for pair in pairs for tensor in pair))
+    first, base = layer.lora_A[active[0]].weight, layer.base_layer
+    adapters = tuple((adapter, int(layer.lora_A[adapter].weight.shape[0])) for adapter in active)
+    sizes = int(layer.lora_B[active[0]].weight.shape[0]), int(first.shape[1])
+    holders = [layer, base.out_proj] if _is_attention(layer) else [layer]
+    tensors = [
+        parameter
+        for holder in holders
+        for adapter in active
+        for part in (holder.lora_A, holder.lora_B, holder.lora_magnitude_vector)
+        if adapter in part
+        for name, parameter in part[adapter].named_parameters()
+        if name == "weight"
+    ]
+    return FusedRow(path, type(base).__name__, sizes, adapters, elements(tensors))
 
 
-# ---- what is served, and what is PEFT's
+# ---- which kind serves a layer
 
 
-def _form(base: nn.Module) -> str | None:
-    """How ``base`` holds its weight: "linear" (N, K), "conv1d" (K, N), "conv1x1" (N, K, 1, 1); None: it is no such."""
-    kind = type(base)
-    if kind.forward is nn.Linear.forward:
-        return "linear"
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return "conv1d"
-    if kind.forward is nn.Conv2d.forward:
-        plain = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.groups == 1
-        return "conv1x1" if plain and base.padding in ((0, 0), "valid", "same") else None
-    return None
+def _part_of(layer: Any) -> Any:
+    """The module of this package that serves ``layer``."""
+    return peft_attention if _is_attention(layer) else peft_linear
 
 
-def _never(layer: Any) -> str | None:
+def _never(layer: Any, attention: bool) -> str | None:
     """Why no operator serves ``layer``, whatever its adapters are."""
     from peft.tuners.lora import layer as made
 
-    plain, base = plain_class(type(layer))[0], layer.base_layer
-    if plain is made.MultiheadAttention:
-        return "PEFT adds out_proj's term twice, which a right result would not equal"
-    if plain not in (made.Linear, made.Conv2d):
-        return "no linear layer and no 1x1 convolution of PEFT's own"
+    plain = plain_class(type(layer))[0]
+    if plain not in (made.Linear, made.Conv2d, made.MultiheadAttention):
+        return "no linear layer, no 1x1 convolution and no attention of PEFT's own"
     if "forward" in layer.__dict__:
         return "its forward was replaced, which a class does not see"
     if not hasattr(layer, "lora_variant"):
         return "this PEFT is too old: its layers do not say which variant they are"
-    if _form(base) is None:
-        if plain is made.Conv2d:
-            return "its convolution is no 1x1 without stride, padding and groups"
-        return f"its base is a {type(base).__name__}, with a forward of its own"
-    return None
+    if plain is made.MultiheadAttention and not attention:
+        return "an attention, which is fused where attention=True asks for it"
+    why: str | None = _part_of(layer).never(layer)
+    return why
 
 
 def _never_called(place: Place) -> str | None:
     if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in place.spots):
         return "nn.MultiheadAttention reads its weight and does not call it"
     return None
-
-
-def _active(layer: Any) -> list[str]:
-    """The adapters that PEFT would add, in its order."""
-    return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-
-
-# Where the operator draws its mask in plain torch, which takes longer than PEFT's layer with nn.Dropout's own.
-_SLOW_MASKS = ("cpu",)
-_PLAIN = (Tensor, nn.Parameter)
-_DROPOUTS = (nn.Dropout, nn.Identity)
-
-
-def _drops(dropout: Any) -> bool:
-    return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
-
-
-def _hooked(module: Any) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
-
-
-def _not_now(layer: Any, active: list[str]) -> str | None:
-    """Why PEFT computes ``layer`` as its adapters are now."""
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapters are merged"
-    if not active:
-        return "none of its adapters is active"
-    base = layer.base_layer
-    form = _form(base)
-    if form is None or "forward" in base.__dict__:
-        return f"its base is a {type(base).__name__}, with a forward of its own"
-    if _hooked(base):
-        return "its base has hooks"
-    if type(base.weight) not in _PLAIN or (base.bias is not None and type(base.bias) not in _PLAIN):
-        return f"its base's weight is a {type(base.weight).__name__}"
-    ranks, drops = 0, False
-    for adapter in active:
-        if adapter in layer.lora_variant:
-            return f"variant {type(layer.lora_variant[adapter]).__name__}"
-        a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-        for module in (a, b):
-            if _form(module) != ("conv1x1" if form == "conv1x1" else "linear") or "forward" in module.__dict__:
-                return f"A or B is a {type(module).__name__}, with a forward of its own"
-            if type(module.weight) not in _PLAIN:
-                return f"the weight of A or B is a {type(module.weight).__name__}"
-        if a.bias is not None:
-            return "A has a bias"
-        if type(dropout) not in _DROPOUTS or "forward" in dropout.__dict__:
-            return f"dropout by {type(dropout).__name__}"
-        if _hooked(a) or _hooked(b) or _hooked(dropout):
-            return "A, B or dropout has hooks"
-        if not isinstance(layer.scaling[adapter], int | float):
-            return f"scaling is a {type(layer.scaling[adapter]).__name__}"
-        if _drops(dropout):
-            drops = True
-            if dropout.p >= 1.0:
-                return "dropout leaves nothing"
-        ranks += a.weight.shape[0]
-    if ranks > MAX_RANK:
-        return f"rank {ranks} > {MAX_RANK}"
-    if drops and len(active) > 1:
-        return "several active adapters with dropout, each with its own mask"
-    return None
-
-
-def _not_this_call(layer: Any, active: list[str], x: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Why PEFT computes this call of a layer that could be served."""
-    given = [name for name, value in kwargs.items() if value is not None]
-    if args or given:
-        return f"called with {', '.join(given) or 'further arguments'}"
-    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_nested or not x.is_floating_point():
-        return "its input is no plain floating tensor"
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "a transform of torch.func is active"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation is on"
-        if _has_any_global_hook():
-            return "every module has a hook"
-    if x.device.type in _SLOW_MASKS and _drops(layer.lora_dropout[active[0]]):
-        return f"dropout on a {x.device.type.upper()}, where the operator's mask takes longer than PEFT's"
-    base = layer.base_layer
-    weight, bias = base.weight, base.bias
-    # What does not fit is PEFT's to refuse; a weight of no elements is one that another library has put aside.
-    form = _form(base)
-    if weight.dim() != (4 if form == "conv1x1" else 2) or (x.dim() != 4 if form == "conv1x1" else x.dim() < 1):
-        return "its input or its weight has another number of dimensions"
-    width = weight.shape[0 if form == "conv1d" else 1]
-    if width == 0 or x.shape[1 if form == "conv1x1" else -1] != width:
-        return "the width of its input is not that of its weight"
-    autocast = checks.autocast_dtype(x)
-    if autocast is None:
-        allowed = (weight.dtype,) if weight.dtype.itemsize > 2 else (weight.dtype, torch.float32)
-        fits = x.dtype == weight.dtype and x.dtype in checks.FLOATING and (bias is None or bias.dtype == x.dtype)
-    else:
-        allowed = autocast, torch.float32
-        fits = weight.dtype in checks.NARROW and (bias is None or bias.dtype in checks.NARROW)
-    if not fits:
-        return f"its input is {x.dtype} and its weight {weight.dtype}"
-    first = layer.lora_A[active[0]].weight.dtype
-    for adapter in active:
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if a.dtype not in allowed or a.dtype != first or b.dtype != first:
-            return f"A is {a.dtype} and B {b.dtype} over a weight of {weight.dtype}"
-        if autocast is None and x.dtype != first and not layer.cast_input_dtype_enabled:
-            return "its input is not cast to the adapter's dtype"
-        if not x.device == weight.device == a.device == b.device:
-            return "its input and its weights are on several devices"
-    return None
-
-
-def _fused(layer: Any, active: list[str], x: Tensor) -> Tensor:
-    base = layer.base_layer
-    form = _form(base)
-    weight, bias, matrices = base.weight, base.bias, []
-    for adapter in active:
-        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-        matrices.append((a.weight.flatten(1), b.weight.flatten(1)) if form == "conv1x1" else (a.weight, b.weight))
-        if b.bias is not None:
-            # Rounded once, to what the weight is in.
-            own = b.bias * layer.scaling[adapter]
-            bias = (own if bias is None else bias + own).to(weight.dtype)
-    dropout = layer.lora_dropout[active[0]]
-    p = dropout.p if type(dropout) is nn.Dropout else 0.0
-    if len(active) == 1:
-        (lora_a, lora_b), scaling = matrices[0], layer.scaling[active[0]]
-    else:
-        scaling, p = 1.0, 0.0
-        lora_a = torch.cat([a for a, _ in matrices])
-        lora_b = torch.cat(
-            [b * layer.scaling[adapter] for (_, b), adapter in zip(matrices, active, strict=True)], dim=1
-        )
-    if form == "conv1d":
-        weight = weight.t()
-    elif form == "conv1x1":
-        weight = weight.flatten(1)
-    return lora_linear(
-        x, weight, lora_a, lora_b, bias,
-        scaling=scaling, dropout_p=p, training=dropout.training, channel_dim=1 if form == "conv1x1" else -1,
-    )  # fmt: skip

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"lora", "modules", "surgery", "ops.contract"},
     "models": {"lora", "modules", "surgery", "ops", "ops.contract"},
     "diagnostics": {"methods", "lora", "modules", "surgery", "ops.contract"},
-    "integrations": {"surgery", "ops", "ops.contract"},
+    "integrations": {"lora", "surgery", "ops", "ops.contract"},
     "explanation": {"choice", "integrations", "ops", "surgery"},
     "face": {"choice", "ops", "lora", "modules", "models", "diagnostics", "explanation", "methods", "integrations"},
     "cli": {"face", "choice", "choice.measured"},
