@@ -3,11 +3,13 @@
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
+from pyfused.integrations.lora_files import load_lora, save_lora
 from pyfused.integrations.peft import FuseReport, fuse, unfuse
 from pyfused.lora.inject import inject_lora, remove_lora
 from pyfused.lora.report import LoRAReport
 from pyfused.lora.state import load_lora_state_dict, lora_state_dict
 from pyfused.methods import BitFitReport, PrefixReport, PrefixTuning, Preset, bitfit, param_groups, preset, preset_for
+from pyfused.methods.files import load_tuned, save_tuned
 from pyfused.modules import (
     BottleneckAdapter,
     ConvLoRA,
@@ -47,7 +49,9 @@ __all__ = [
     "explain",
     "fuse",
     "inject_lora",
+    "load_lora",
     "load_lora_state_dict",
+    "load_tuned",
     "lora_linear",
     "lora_state_dict",
     "models",
@@ -56,5 +60,7 @@ __all__ = [
     "preset_for",
     "projection_residual",
     "remove_lora",
+    "save_lora",
+    "save_tuned",
     "unfuse",
 ]

@@ -102,6 +102,26 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIRECTORY", help="where index.html goes (default: report/ in the last record)"
     )
 
+    from pyfused.integrations import formats
+
+    convert = commands.add_parser(
+        "convert", help="write what was tuned in another package's format",
+        epilog="; ".join(f"{name}: {what}" for name, what in formats.FORMATS.items()),
+    )  # fmt: skip
+    convert.set_defaults(function=_convert)
+    convert.add_argument("source", metavar="SRC", help="what is read")
+    convert.add_argument("target", metavar="DST", help="what is written, whole or not at all")
+    convert.add_argument("--from", dest="from_format", choices=formats.FORMATS, required=True, help="the format of SRC")
+    convert.add_argument("--to", dest="to_format", choices=formats.FORMATS, required=True, help="the format of DST")
+    convert.add_argument(
+        "--like", metavar="PATH",
+        help=f"one in the format of DST, for {' and '.join(formats.LIKE)}: what was not tuned is taken from it",
+    )  # fmt: skip
+    convert.add_argument(
+        "--order", choices=formats.ORDERS,
+        help="of fastvit-fork, which its files do not say: adapter before the layer-scale (right) or behind (broken)",
+    )  # fmt: skip
+
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
@@ -211,6 +231,21 @@ def _check(arguments: argparse.Namespace) -> int:
     except thirdparty.Unavailable as error:
         print(f"pyfused check gradient-ratio: {error}", file=sys.stderr)
         return 2
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from pyfused.integrations import formats
+
+    try:
+        notes = formats.convert(
+            arguments.source, arguments.target, arguments.from_format, arguments.to_format, arguments.like,
+            arguments.order,
+        )  # fmt: skip
+    except (ImportError, TypeError, ValueError) as error:
+        print(f"pyfused {error}", file=sys.stderr)
+        return 2
+    print(f"written: {arguments.target}", *(f"         {note}" for note in notes), sep="\n")
+    return 0
 
 
 def _lacks(command: str, needs: dict[str, str], extras: str = "bench") -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from pyfused.surgery import checkpoint
 from pyfused.surgery.refusals import check_module
 
 # The entry of a checkpoint that holds the settings.
-_SETTINGS = "lora_settings"
+SETTINGS = "lora_settings"
+# How PEFT ends the names of its parameters, in files and in models.
+_PEFTS = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -28,7 +31,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: ``model`` has no LoRA.
         RuntimeError: a LoRA parameter is computed (parametrized, pruned).
     """
-    return checkpoint.packed(*_own_state("lora_state_dict", model), _SETTINGS)
+    return checkpoint.packed(*_own_state("lora_state_dict", model), SETTINGS)
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], check_settings: bool = True) -> None:
@@ -44,16 +47,21 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], check_se
 
     Raises:
         TypeError: an argument has the wrong type, or a tensor is not a dense floating one.
-        ValueError: names are missing or unknown, shapes or settings differ, settings are missing, or ``model`` is
-            sharded or on device meta.
+        ValueError: names are missing or unknown, or PEFT's, shapes or settings differ, settings are missing, or
+            ``model`` is sharded or on device meta.
     """
     caller = "load_lora_state_dict"
+    if isinstance(state, Mapping) and any(isinstance(name, str) and _PEFTS.search(name) for name in state):
+        raise ValueError(
+            f"{caller}: state must be what lora_state_dict gave, got PEFT's names; load_lora(model, folder) reads "
+            "PEFT's folder, and `pyfused convert SRC DST --from peft --to pyfused` converts it"
+        )
     own, settings = _own_state(caller, model)
     with contextlib.ExitStack() as stack:
         for _, module in lora_modules(caller, model):
             # What is merged is merged anew.
             stack.enter_context(module.held(merged=False))
-        checkpoint.load(caller, model, own, settings, _SETTINGS, state, check_settings)
+        checkpoint.load(caller, model, own, settings, SETTINGS, state, check_settings)
 
 
 def lora_modules(caller: str, model: nn.Module) -> list[tuple[str, LoRAModule]]:

@@ -363,7 +363,11 @@ class AdaptedCLIP(nn.Module):
             for path, module in self.named_modules()
             if not path.startswith("clip.") and isinstance(module, kinds)
         }
-        return {"projections": {"feature_levels": list(self.feature_levels)}, **settings}
+        return {"projections": self.settings(), **settings}
+
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameters their meaning and is no setting of a module inside."""
+        return {"feature_levels": list(self.feature_levels)}
 
     def report(self) -> AdaptedCLIPReport:
         """What trains, counted; ``print`` it."""

@@ -159,6 +159,10 @@ class LatentWireAdapter(KeepsWide):
         """Weight and bias in x's dtype."""
         return getattr(self, f"{name}_weight").to(x.dtype), getattr(self, f"{name}_bias").to(x.dtype)
 
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameters their meaning, by the names of the arguments."""
+        return {"dropout": self.dropout}
+
     def extra_repr(self) -> str:
         return f"{self.compressed}, {self.hidden}, {self.embedding}, dropout={self.dropout:g}"
 

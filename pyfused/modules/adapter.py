@@ -277,6 +277,11 @@ class BottleneckAdapter(KeepsWide):
             channel_dim=self.channel_dim,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameters their meaning, by the names of the arguments."""
+        names = ("activation", "skip", "drop_path", "channel_dim", "dropout")
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
         scale = "None" if self.gamma is None else str(tuple(self.gamma.shape))
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +69,10 @@ class ConvLoRA(KeepsWide):
             raise ValueError(f"ConvLoRA: x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
         down = F.conv2d(x, self.lora_a.to(x.dtype), padding=self.kernel_size // 2)
         return torch.add(x, F.conv2d(down, self.lora_b.to(down.dtype)), alpha=self.scaling)
+
+    def settings(self) -> dict[str, Any]:
+        """What gives the parameters their meaning, by the names of the arguments."""
+        return {"rank": self.rank, "alpha": self.alpha, "kernel_size": self.kernel_size}
 
     def extra_repr(self) -> str:
         return f"{self.channels}, rank={self.rank}, alpha={self.alpha:g}, kernel_size={self.kernel_size}"

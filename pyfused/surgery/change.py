@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -109,9 +110,31 @@ class Change:
         self.train((parameter for parameter in model.parameters() if id(parameter) not in stay), False)
 
 
+def told_to_train(model: nn.Module) -> list[str]:
+    """Full names of the parameters that this package was told to train whole; each name of a tied one."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in sorted(module.__dict__.get(_TOLD, ()))
+        if module._parameters.get(name) is not None
+    ]
+
+
+_around: contextvars.ContextVar[contextlib.ExitStack | None] = contextvars.ContextVar("_around", default=None)
+
+
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[Change]:
-    """Gives a `Change`; what was done by it is undone where the body raises."""
+    """Gives a `Change`; what was done by it is undone where the body raises.
+
+    Inside another one it is undone also where the rest of that one's body raises.
+    """
     with contextlib.ExitStack() as undo:
-        yield Change(undo)
-        undo.pop_all()
+        around, token = _around.get(), _around.set(undo)
+        try:
+            yield Change(undo)
+        finally:
+            _around.reset(token)
+        done = undo.pop_all()
+        if around is not None:
+            around.push(done)

@@ -31,10 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "surgery": {"ops.contract"},
     "lora": {"surgery", "ops", "ops.contract"},
     "modules": {"lora", "surgery", "ops", "ops.contract"},
-    "methods": {"lora", "modules", "surgery", "ops.contract"},
+    "methods": {"files", "lora", "modules", "surgery", "ops.contract"},
     "models": {"lora", "modules", "surgery", "ops", "ops.contract"},
     "diagnostics": {"methods", "lora", "modules", "surgery", "ops.contract"},
-    "integrations": {"lora", "surgery", "ops", "ops.contract"},
+    "integrations": {"files", "lora", "methods", "surgery", "ops", "ops.contract"},
     "explanation": {"choice", "integrations", "ops", "surgery"},
     "face": {"choice", "ops", "lora", "modules", "models", "diagnostics", "explanation", "methods", "integrations"},
     "cli": {"face", "choice", "choice.measured"},
@@ -54,9 +54,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 # The same, inside a function only: code that must not be loaded with the package.
-MAY_IMPORT_LATE = {"ops": {"portable", "kernels"}, "ops.contract": {"portable", "kernels"}, "cli": {"bench", "kernels"}}
+MAY_IMPORT_LATE = {
+    "ops": {"portable", "kernels"},
+    "ops.contract": {"portable", "kernels"},
+    "cli": {"bench", "integrations", "kernels"},
+}
 # Component -> third-party packages besides torch; None: any.
 THIRD_PARTY: dict[str, set[str] | None] = {
+    "files": {"safetensors"},
     "kernels": {"triton", "numpy"},
     "models": {"timm"},
     "diagnostics": {"matplotlib"},
