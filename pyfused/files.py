@@ -109,7 +109,7 @@ def write_tensors(caller: str, path: Path, tensors: Mapping[str, Tensor], notes:
     """``tensors`` and the strings ``notes`` as a safetensors file; copies of what shares memory."""
     package = need_safetensors(caller)
     dense = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    package.torch.save_file(dense, path, metadata={"format": "pt", **notes})
+    package.torch.save_file(dense, path, metadata=dict(notes))
 
 
 def read_tensors(caller: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

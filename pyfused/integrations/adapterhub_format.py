@@ -120,7 +120,7 @@ def write(caller: str, tuned: Tuned, target: Path, like: Path) -> list[str]:
         raise ValueError(f"{caller}: AdapterHub's adapter has no form for {min(tuned.trained())!r}, which trains whole")
     whole = files.read_json(caller, files.folder_with(caller, like, CONFIG))
     with files.replacing_in(caller, target, CONFIG, WEIGHTS) as (settings, weights):
-        files.write_tensors(caller, weights, state, {})
+        files.write_tensors(caller, weights, state, {"format": "pt"})
         settings.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [f"configuration as in {like}: where the adapters stand in the host is not in pyfused's file"]
 

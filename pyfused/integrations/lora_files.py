@@ -15,6 +15,7 @@ from pyfused.lora.state import lora_modules
 from pyfused.lora.targets import kind_of
 from pyfused.methods.files import write_whole
 from pyfused.methods.tuned import collect, put
+from pyfused.surgery.refusals import check_module
 
 
 def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -82,13 +83,14 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Source: huggingface/peft, ``PeftModel.from_pretrained``, 0.21.
     """
     caller = "load_lora"
+    check_module(caller, model)
     put(caller, model, from_peft(*read(caller, folder), caller))
 
 
 def write(caller: str, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """PEFT's two files."""
     with files.replacing_in(caller, folder, CONFIG, WEIGHTS) as (settings, weights):
-        files.write_tensors(caller, weights, state, {})
+        files.write_tensors(caller, weights, state, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyfused import files
 from pyfused.methods.tuned import Tuned, collect, put
+from pyfused.surgery.refusals import check_module
 
 FILE = "tuned.safetensors"
 # The entry of the header that holds the settings.
@@ -76,6 +77,7 @@ def load_tuned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             or settings differ (near names are listed); or ``model`` lacks modules that cannot be put into it here.
     """
     caller = "load_tuned"
+    check_module(caller, model)
     put(caller, model, read(caller, files.folder_with(caller, folder, FILE)))
 
 

@@ -228,11 +228,16 @@ def _copy(mine: Tensor, value: Tensor) -> None:
 def _train(caller: str, model: nn.Module, tuned: Tuned, freeze: bool) -> None:
     """Let what trained in the file train in ``model``, and with ``freeze`` nothing else of it."""
     check_model(caller, model)
-    actual = {plain_name(path): path for path, _ in model.named_modules(remove_duplicate=False)}
-    request = Request(caller, model, [actual[path] for path in tuned.trained_modules], ())
+    request = Request(caller, model, _roots(model, tuned), ())
     named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     single = [named[name] for name in tuned.trained_parameters]
     adapt(request, also=lambda: single, freeze=freeze, stays=not tuned.added())
+
+
+def _roots(model: nn.Module, tuned: Tuned) -> list[str]:
+    """What of ``model`` trains whole by the file, by the names that it has here."""
+    actual = {plain_name(path): path for path, _ in model.named_modules(remove_duplicate=False)}
+    return [actual[path] for path in tuned.trained_modules if path in actual]
 
 
 def _add(caller: str, model: nn.Module, tuned: Tuned, before: Tuned) -> None:
@@ -285,6 +290,7 @@ def _add_lora(caller: str, model: nn.Module, wanted: dict[str, dict[str, Any]], 
             dropout,
             use_rslora,
             qkv,
+            train=_roots(model, tuned),
             exclude=_besides(targets, names.values()),
         )
 
@@ -314,7 +320,7 @@ def _add_tokens(caller: str, model: nn.Module, wanted: dict[str, dict[str, Any]]
         hosts = {path.rpartition(".")[0] for path in wanted}
         attentions = {path: m for path, m in model.named_modules() if virtual_tokens.is_attention(m)}
         exclude = [path for path in attentions if plain_name(path) not in hosts]
-    PrefixTuning(model, count, sets == 2, projection, dropout, exclude=exclude)
+    PrefixTuning(model, count, sets == 2, projection, dropout, train=_roots(model, tuned), exclude=exclude)
 
 
 def is_lora(own: Mapping[str, Any]) -> bool:

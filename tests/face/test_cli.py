@@ -282,3 +282,26 @@ def test_a_selection_without_rows_is_an_error(tmp_path):
     assert done.returncode == 5, done.stderr
     assert "no row is named by -k 'nothing_like_it'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+class TestConvert:
+    def test_it_writes_and_says_what_is_to_be_said(self, capsys, tmp_path):
+        pytest.importorskip("safetensors")
+        model = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        pyfused.inject_lora(model, rank=2)
+        pyfused.save_lora(model, tmp_path / "peft")
+        command = ["convert", str(tmp_path / "peft"), str(tmp_path / "ours"), "--from", "peft", "--to", "pyfused"]
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(
+            f"written: {tmp_path / 'ours'}\n         PEFT adds out_proj's term of an nn.Multihead"
+        )
+        pyfused.load_tuned(model, tmp_path / "ours")
+
+    def test_what_cannot_be_done_is_one_sentence(self, capsys, tmp_path):
+        command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--from", "peft", "--to", "pyfused"]
+        assert cli.main(command) == 2
+        assert re.fullmatch(r"pyfused convert: source must be there, got nothing at '.*a'\n", capsys.readouterr().err)
+        with pytest.raises(SystemExit):
+            cli.main([*command[:3], "--from", "onnx", "--to", "peft"])
+        assert "invalid choice: 'onnx'" in capsys.readouterr().err
