@@ -20,6 +20,7 @@ from pyfused.choice import backends, measured
 _OPTIONAL = {
     "triton": "the triton backend",
     "peft": "a baseline of the benchmarks",
+    "safetensors": "files of what was tuned",
     "open_clip_torch": "the models of the benchmarks",
     "timm": "models",
 }

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment."""
+"""Files that are whole at every moment, and the tensors and settings in them."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from pyfused.surgery.refusals import check_module
 def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the LoRA of ``model`` into ``folder`` as PEFT does: "adapter_model.safetensors", "adapter_config.json".
 
-    ``PeftModel.from_pretrained(base, folder)`` then gives the same outputs on the plain base model. What ``train`` of
-    `inject_lora` trained goes along, with its buffers, as PEFT's ``modules_to_save``. PEFT adds out_proj's term of an
-    nn.MultiheadAttention twice, so half of its B is written.
+    ``PeftModel.from_pretrained(base, folder)`` then gives the same outputs on the plain base model. What of the model
+    itself trains, by ``train`` of `inject_lora` say, goes along, with its buffers, as PEFT's ``modules_to_save``. PEFT
+    adds out_proj's term of an nn.MultiheadAttention twice, so half of its B is written.
 
     Files that were there are replaced whole, or stay where this raises. Tensors are written whole where FSDP2 or
     another user of DTensor has sharded them: then every process calls this, and the first writes.
@@ -38,7 +38,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: ``model`` has no LoRA, or something tuned that PEFT's files have no form for, by name: q, k and v
             apart, one projection of an attention alone, open_clip's own attention, convolutions with groups or
             dilation, single parameters, adapters, virtual tokens (`pyfused.save_tuned` keeps all of these); ``model``
-            is in FullyShardedDataParallel; or ``folder`` is a file.
+            is in DistributedDataParallel or FullyShardedDataParallel; or ``folder`` is a file.
         RuntimeError: a LoRA parameter is computed (parametrized, pruned), or the first process could not write.
         OSError: the disk is full, or the folder may not be written to.
 
@@ -47,7 +47,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     caller = "save_lora"
     place = files.as_path(caller, "folder", folder)
     adapted = [module for _, module in lora_modules(caller, model)]
-    tuned = collect(caller, model)
+    tuned = collect(caller, model, trains=True)
     linear = {kind_of(module) for module in adapted} & {"linear", "conv1d"}
     config, state = to_peft(tuned, conv1d=linear == {"conv1d"}, caller=caller)
     everywhere = [path for path, _ in model.named_modules(remove_duplicate=False)]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyfused.methods.tuned import ATTENTION, CONV, LINEAR, OUT_PROJ, Tuned, is_lora
@@ -67,7 +68,7 @@ def to_peft(tuned: Tuned, conv1d: bool = False, caller: str = "save_lora") -> tu
         )
         place = path
         if own["kind"] == OUT_PROJ:
-            place, lora_b = f"{path.rpartition('.')[0]}.base_layer.out_proj", lora_b / 2
+            place, lora_b = f"{path.rpartition('.')[0]}.base_layer.out_proj", _wide(lora_b) / 2
         else:
             layers[path] = own
         if own["kind"] == CONV:
@@ -92,6 +93,8 @@ def to_peft(tuned: Tuned, conv1d: bool = False, caller: str = "save_lora") -> tu
 
 def _no_form(path: str, own: Mapping[str, Any], tuned: Tuned) -> str | None:
     kind, parent = own["kind"], path.rpartition(".")[0]
+    if not path:
+        return "PEFT adapts layers inside a model"
     if kind == ATTENTION:
         out = tuned.modules.get(f"{path}.out_proj", {})
         if own["qkv"] != "joint":
@@ -149,6 +152,11 @@ def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
+def _wide(lora_b: Tensor) -> Tensor:
+    """In float32 or wider, where half and twice are exact."""
+    return lora_b.to(torch.promote_types(lora_b.dtype, torch.float32))
+
+
 def _number(alpha: float) -> float | int:
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -197,7 +205,7 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor], caller: st
         here = f"{layer}.out_proj" if path in twice else layer
         lora_a, lora_b = pair["A"].flatten(1), pair["B"].flatten(1)
         if path in twice:
-            own["kind"], lora_b = OUT_PROJ, lora_b * 2
+            own["kind"], lora_b = OUT_PROJ, _wide(lora_b) * 2
         prefix = ""
         if path in attentions:
             own |= {"kind": ATTENTION, "qkv": "joint"}

@@ -29,8 +29,8 @@ def save_tuned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     That is: the parameters of every module that this package has added or put in another's place (LoRA of every kind,
     `BottleneckAdapter`, `ConvLoRA`, `ScaledCrossAttention`, virtual tokens, what `AdaptedCLIP` adds), their settings,
-    and what a call of this package set to train: biases (`bitfit`), and ``train=``, of modules with their buffers. The
-    base model is not in it.
+    and what of the model itself trains: biases (`bitfit`), ``train=``, or what requires grad now, of modules with their
+    buffers. What is frozen is not in it.
 
     A file that was there is replaced whole, or stays where this raises. Tensors are written whole where FSDP2 or
     another user of DTensor has sharded them: then every process calls this, and the first writes.
@@ -43,13 +43,13 @@ def save_tuned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ImportError: the package safetensors is not installed.
         TypeError: an argument has the wrong type.
         ValueError: nothing was tuned in ``model``, a module of this package keeps buffers (a fitted PCACompressor),
-            ``model`` is in FullyShardedDataParallel, or ``folder`` is a file.
+            ``model`` is in DistributedDataParallel or FullyShardedDataParallel, or ``folder`` is a file.
         RuntimeError: a LoRA parameter is computed (parametrized, pruned), or the first process could not write.
         OSError: the disk is full, or the folder may not be written to.
     """
     caller = "save_tuned"
     place = files.as_path(caller, "folder", folder)
-    tuned = collect(caller, model)
+    tuned = collect(caller, model, trains=True)
     if not tuned.tensors:
         raise ValueError(
             f"{caller}: model must have something tuned in it, got a {type(model).__name__} with nothing; call "
@@ -131,10 +131,15 @@ def write_whole(
     """Let ``write`` write ``tensors``; whole, and in the first process alone, where they are sharded.
 
     Raises:
-        ValueError: ``model`` is in FullyShardedDataParallel, whose parameters are parts of what they are called.
+        ValueError: ``model`` is in DistributedDataParallel, which names its parameters anew, or in
+            FullyShardedDataParallel, whose parameters are parts of what they are called.
         RuntimeError: in other processes than the first, where that could not write.
     """
     for path, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{caller}: model must not be in DistributedDataParallel, got {path or 'model'!r}; give its .module"
+            )
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
             raise ValueError(
                 f"{caller}: model must not be in FullyShardedDataParallel, got {path or 'model'!r}; shard by "

@@ -76,8 +76,13 @@ class Tuned:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def collect(caller: str, model: nn.Module) -> Tuned:
+def collect(caller: str, model: nn.Module, trains: bool = False) -> Tuned:
     """What was tuned in ``model``; the tensors share memory with it.
+
+    Args:
+        caller: in whose name errors are raised. model: any module.
+        trains: whether what requires grad counts too, beside what a call of this package set to train; where nothing
+            was tuned by this package, nothing does.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
@@ -110,7 +115,7 @@ def collect(caller: str, model: nn.Module) -> Tuned:
         modules[plain_name(path)] = {"kind": kind.__name__} | (stated() if callable(stated) else {})
         for name in added_names(module):
             tensors[plain_name(f"{path}.{name}" if path else name)] = module.get_parameter(name).detach()
-    roots, single = _told(model, set(tensors))
+    roots, single = _told(model, set(tensors), trains and bool(modules))
     live = _live(model)
     tensors |= {name: tensor for name, tensor in live.items() if under(name, (*roots, *single))}
     # As a file gives them back.
@@ -143,9 +148,15 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _told(model: nn.Module, added: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the modules that train whole, and the names of what else this package was told to train."""
+def _told(model: nn.Module, added: set[str], trains: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of the modules that train whole, and the names of what else does, of the model's own parameters.
+
+    That is what this package was told to train, and with ``trains`` what requires grad.
+    """
     told = {plain_name(name) for name in told_to_train(model)} - added
+    if trains:
+        named = model.named_parameters(remove_duplicate=False)
+        told |= {plain_name(name) for name, parameter in named if parameter.requires_grad} - added
     roots: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         path = plain_name(path)

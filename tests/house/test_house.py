@@ -311,7 +311,9 @@ def test_public_names_are_documented():
 
 
 @host
-def test_python_in_the_readme_runs():
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+    # It writes files.
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     assert blocks
     # One namespace: a later block continues an earlier one.

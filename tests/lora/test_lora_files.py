@@ -14,7 +14,7 @@ from torch import nn
 
 from pyfused import files, inject_lora, load_lora, load_lora_state_dict, save_lora
 from pyfused.integrations import lora_files
-from pyfused.modules import LoRAModule
+from pyfused.modules import LoRALinear, LoRAModule
 
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -302,6 +302,10 @@ class TestNoForm:
         inject_lora(model, ["second"], rank=4, alpha=8, dropout=0.2)
         with pytest.raises(ValueError, match=r"one dropout for all layers, got \[0.1, 0.2\]"):
             save_lora(model, tmp_path)
+
+    def test_a_layer_alone(self, tmp_path):
+        with pytest.raises(ValueError, match="no form for 'the model': PEFT adapts layers inside a model"):
+            save_lora(LoRALinear(4, 4), tmp_path)
 
     def test_modules_that_peft_would_take_too(self, tmp_path):
         def net():

@@ -217,6 +217,24 @@ class TestEveryMethod:
         load_tuned(again, tmp_path)
         same(again, model)
 
+    def test_what_somebody_else_set_to_train_is_in_it(self, tmp_path):
+        base = small_vit()
+        model = copy.deepcopy(base)
+        inject_lora(model, "mlp", rank=2)
+        model.ln_post.requires_grad_(True)
+        tune(model, lambda model: None)
+        save_tuned(model, tmp_path)
+        fresh = copy.deepcopy(base)
+        load_tuned(fresh, tmp_path)
+        same(fresh.eval(), model)
+        open_base = copy.deepcopy(base)
+        inject_lora(open_base, "mlp", rank=2, freeze=False)
+        tune(open_base, lambda model: None)
+        save_tuned(open_base, tmp_path)
+        fresh = copy.deepcopy(base)
+        load_tuned(fresh, tmp_path)
+        same(fresh.eval(), open_base)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_dtypes(self, dtype, tmp_path):
         base = Held().to(dtype).eval()
@@ -347,6 +365,12 @@ class TestBadInput:
             with pytest.raises(TypeError, match=r"model must be an nn.Module, got int"):
                 call(3, tmp_path)
         bitfit(model)
+        wrapped = nn.Module()
+        wrapped.inner = object.__new__(nn.parallel.DistributedDataParallel)
+        nn.Module.__init__(wrapped.inner)
+        wrapped.inner.module = model
+        with pytest.raises(ValueError, match=r"must not be in DistributedDataParallel, got 'inner'; give its .module"):
+            save_tuned(wrapped, tmp_path / "a")
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="save_tuned: folder must be a folder, got the file"):
             save_tuned(model, tmp_path / "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -728,6 +729,31 @@ class TestAllOrNothing:
         with pytest.raises(KeyboardInterrupt):
             interrupted()
         assert snapshot(model) == before
+
+    def test_what_was_done_inside_another_is_undone_with_it(self):
+        model = Tower().train()
+        before = snapshot(model)
+
+        def around(error=None):
+            with all_or_nothing() as change:
+                change.set(model, "training", False)
+                inject_lora(model, "attention", rank=2)
+                inject_lora(model, "mlp", rank=2, train=["head"])
+                with contextlib.suppress(ValueError):
+                    inject_lora(model, "nowhere")
+                if error:
+                    raise error
+
+        with pytest.raises(KeyboardInterrupt):
+            around(KeyboardInterrupt())
+        assert snapshot(model) == before
+        around()
+        after = snapshot(model)
+        assert after != before
+        # What has ended is nobody's part any more.
+        with pytest.raises(KeyboardInterrupt), all_or_nothing():
+            raise KeyboardInterrupt
+        assert snapshot(model) == after
 
 
 class TestSecondCall:
