@@ -225,6 +225,7 @@ class TestRoundTrips:
         x = torch.randn(3, 6)
         theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
         close(theirs, model, x)
+        assert type(theirs.base_model.model.inner["proj"]) is nn.Linear
         again = copy.deepcopy(base)
         load_lora(again, tmp_path)
         assert torch.equal(again(x), model(x))
