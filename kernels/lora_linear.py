@@ -5,7 +5,7 @@
 
 Without dropout dx is y's own kernel on (dy, W^T, B^T, A^T). Letters: M rows, N out, K in, R rank; x is (B, L, K) with
 any strides and row m is b * L + l; P and Q are (M, R), rounded to x's dtype once, Q with its scaling. A and B are
-dense, (R, K) and (N, R).
+dense, (R, K) and (N, R). With an index of adapters P and Q hold zeros outside the columns of a row's own adapter.
 """
 
 import torch
@@ -32,6 +32,7 @@ from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.sums import sum_partials
 from pyfused.kernels.tiles import (
     dense_rows,
+    keep_own,
     load_tile,
     load_vector,
     load_weight,
@@ -56,9 +57,9 @@ def _rank_divisor(width):
     return 4 if width <= 16 else 8
 
 
-@triton.jit(do_not_specialize=["length", "rank", "tiles_l", "tiles_m", "tiles_n", "threshold"])
+@triton.jit(do_not_specialize=["length", "rank", "width", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
-    x, w, a_ptr, b_ptr, bias, p_ptr, y, seed_ptr, length, n, k, rank, tiles_l, tiles_m, tiles_n,
+    x, w, a_ptr, b_ptr, bias, p_ptr, y, seed_ptr, index_ptr, length, n, k, rank, width, tiles_l, tiles_m, tiles_n,
     scaling, saved_scaling, inverse_keep, threshold: tl.uint32,
     OWN_P: tl.constexpr, SAVE_P: tl.constexpr, DROP_X: tl.constexpr, DROP_P: tl.constexpr, TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
@@ -110,6 +111,8 @@ def _lora_gemm_kernel(
     if OWN_P:
         if DROP_X:
             p_acc *= inverse_keep
+        if index_ptr is not None:
+            p_acc = keep_own(p_acc, index_ptr, rows, ok_l, offs_r, width)
         if SAVE_P:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
             if pid_n == 0:
                 store_tile(p_rows, offs_r, 1, p_acc * saved_scaling, ok_l, ok_r, OFFSET)
@@ -137,9 +140,9 @@ def _lora_gemm_kernel(
     store_tile(row_pointers(y, batch, offs_l, OFFSET), offs_n, y.strides[2], acc, ok_l, ok_n, OFFSET)
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "steps", "threshold"])
+@triton.jit(do_not_specialize=["length", "rows_total", "rank", "width", "tiles_l", "steps", "threshold"])
 def _lora_shrink_kernel(
-    x, a_ptr, p_ptr, seed_ptr, length, rows_total, k, rank, tiles_l, steps,
+    x, a_ptr, p_ptr, seed_ptr, index_ptr, length, rows_total, k, rank, width, tiles_l, steps,
     scaling, inverse_keep, threshold: tl.uint32,
     DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr,
@@ -170,13 +173,16 @@ def _lora_shrink_kernel(
     acc *= scaling
     if DROP_X:
         acc *= inverse_keep
+    if index_ptr is not None:
+        acc = keep_own(acc, index_ptr, rows, ok_l, offs_r, width)
     p_rows = dense_rows(p_ptr + split.to(tl.int64) * rows_total * rank, batch, offs_l, length, rank, OFFSET)
     store_tile(p_rows, offs_r, 1, acc, ok_l, ok_r, OFFSET)
 
 
-@triton.jit(do_not_specialize=["length", "rows_total", "rank", "tiles_l", "tiles_m", "steps", "threshold"])
+@triton.jit(do_not_specialize=["length", "rows_total", "rank", "width", "tiles_l", "tiles_m", "steps", "threshold"])
 def _lora_wgrad_kernel(
-    t, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr, length, rows_total, columns, rank, tiles_l, tiles_m, steps,
+    t, p_ptr, g_ptr, f_ptr, q_ptr, seed_ptr, index_ptr,
+    length, rows_total, columns, rank, width, tiles_l, tiles_m, steps,
     scaling, q_scaling, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr,
@@ -208,6 +214,8 @@ def _lora_wgrad_kernel(
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
         if f_ptr is not None:
             q = tl.dot(t_tile, f, input_precision=PRECISION) * q_scaling
+            if index_ptr is not None:
+                q = keep_own(q, index_ptr, rows, ok_l, offs_r, width)
             store_tile(dense_rows(q_ptr, batch, offs_l, length, rank, OFFSET), offs_r, 1, q, ok_l, ok_r, OFFSET)
         if DROP_T:
             keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
@@ -249,12 +257,13 @@ def _lora_expand_kernel(
 
 
 def _gemm(
-    x, weight, a, b, bias, p, seed, scaling, dropout_p, channels_first, *,
+    x, weight, a, b, bias, p, seed, mixed, scaling, dropout_p, channels_first, *,
     own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False, transposed=False,
 ) -> torch.Tensor:  # fmt: skip
     """y = x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
 
     With ``save_p`` saved_scaling P goes to ``p``. a is (R, K) and b (N, R); ``transposed``, (K, R) and (R, N).
+    ``mixed`` is `_mixed`'s.
     """
     (batch, length, k), n, rank = x.shape, weight.shape[0], p.shape[1]
     y = rows_like(x, n, channels_first)
@@ -266,7 +275,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
-        **row_length(length, x, y), n=n, k=k, rank=rank,
+        **row_length(length, x, y), n=n, k=k, rank=rank, **mixed,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
@@ -278,7 +287,7 @@ def _gemm(
     return y
 
 
-def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tensor:
+def _shrink(x, a, seed, mixed, dropout_p, scaling=1.0, transposed=False) -> torch.Tensor:
     """scaling drop(x) a^T, (M, R), in x's dtype; a is (R, K), or, ``transposed``, (K, R)."""
     (batch, length, k), rank = x.shape, a.shape[1 if transposed else 0]
     config = configuration(_lora_shrink_kernel, shrink_config, x.device, batch, length, k, rank, x.dtype)
@@ -290,7 +299,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     launch(
         _lora_shrink_kernel, (batch * tiles_l, splits),
         x=mat(x), a_ptr=a, p_ptr=parts, **row_length(length, x), rows_total=batch * length, k=k,
-        rank=rank, tiles_l=tiles_l, steps=steps,
+        rank=rank, **mixed, tiles_l=tiles_l, steps=steps,
         scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
         PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
@@ -302,7 +311,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False) -> torch.Tenso
     return p
 
 
-def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=False) -> torch.Tensor | None:
+def _wgrad(t, p, gradient, seed, mixed, scaling, dropout_p, factor=None, transposed=False) -> torch.Tensor | None:
     """gradient (C, R), or, ``transposed``, (R, C) <- scaling drop(t)^T p; returns scaling t factor (M, R) where it is
     given a ``factor`` (C, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
@@ -319,7 +328,7 @@ def _wgrad(t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=Fal
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
         t=mat(t), p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
-        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
+        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank, **mixed,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
@@ -348,24 +357,27 @@ def lora_linear_fwd(
     channels_first: bool,
     plan: str,
     save: bool,
+    adapter_index: torch.Tensor | None = None,
+    adapters: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, N) and P (M, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     (batch, length, _), (n, rank) = x.shape, lora_b.shape
     if batch * length == 0:
         return rows_like(x, n, channels_first), x.new_empty((0, rank))
+    mixed = _mixed(adapter_index, rank, adapters)
     lora_a, lora_b = _wider(lora_a, 0), _wider(lora_b, 1)
     p = x.new_empty((batch * length if save else 0, len(lora_a)))
     with torch.cuda.device_of(x):
         if plan == "blas":
-            p = _shrink(x, lora_a, seed, dropout_p)
+            p = _shrink(x, lora_a, seed, mixed, dropout_p)
             y = _blas_product(x, weight, bias, channels_first)
             _blas_add_(y, p, lora_b, scaling)
         else:
             own = plan == "one_launch"
             if not own:
-                p = _shrink(x, lora_a, seed, dropout_p)
+                p = _shrink(x, lora_a, seed, mixed, dropout_p)
             y = _gemm(
-                x, weight, lora_a, lora_b, bias, p, seed, scaling, dropout_p, channels_first,
+                x, weight, lora_a, lora_b, bias, p, seed, mixed, scaling, dropout_p, channels_first,
                 own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0,
             )  # fmt: skip
     return y, p[:, :rank].contiguous() if save else x.new_empty((0, rank))
@@ -386,6 +398,8 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    adapter_index: torch.Tensor | None = None,
+    adapters: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     (batch, length, n), (rank, k) = dy.shape, lora_a.shape
@@ -393,6 +407,7 @@ def lora_linear_bwd(
     if batch * length == 0:
         da, db = lora_a.new_zeros((rank, k) if need_da else 0), lora_b.new_zeros((n, rank) if need_db else 0)
         return rows_like(dy, k, channels_first) if need_dx else dx, da, db
+    mixed = _mixed(adapter_index, rank, adapters)
     lora_a, lora_b, p = _wider(lora_a, 0), _wider(lora_b, 1), None if p is None else _wider(p, 1)
     wide = len(lora_a)
     da, db = lora_a.new_empty((wide, k) if need_da else 0), lora_b.new_empty((n, wide) if need_db else 0)
@@ -404,9 +419,9 @@ def lora_linear_bwd(
         if own:
             q = dy.new_empty((batch * length if need_da else 0, wide))
         elif need_q and not share:
-            q = _shrink(dy, lora_b, None, 0.0, scaling, transposed=True)
+            q = _shrink(dy, lora_b, None, mixed, 0.0, scaling, transposed=True)
         if need_db:
-            made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if share else None)
+            made = _wgrad(dy, p, db, None, mixed, scaling, 0.0, factor=lora_b if share else None)
             q = q if made is None else made
         if need_dx and plan == "blas":
             dx = _blas_product(dy, weight.t(), None, channels_first)
@@ -416,12 +431,18 @@ def lora_linear_bwd(
                 _blas_add_(dx, q, lora_a.t(), 1.0)
         elif need_dx:
             dx = _gemm(
-                dy, weight.t(), lora_b, lora_a, None, q, seed, scaling if own else 1.0, dropout_p, channels_first,
+                dy, weight.t(), lora_b, lora_a, None, q, seed, mixed,
+                scaling if own else 1.0, dropout_p, channels_first,
                 own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0, transposed=True,
             )  # fmt: skip
         if need_da:
-            _wgrad(x, q, da, seed, 1.0, dropout_p, transposed=True)
+            _wgrad(x, q, da, seed, mixed, 1.0, dropout_p, transposed=True)
     return dx, da[:rank], db[:, :rank].contiguous() if need_db else db
+
+
+def _mixed(adapter_index: torch.Tensor | None, rank: int, adapters: int) -> dict:
+    """The arguments of a kernel that say which columns of P are a row's own; it has none without an index."""
+    return {"index_ptr": adapter_index, "width": None if adapter_index is None else rank // adapters}
 
 
 def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -60,6 +60,13 @@ def load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def keep_own(p, index_ptr, rows, ok_m, offs_r, width):
+    """p [BLOCK_M, BLOCK_R], with 0 where a column is not of its row's adapter, each of which has ``width`` columns."""
+    index = tl.load(index_ptr + rows, mask=ok_m, other=-1)
+    return tl.where(index[:, None] == (offs_r // width)[None, :], p, 0.0)
+
+
+@triton.jit
 def store_tile(rows_ptr, offs_c, stride_c, tile, ok_m, ok_c, OFFSET: tl.constexpr):
     """The tile, [BLOCK_M, BLOCK_C], to the rows, in their dtype."""
     ptrs = tile_pointers(rows_ptr, offs_c, stride_c, OFFSET)

@@ -25,15 +25,18 @@ def draw(
     bias: bool = True,
     adapters: torch.dtype | None = None,
     channel_dim: int = -1,
+    mixed: int | None = None,
     device: torch.device | str = DEVICE,
 ) -> dict[str, Tensor | None]:
-    """Tensors for x of ``shape``, sized so that the low-rank term weighs as much as the base."""
+    """Tensors for x of ``shape``, sized so that the low-rank term weighs as much as the base; A and B of ``mixed``
+    adapters of rank r, as ``adapter_index`` wants them."""
     k = shape[channel_dim]
+    of_a, of_b = ((r, k), (n, r)) if mixed is None else ((mixed, r, k), (n, mixed, r))
     return {
         "x": randn(*shape, dtype=dtype, seed=1, device=device),
         "weight": (randn(n, k, seed=2) / k**0.5).to(dtype).to(device),
-        "lora_a": (randn(r, k, seed=3) / k**0.5).to(adapters or dtype).to(device),
-        "lora_b": (randn(n, r, seed=4) / r**0.5).to(adapters or dtype).to(device),
+        "lora_a": (randn(*of_a, seed=3) / k**0.5).to(adapters or dtype).to(device),
+        "lora_b": (randn(*of_b, seed=4) / r**0.5).to(adapters or dtype).to(device),
         "bias": randn(n, dtype=dtype, seed=5, device=device) if bias else None,
     }
 

@@ -28,7 +28,7 @@ _FASTER_PRODUCTS, _MMA_SYNC = (9, 10), 1.6
 
 def costs(operator: str, capability: tuple[int, int], sizes: Mapping[str, float]) -> Costs:
     """Of forward; backward is alike. ``sizes`` as `preference`'s."""
-    if operator == "projection_residual":
+    if operator in ("projection_residual", "mixed_lora_linear"):
         return float("inf"), 1.0, lambda: "no other backend has kernels for it"
     if operator == "lora_linear":
         return _lora_linear(capability, sizes)

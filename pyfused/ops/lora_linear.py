@@ -6,11 +6,15 @@
 
 The raw operators see x as (B, L, K) with any strides; row m of the mathematics is b * L + l. Backward saves x and P,
 never drop(x) and never a mask: the mask is drawn again from the seed.
+
+With an index of adapters, G of them lie side by side along the rank, and P and Q hold zeros in row m but in the columns
+of m's own adapter. Nothing else changes: each product then sums over those columns, or rows, alone.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ from pyfused.ops.contract import checks, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit
 
 _NAME = "lora_linear"
+# Its raw operators with an index of adapters, which backend "cuda" has no kernels for.
+_MIXED = "mixed_lora_linear"
 MAX_RANK = 256
 # Beyond it P of every tile does not fit beside the tile's accumulator.
 MAX_RANK_ONE_LAUNCH = 64
@@ -66,13 +72,13 @@ def resolve_plans(
     return {**_ONLY_PLANS, "triton": (forward, choose_plan(k, rank, dropout_p, dtype, device_type))}
 
 
-def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
+def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
     rows = x.shape[0] * x.shape[1] if save else 0
     return layout.rows_like(x, weight.shape[0], channels_first), x.new_empty((rows, lora_a.shape[0]))
 
 
 def _fake_bwd(
-    dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db
+    dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, channels_first, plan, need_dx, need_da, need_db, *mixed
 ):
     dx = layout.rows_like(dy, lora_a.shape[1], channels_first) if need_dx else dy.new_empty(0)
     da = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else lora_a.new_empty(0)
@@ -80,32 +86,33 @@ def _fake_bwd(
     return dx, da, db
 
 
-# ``save`` asks for P, which is empty otherwise; a gradient that is not needed comes back empty.
-_fwd = registry.define(
-    _NAME,
-    "fwd",
+# ``save`` asks for P, which is empty otherwise; a gradient that is not needed comes back empty. Mixed, A is (G R, K), B
+# (N, G R), and there is an index for each row.
+_FWD = (
     "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, float scaling, "
-    "float dropout_p, bool channels_first, str plan, bool save) -> (Tensor y, Tensor p)",
-    _fake_fwd,
+    "float dropout_p, bool channels_first, str plan, bool save{}) -> (Tensor y, Tensor p)"
 )
-_bwd = registry.define(
-    _NAME,
-    "bwd",
+_BWD = (
     "(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? p, Tensor? seed, float scaling, "
-    "float dropout_p, bool channels_first, str plan, bool need_dx, bool need_da, bool need_db) "
-    "-> (Tensor dx, Tensor da, Tensor db)",
-    _fake_bwd,
+    "float dropout_p, bool channels_first, str plan, bool need_dx, bool need_da, bool need_db{}) "
+    "-> (Tensor dx, Tensor da, Tensor db)"
 )
+_INDEX = ", Tensor adapter_index, int adapters"
+_fwd = registry.define(_NAME, "fwd", _FWD.format(""), _fake_fwd)
+_bwd = registry.define(_NAME, "bwd", _BWD.format(""), _fake_bwd)
+_mixed_fwd = registry.define(_MIXED, "fwd", _FWD.format(_INDEX), _fake_fwd, served_by=_NAME)
+_mixed_bwd = registry.define(_MIXED, "bwd", _BWD.format(_INDEX), _fake_bwd, served_by=_NAME)
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, plan_bwd, backend
+        ctx, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, plan_bwd, backend, *mixed
     ):  # fmt: skip
         need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
-        y, p = _fwd[backend](
-            x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b
+        raw = _mixed_fwd if mixed else _fwd
+        y, p = raw[backend](
+            x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b, *mixed
         )  # fmt: skip
         ctx.save_for_backward(
             x if need_a or need_weight else None,
@@ -114,7 +121,9 @@ class _LoRALinear(torch.autograd.Function):
             lora_b,
             p if need_b else None,
             seed,
+            *mixed[:1],
         )
+        ctx.adapters = mixed[1:]
         ctx.settings = scaling, dropout_p, channels_first, plan_bwd
         ctx.backend = backend
         ctx.weight_dtype = weight.dtype
@@ -124,12 +133,13 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @registry.differentiable_once
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
+        x, weight, lora_a, lora_b, p, seed, *index = ctx.saved_tensors
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         dx = da = db = dw = dbias = None
         if need_x or need_a or need_b:
-            dx, da, db = _bwd[ctx.backend](
-                dy, x, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b
+            raw = _mixed_bwd if index else _bwd
+            dx, da, db = raw[ctx.backend](
+                dy, x, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b, *index, *ctx.adapters
             )
         if need_weight:
             with checks.without_autocast(dy):
@@ -140,21 +150,22 @@ class _LoRALinear(torch.autograd.Function):
             dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
         return (
             dx if need_x else None, dw, da if need_a else None, db if need_b else None, dbias,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, *(None for _ in (*index, *ctx.adapters)),
         )  # fmt: skip
 
 
-def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save):
+def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
     (n, k), rank = weight.shape, lora_a.shape[0]
     # Of a program that was traced for one direction, the other is planned where it runs.
     _, (backward, _) = resolve_plans("auto", n, k, rank, dropout_p, x.dtype, x.device.type)[backend]
     y = _LoRALinear.apply(
-        x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend
+        x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend, *mixed
     )  # fmt: skip
     return y, x.new_empty((0, rank))
 
 
 registry.derive(_fwd, _derived)
+registry.derive(_mixed_fwd, _derived)
 
 
 def lora_linear(
@@ -169,6 +180,7 @@ def lora_linear(
     training: bool = True,
     seed: Tensor | int | None = None,
     channel_dim: int = -1,
+    adapter_index: Tensor | None = None,
     plan: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -189,6 +201,10 @@ def lora_linear(
         seed: int, or int64 tensor of one element on x's device: the key of the dropout mask. None (the default) draws
             one from torch's generator of that device. The same seed gives the same mask on every backend.
         channel_dim: -1 (the default) or 1.
+        adapter_index: which of G adapters acts on each row: int64, broadcast to x's shape without its channels, such
+            as (B, 1) for one adapter a sample of x (B, L, K). Then ``lora_a`` is (G, R, K) and ``lora_b`` (N, G, R),
+            with G R <= 256. -1, and any other number outside 0..G - 1, is no adapter: no value is read to check it.
+            Parameters must be finite: rows of other adapters are multiplied by zeros. Not on cuda. Default None.
         plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand"; on cuda
             only "one_launch".
         backend: "auto" (the default), "portable", "triton" or "cuda".
@@ -208,8 +224,14 @@ def lora_linear(
     name = _NAME
     # As `checks.is_dtensor`: the most frequent call has one step less.
     if type(weight).__name__ == "DTensor":
-        return _on_shards(x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, channel_dim, plan, backend)
-    _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
+        settings = (scaling, dropout_p, training, channel_dim, adapter_index, plan, backend)
+        return _on_shards(x, weight, lora_a, lora_b, bias, *settings)
+    adapters = None
+    if adapter_index is None:
+        _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
+    else:
+        others = (bias, scaling, dropout_p, channel_dim)
+        adapter_index, lora_a, lora_b, adapters = _flattened(name, x, weight, lora_a, lora_b, others, adapter_index)
     checks.flag(name, "training", training)
     dtype = checks.autocast_dtype(x)
     cast = dtype is not None and dtype != x.dtype
@@ -225,7 +247,10 @@ def lora_linear(
     sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
     plans = resolve_plans(plan, n, k, rank, dropout_p, dtype, x.device.type)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
-    chosen = backends.choose(backend, x.device, dtype, name, sizes, limits)
+    kernels = name
+    if adapters is not None:
+        kernels, limits["cuda"] = _MIXED, f"{name}: adapter_index must be None there"
+    chosen = backends.choose(backend, x.device, dtype, kernels, sizes, limits)
     if plan not in ("auto", *PLANS[chosen]):
         beyond = "".join(f"; {other}: {reason}" for other, reason in limits.items() if plan in PLANS[other])
         raise ValueError(
@@ -233,22 +258,25 @@ def lora_linear(
         )
     forward, backward = plans[chosen]
     if decision.observers:
-        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, cast))
+        decision.notify(_decided(kernels, x, sizes, chosen, forward, backward, limits, cast))
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
+    raw, choices = _fwd[chosen], (backward[0], chosen)
+    if adapters is not None:
+        raw, choices = _mixed(chosen, adapter_index, adapters), (*choices, adapter_index, adapters)
     y = registry.run(
         name,
         _LoRALinear,
-        _fwd[chosen],
+        raw,
         (rows, weight, lora_a, lora_b, bias),
         (seed, float(scaling), dropout_p, channels_first, forward[0]),
-        (backward[0], chosen),
+        choices,
     )
     return y.view(*x.shape[:-1], n) if channel_dim == -1 else layout.as_channels(y, x, channels_first)
 
 
 def _on_shards(
-    x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, channel_dim, plan, backend
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, channel_dim, adapter_index, plan, backend
 ) -> Tensor:  # fmt: skip
     # Not above: it imports torch.distributed.tensor, which is slow, and is there already where a DTensor is.
     from pyfused.ops.contract.tensor_parallel import on_shards
@@ -260,18 +288,24 @@ def _on_shards(
         )
     if channel_dim != -1:
         raise ValueError(f"{_NAME}: channel_dim must be -1 over DTensors, got {channel_dim}")
+    if adapter_index is not None:
+        raise ValueError(f"{_NAME}: adapter_index must be None over DTensors, got a {type(adapter_index).__name__}")
     call = functools.partial(lora_linear, scaling=scaling, plan=plan, backend=backend)
     return on_shards(_NAME, call, x, weight, lora_a, lora_b, bias)
 
 
-def _decided(x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:
+def _mixed(backend: str, adapter_index: Tensor, adapters: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
+
+
+def _decided(kernels, x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:
     (plan, reason), (backward_plan, backward_reason) = forward, backward
     reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")
     # P, and what autocast made of x.
     saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size()
     return decision.Decision(
-        _NAME, _NAME, shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
+        _NAME, kernels, shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
     )
 
 
@@ -294,6 +328,37 @@ def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[st
                 f"{name}: plan 'one_launch' takes lora_a (R, K) with R <= {MAX_RANK_ONE_LAUNCH}, got R = {rank}"
             )
     return limits
+
+
+def _flattened(
+    name: str, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, others: tuple, adapter_index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """An index for each row (M,), A (G R, K), B (N, G R), and G, all checked; ``others`` are `_check`'s."""
+    checks.tensor(name, "lora_a", lora_a)
+    checks.tensor(name, "lora_b", lora_b)
+    adapters, rank = lora_a.shape[:2] if lora_a.dim() == 3 else (0, 0)
+    if not 1 <= adapters * rank <= MAX_RANK:
+        raise ValueError(
+            f"{name}: lora_a must have shape (G, R, K) with 1 <= G R <= {MAX_RANK} beside adapter_index, "
+            f"got {tuple(lora_a.shape)}"
+        )
+    if lora_b.dim() != 3 or lora_b.shape[1:] != (adapters, rank):
+        raise ValueError(
+            f"{name}: lora_b must have shape (N, G, R) = (N, {adapters}, {rank}) beside adapter_index, "
+            f"got {tuple(lora_b.shape)}"
+        )
+    _check(name, x, weight, lora_a[0], lora_b[:, 0], *others)
+    checks.tensor(name, "adapter_index", adapter_index)
+    checks.dtype(name, "adapter_index", adapter_index, (torch.int64,))
+    checks.same_device(name, "adapter_index", adapter_index, x.device)
+    rows, given = x.shape[:-1] if others[-1] == -1 else (*x.shape[:1], *x.shape[2:]), adapter_index.shape
+    fits = all(size in (1, row) for size, row in zip(given[::-1], rows[::-1], strict=False))
+    if not fits or len(given) > len(rows):
+        raise ValueError(
+            f"{name}: adapter_index must be broadcastable to x's shape without its channels, {tuple(rows)}, "
+            f"got {tuple(given)}"
+        )
+    return adapter_index.expand(rows).reshape(-1), lora_a.flatten(0, 1), lora_b.flatten(1), adapters
 
 
 def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:

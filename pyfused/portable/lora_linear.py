@@ -21,11 +21,15 @@ def lora_linear_fwd(
     channels_first: bool,
     plan: str,
     save: bool,
+    adapter_index: Tensor | None = None,
+    adapters: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     (batch, length, _), dtype = x.shape, x.dtype
     rows = x if channels_first else x.reshape(-1, x.shape[2])
     p = product(_dropped(rows, seed, dropout_p), _cast(lora_a, dtype), channels_first)
+    if adapter_index is not None:
+        _keep_own_(p, adapter_index, adapters)
     y = product(rows, _cast(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
     add_product_(y, p, _cast(lora_b, dtype), scaling)
     if not channels_first:
@@ -50,6 +54,8 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    adapter_index: Tensor | None = None,
+    adapters: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx = da = db = None
@@ -60,6 +66,8 @@ def lora_linear_bwd(
         p = p.view(batch, length, p.shape[1])
     if need_dx or need_da:
         q = product(dy, _cast(lora_b, dtype).t(), channels_first, alpha=scaling)
+        if adapter_index is not None:
+            _keep_own_(q, adapter_index, adapters)
     if need_dx:
         dx = product(dy, _cast(weight, dtype).t(), channels_first)
         a = _cast(lora_a, dtype).t()
@@ -80,6 +88,13 @@ def lora_linear_bwd(
         lora_a.new_empty(0) if da is None else da,
         lora_b.new_empty(0) if db is None else db,
     )
+
+
+def _keep_own_(p: Tensor, adapter_index: Tensor, adapters: int) -> None:
+    """Zeros in (..., R), of two or three dimensions, where a column is not of its row's adapter."""
+    blocks = p.unflatten(-1, (adapters, -1))
+    others = adapter_index.view(*p.shape[:-1], 1) != torch.arange(adapters, device=p.device)
+    blocks.masked_fill_(others.unsqueeze(-1), 0.0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapter_residual_cases import sample_scale
 from cross_attention_cases import ABSORBED, padding
-from operator_cases import RawCalls, leaves_of, plain_dtype, skips
+from operator_cases import DEVICE, RawCalls, leaves_of, plain_dtype, skips
 from oracle import Tensors, cotangent
 from torch import Tensor
 
@@ -62,6 +62,11 @@ def _lora(*shape: int, **drawn):
     return lambda dtype: lora_linear_cases.draw(shape, 7, 3, dtype, **drawn)
 
 
+def _index(*values: int, ones: int = 0) -> Tensor:
+    """An adapter for each number along one dimension of the rows, with ``ones`` of them after it."""
+    return torch.tensor(values, device=DEVICE).reshape(-1, *(1 for _ in range(ones)))
+
+
 def _adapter(*shape: int, **drawn):
     return lambda dtype: adapter_residual_cases.draw(shape, 5, dtype, **drawn)
 
@@ -86,6 +91,30 @@ OPERATORS = {
             "float32 adapters": (_lora(2, 4, 6, adapters=torch.float32), {}),
         },
         rows=lambda rows, dtype: _lora(rows, 6)(dtype),
+        floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},
+        check=lora_linear_cases.check,
+        linear="lora_b",
+    ),
+    "lora_linear mixed": Operator(
+        name="lora_linear",
+        draw=_lora(2, 3, 6, mixed=2),
+        plans={backend: LORA_PLANS[backend] for backend in ("portable", "triton")},
+        options={"scaling": 0.5, "adapter_index": _index(1, -1, 0)},
+        variants={
+            "no bias, dropout": (
+                _lora(2, 4, 6, bias=False, mixed=3),
+                {"dropout_p": 0.3, "seed": 5, "adapter_index": _index(2, 0, ones=1)},
+            ),
+            "NCHW, dropout": (
+                _lora(2, 6, 2, 2, channel_dim=1, mixed=2),
+                {"dropout_p": 0.3, "seed": 5, "channel_dim": 1, "adapter_index": _index(1, 0, ones=2)},
+            ),
+            "float32 adapters": (
+                _lora(2, 4, 6, adapters=torch.float32, mixed=2),
+                {"adapter_index": _index(0, 7, 1, -3)},
+            ),
+        },
+        rows=lambda rows, dtype: _lora(rows, 3, 6, mixed=2)(dtype),
         floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},
         check=lora_linear_cases.check,
         linear="lora_b",

@@ -26,6 +26,12 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Operator -> its calls: a function of the dtype that draws the tensors, and options.
 CALLS = {
     "lora_linear": [(lambda dtype: draw_lora((37, 24), 20, 5, dtype), {"scaling": 1.5})],
+    "lora_linear mixed": [
+        (
+            lambda dtype: draw_lora((13, 3, 24), 20, 5, dtype, mixed=2),
+            {"scaling": 1.5, "adapter_index": OPERATORS["lora_linear mixed"].options["adapter_index"]},
+        )
+    ],
     "adapter_residual": [
         (lambda dtype: draw_adapter((37, 24), 20, dtype), {}),
         (lambda dtype: draw_adapter((37, 24), 20, dtype, residual=torch.float32), {"skip": 0.0}),
@@ -76,7 +82,11 @@ def test_each_tensor_at_each_magnitude(operator, backend, plan, dtype):
     assert not broken, "\n".join(broken)
 
 
-SETTINGS = {"lora_linear": {"scaling": (1e-4, 1e-2, 1e2)}, "projection_residual": {"gate": (1e-4, 1e-2, 1e2)}}
+SETTINGS = {
+    "lora_linear": {"scaling": (1e-4, 1e-2, 1e2)},
+    "lora_linear mixed": {"scaling": (1e-4, 1e-2, 1e2)},
+    "projection_residual": {"gate": (1e-4, 1e-2, 1e2)},
+}
 
 
 @every_dtype
@@ -93,6 +103,7 @@ def test_each_number_at_each_magnitude(operator, backend, plan, dtype):
 # Operator -> the number that scales its branch, as an option or a tensor.
 SCALES = {
     "lora_linear": "scaling",
+    "lora_linear mixed": "scaling",
     "adapter_residual": "layer_scale",
     "cross_attention_residual absorbed": "weight",
     "cross_attention_residual standard": "weight",
@@ -142,8 +153,12 @@ def test_small_numbers_are_scaled_before_they_are_rounded(operator, backend, pla
     tensors = drawn(dtype)
     # Cross-attention's kernels share the number out by its root, between what would overflow and what would vanish.
     small = 1e-2 if "cross_attention" in operator else 1e-3
-    first = {"lora_linear": "lora_b", "adapter_residual": "up_weight", "projection_residual": "weight"}
-    name = first.get(operator, "out_weight")
+    name = {
+        "lora_linear": "lora_b",
+        "lora_linear mixed": "lora_b",
+        "adapter_residual": "up_weight",
+        "projection_residual": "weight",
+    }.get(operator, "out_weight")
     tensors, scaled = _scaled(operator, tensors | {name: _times(tensors[name], small)}, 50.0)
     OPERATORS[operator].check(
         tensors, backend, plan, dy=lambda y: _times(cotangent(y), small), **{**options, **scaled}

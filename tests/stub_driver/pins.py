@@ -35,11 +35,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -
 # The operators at a ViT-B/16's sizes, bfloat16 with float32 adapters, everything trained but LoRA's base.
 
 
-def lora(plan: str, rows: int = 1576, rank: int = 16, p: float = 0.0, scaling: float = 2.0) -> Tensor:
+def lora(
+    plan: str, rows: int = 1576, rank: int = 16, p: float = 0.0, scaling: float = 2.0, mixed: int | None = None
+) -> Tensor:
     x, weight, bias = empty(rows, 768, dtype=BF16, grad=True), empty(2304, 768, dtype=BF16), empty(2304, dtype=BF16)
-    adapters = empty(rank, 768, grad=True), empty(2304, rank, grad=True)
+    several = () if mixed is None else (mixed,)
+    adapters = empty(*several, rank, 768, grad=True), empty(2304, *several, rank, grad=True)
     options = {"scaling": scaling, "dropout_p": p, "plan": plan, "backend": "triton"}
-    return pyfused.lora_linear(x, weight, *adapters, bias, **options)
+    index = None if mixed is None else empty(rows, dtype=torch.int64)
+    return pyfused.lora_linear(x, weight, *adapters, bias, **options, adapter_index=index)
 
 
 def adapter(plan: str, *shape: int, hidden: int = 64, p: float = 0.0) -> Tensor:
@@ -72,6 +76,8 @@ def projection(rows: int = 1576, norm_match: bool = True) -> Tensor:
 CALLS: dict[str, tuple[Callable[..., Tensor], Sequence, dict]] = {
     **{f"lora_linear {plan}": (lora, (plan,), {}) for plan in ("one_launch", "shrink_expand", "blas")},
     "lora_linear blas, dropout": (lora, ("blas",), {"p": 0.1}),
+    "lora_linear one_launch, mixed": (lora, ("one_launch",), {"mixed": 4}),
+    "lora_linear shrink_expand, mixed": (lora, ("shrink_expand",), {"mixed": 8}),
     **{f"adapter_residual {plan}": (adapter, (plan,), {}) for plan in ("save", "recompute")},
     **{
         f"cross_attention_residual {plan}": (attention, (plan,), {})
@@ -147,6 +153,8 @@ SERIES: dict[str, tuple[Callable[..., Tensor], Sequence]] = {
     "lora_linear, p": (lambda p: lora("shrink_expand", p=p), (0.1, 0.5, 0.6)),
     "lora_linear, scaling": (lambda scaling: lora("one_launch", scaling=scaling), (2.0, 0.5, 1.0)),
     "lora_linear, R": (lambda rank: lora("one_launch", rank=rank), (16, 8, 4, 1, 13, 32, 20)),
+    "lora_linear mixed, G": (lambda mixed: lora("shrink_expand", mixed=mixed), (8, 7, 4, 5)),
+    "lora_linear mixed, R": (lambda rank: lora("shrink_expand", rank=rank, mixed=4), (16, 8, 12)),
     "adapter_residual, M": (lambda rows: adapter("save", rows, 768), (1576, 1379, 197, 394, 6304, 50, 1000, 16, 1)),
     "adapter_residual, p": (lambda p: adapter("save", p=p), (0.1, 0.5)),
     "adapter_residual NCHW, B": (lambda batch: adapter("save", batch, 64, 56, 56), (8, 64, 4, 2, 1, 63)),

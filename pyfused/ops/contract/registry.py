@@ -37,18 +37,19 @@ _derived: dict[torch._ops.OpOverload, Callable[..., tuple[Tensor, Tensor]]] = {}
 Raw = dict[str, torch._ops.OpOverload]
 
 
-def define(operator: str, direction: str, schema: str, fake: Callable) -> Raw:
+def define(operator: str, direction: str, schema: str, fake: Callable, served_by: str | None = None) -> Raw:
     """Register ``<operator>_<direction><schema>`` in every backend's namespace; returns backend -> raw operator.
 
-    Implementations are imported at the first call, so that importing pyfused needs torch alone.
+    Implementations are imported at the first call, so that importing pyfused needs torch alone. ``served_by`` names
+    another operator whose implementations serve this one too: its schema goes on where theirs ends.
     """
-    name = f"{operator}_{direction}"
+    name, home = f"{operator}_{direction}", served_by or operator
     overloads = {}
     for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         implementation = None
         if backend in _HOMES:
-            implementation = _lazy(f"{_HOMES[backend]}.{operator}", name)
+            implementation = _lazy(f"{_HOMES[backend]}.{home}", f"{home}_{direction}")
             library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default

@@ -11,10 +11,13 @@ from operator_cases import (
     LAYOUTS,
     cast,
     every_backend,
+    leaves_of,
     plain_dtype,
+    planned,
     rotated,
     seed,
 )
+from oracle import cotangent
 
 import pyfused
 from pyfused import reference
@@ -160,6 +163,64 @@ def test_the_rank_r_term_is_rounded_with_the_sum(backend, plan):
         "lora_b": torch.tensor([[2.0**-6]], dtype=torch.bfloat16, device=DEVICE),
     }
     assert pyfused.lora_linear(**tensors, backend=backend, plan=plan).item() == 1 + 2.0**-7
+
+
+MIXED_PLANS = {backend: PLANS[backend] for backend in ("portable", "triton")}
+
+
+@pytest.mark.sanitize
+@rotated(MIXED_PLANS, groups=((1, 3, 0.3), (3, 5, 0.0), (4, 8, 0.3), (7, 9, 0.0), (8, 16, 0.3)), dtype=KERNEL_DTYPES)
+def test_mixed_adapters(backend, plan, groups, dtype):
+    """Several tiles and a tail; blocks of the rank that are no power of two, and more than a tile of them."""
+    adapters, r, p = groups
+    if plan == "one_launch" and adapters * r > 64:
+        adapters = 64 // r
+    index = torch.randint(-1, adapters + 1, (70,), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    tensors = draw((70, 50), 90, r, dtype, bias=r != 3, mixed=adapters, adapters=torch.float32 if r == 9 else None)
+    check(tensors, backend, plan, dropout_p=p, seed=seed(), adapter_index=index)
+
+
+@planned(MIXED_PLANS)
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_a_mixed_batch_is_its_samples_one_by_one(backend, plan, channel_dim):
+    shape, index = ((5, 9, 20) if channel_dim == -1 else (5, 20, 3, 3)), torch.tensor([2, 0, -1, 2, 1], device=DEVICE)
+    tensors = leaves_of(draw(shape, 34, 3, torch.float32, channel_dim=channel_dim, mixed=3))
+    options = {"scaling": -1.5, "channel_dim": channel_dim, "backend": backend, "plan": plan}
+    by_sample = index[:, None] if channel_dim == -1 else index[:, None, None]
+    mixed = pyfused.lora_linear(**tensors, **options, adapter_index=by_sample)
+    x, weight, lora_a, lora_b, bias = tensors.values()
+    one_by_one = torch.cat([
+        pyfused.lora_linear(
+            sample[None], weight, lora_a[max(i, 0)], lora_b[:, max(i, 0)] * (i >= 0), bias, **options
+        )
+        for sample, i in zip(x, index.tolist(), strict=True)
+    ])  # fmt: skip
+    wanted, dy = list(tensors.values()), cotangent(mixed)
+    for actual, expected in zip(
+        (mixed, *torch.autograd.grad(mixed, wanted, dy)),
+        (one_by_one, *torch.autograd.grad(one_by_one, wanted, dy)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@planned(MIXED_PLANS)
+def test_a_row_without_an_adapter_is_the_base_layers(backend, plan):
+    tensors = draw((6, 20), 34, 3, mixed=2)
+    none = torch.full((6,), -1, device=DEVICE)
+    y = pyfused.lora_linear(**tensors, backend=backend, plan=plan, adapter_index=none)
+    plain = tensors | {"lora_a": tensors["lora_a"][0], "lora_b": torch.zeros_like(tensors["lora_b"][:, 0])}
+    torch.testing.assert_close(y, pyfused.lora_linear(**plain, backend=backend, plan=plan), rtol=0, atol=0)
+    assert not torch.equal(y, pyfused.lora_linear(**tensors, backend=backend, plan=plan, adapter_index=none + 1))
+
+
+@pytest.mark.parametrize("index", [2**32, -(2**32), 2**63 - 1, 2], ids=str)
+@planned(MIXED_PLANS)
+def test_an_index_out_of_range_is_no_adapter(backend, plan, index):
+    tensors = draw((6, 20), 34, 3, mixed=2)
+    indices = [torch.full((6,), value, device=DEVICE) for value in (index, -1)]
+    ys = [pyfused.lora_linear(**tensors, backend=backend, plan=plan, adapter_index=each) for each in indices]
+    assert torch.equal(*ys)
 
 
 def test_dropout_acts_in_training_only():

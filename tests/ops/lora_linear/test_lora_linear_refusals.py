@@ -39,6 +39,12 @@ def _ones(*shape):
 
 
 DROPOUT = {"dropout_p": 0.1}
+
+
+def _mixed(**changes):
+    return {"lora_a": _ones(2, R, K), "lora_b": _ones(N, 2, R), "adapter_index": _ints(M)} | changes
+
+
 # Changed arguments, exception, and what its message holds: the argument, the expectation, what came.
 REFUSALS = {
     "x a list": ({"x": [1.0]}, TypeError, ("x must be a torch.Tensor", "list")),
@@ -110,6 +116,43 @@ REFUSALS = {
     "seed float tensor": ({"seed": _ones(1)} | DROPOUT, TypeError, ("seed must have dtype torch.int64", "float32")),
     "two seeds": ({"seed": _ints(2)} | DROPOUT, ValueError, ("seed must have one element", "got shape (2,)")),
     "seed on meta": ({"seed": _ints(1).to("meta")} | DROPOUT, ValueError, (f"seed must be on {DEVICE}", "got meta")),
+    "index a list": (_mixed(adapter_index=[0, 1]), TypeError, ("adapter_index must be a torch.Tensor", "list")),
+    "index int32": (_mixed(adapter_index=_ints(M).int()), TypeError, ("adapter_index must have dtype torch.int64",)),
+    "index float": (_mixed(adapter_index=_ones(M)), TypeError, ("adapter_index must have dtype torch.int64", "float")),
+    "index on meta": (
+        _mixed(adapter_index=_ints(M).to("meta")), ValueError, (f"adapter_index must be on {DEVICE}", "got meta"),
+    ),
+    "index of other rows": (
+        _mixed(adapter_index=_ints(M + 1)), ValueError, ("adapter_index", "without its channels, (4,)", "got (5,)"),
+    ),
+    "index of too many dimensions": (
+        _mixed(adapter_index=_ints(1, M)), ValueError, ("adapter_index", "without its channels, (4,)", "got (1, 4)"),
+    ),
+    "index of channels": (
+        _mixed(x=_ones(2, K, 3, 5), channel_dim=1, adapter_index=_ints(2, 1, 3)), ValueError,
+        ("adapter_index", "without its channels, (2, 3, 5)", "got (2, 1, 3)"),
+    ),
+    "mixed lora_a 2-D": (
+        _mixed(lora_a=_ones(2 * R, K)), ValueError, ("lora_a must have shape (G, R, K)", "adapter_index", "got (6, 6)"),
+    ),
+    "mixed lora_b 2-D": (
+        _mixed(lora_b=_ones(N, 2 * R)), ValueError, ("lora_b must have shape (N, G, R) = (N, 2, 3)", "got (5, 6)"),
+    ),
+    "mixed lora_b (G, N, R)": (
+        _mixed(lora_b=_ones(2, N, R)), ValueError, ("lora_b must have shape (N, G, R) = (N, 2, 3)", "got (2, 5, 3)"),
+    ),
+    "mixed lora_b of other rows": (
+        _mixed(lora_b=_ones(N + 1, 2, R)), ValueError, ("lora_b must have shape (N, R) = (5, 3)", "(6, 3)"),
+    ),
+    "mixed lora_a of other columns": (
+        _mixed(lora_a=_ones(2, R, 7)), ValueError, ("lora_a must have shape (R, K) = (3, 6)", "got (3, 7)"),
+    ),
+    "mixed ranks of 258": (
+        _mixed(lora_a=_ones(86, R, K), lora_b=_ones(N, 86, R)), ValueError, ("1 <= G R <= 256", "got (86, 3, 6)"),
+    ),
+    "lora_a 3-D without an index": (
+        {"lora_a": _ones(2, R, K)}, ValueError, ("lora_a must have shape (R, K)", "got (2, 3, 6)"),
+    ),
     "unknown plan": ({"plan": "fast"}, ValueError, ("plan", "'auto'", "'blas'", "got 'fast'")),
     "unknown backend": ({"backend": "tpu"}, ValueError, ("backend must be one of", "'portable'", "got 'tpu'")),
 }  # fmt: skip
@@ -160,6 +203,17 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
     assert "TRITON_INTERPRET=1" in _refused("triton", **cpu)
     monkeypatch.setattr(backends, "TRITON_REFUSAL", "triton is not installed")
     assert "triton is not installed" in _refused("triton", **cpu)
+
+
+def test_cuda_takes_no_index(monkeypatch):
+    """Where it serves such tensors it says which argument it lacks; elsewhere why it serves none."""
+    monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
+    monkeypatch.setattr(backends, "CUDA_OPERATORS", {DEVICE: frozenset(["lora_linear"])})
+    half = {name: value if name == "adapter_index" else value.half() for name, value in _arguments(**_mixed()).items()}
+    message = _refused("cuda", **half)
+    assert "cuda: it has no kernels for mixed_lora_linear" in message
+    assert "lora_linear: adapter_index must be None there" in message
+    assert pyfused.lora_linear(**half).dtype == torch.float16, "auto serves it"
 
 
 @every_plan
