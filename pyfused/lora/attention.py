@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import LoRAModule, LoRASettings
+from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings
 from pyfused.lora.called_attention import CalledAttention, projection
 from pyfused.lora.linear import LoRALinear
 from pyfused.ops.contract import checks
@@ -43,36 +43,30 @@ class LoRAProjections(LoRAModule):
         module = cls._adopt(caller, mha, settings, freeze)
         module.qkv = qkv if in_proj else None
         if in_proj:
-            module._add_in_proj(caller, settings.lora_dtype)
+            module._check_joint(caller)
+            module._add_pairs(DEFAULT, settings)
         if out_proj:
             module.register_module("out_proj", LoRALinear.from_linear(module.out_proj, *settings, freeze=False))
         if freeze:
             module._freeze_base()
         return module
 
-    def _pair_prefixes(self) -> tuple[str, ...]:
-        if self.qkv == "split":
-            return "q_proj_", "k_proj_", "v_proj_"
-        return () if self.qkv is None else ("in_proj_",)
-
-    def lora_settings(self) -> dict[str, Any]:
-        """As `LoRAModule.lora_settings`, with ``qkv``."""
-        return super().lora_settings() | {"qkv": self.qkv}
-
-    def _add_in_proj(self, caller: str, lora_dtype: torch.dtype | None) -> None:
+    def _pair_widths(self) -> dict[str, tuple[int, int]]:
         width = self.embed_dim
         if self.qkv == "split":
-            like = self.get_parameter(self._weight_names(self)[0])
-            for letter, in_features in zip("qkv", (width, self.kdim, self.vdim), strict=True):
-                self._add_pair(f"{letter}_proj_", width, in_features, like, lora_dtype)
-        elif self._qkv_same_embed_dim:
-            self._add_pair("in_proj_", 3 * width, width, self.in_proj_weight, lora_dtype)
-        else:
+            return {"q_proj_": (width, width), "k_proj_": (width, self.kdim), "v_proj_": (width, self.vdim)}
+        return {} if self.qkv is None else {"in_proj_": (3 * width, width)}
+
+    def lora_settings(self, adapter: str | None = None) -> dict[str, Any]:
+        """As `LoRAModule.lora_settings`, with ``qkv``."""
+        return super().lora_settings(adapter) | {"qkv": self.qkv}
+
+    def _check_joint(self, caller: str) -> None:
+        if self.qkv == "joint" and not self._qkv_same_embed_dim:
             raise ValueError(
-                f"{caller}: qkv must be 'split' for separate projections (embed_dim {width}, kdim {self.kdim}, "
-                f"vdim {self.vdim}), got 'joint'"
+                f"{caller}: qkv must be 'split' for separate projections (embed_dim {self.embed_dim}, kdim "
+                f"{self.kdim}, vdim {self.vdim}), got 'joint'"
             )
-        self.reset_lora_parameters()
 
     @staticmethod
     def _weight_names(base: Any) -> tuple[str, ...]:
@@ -85,20 +79,16 @@ class LoRAProjections(LoRAModule):
         if self.qkv is None:
             return {}
         if self.qkv == "joint":
-            return {"in_proj_weight": self._delta(self.in_proj_lora_a, self.in_proj_lora_b)}
-        deltas = [
-            self._delta(getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b"))
-            for letter in "qkv"
-        ]
+            return {"in_proj_weight": self._delta("in_proj_")}
+        deltas = [self._delta(prefix) for prefix in self._pair_widths()]
         if self._qkv_same_embed_dim:
             return {"in_proj_weight": torch.cat(deltas)}
         return dict(zip(self._weight_names(self), deltas, strict=True))
 
     @property
     def merged(self) -> bool:
-        """Whether every low-rank term now is part of its weight."""
-        own = self.qkv is None or bool(self._base_weights)
-        return own and (not isinstance(self.out_proj, LoRALinear) or self.out_proj.merged)
+        """Whether the low-rank terms that act now are part of their weights, one of them at least."""
+        return self._is_base() and any(part._base_weights for part in self._parts())
 
     def _parts(self) -> list[LoRAModule]:
         return [self, self.out_proj] if isinstance(self.out_proj, LoRALinear) else [self]
@@ -114,16 +104,23 @@ class LoRAProjections(LoRAModule):
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Projections ``first`` to ``last`` of (q, k, v): (..., K) -> (..., (last - first) * E)."""
         weight, bias = projection(self, first, last)
-        if self.qkv is None or self._base_weights:
+        if self.qkv is None or self._base_weights or self._chosen == ():
             self._refuse_merged_training()
             return F.linear(x, weight, bias)
-        if self.qkv == "joint":
-            rows = slice(first * self.embed_dim, last * self.embed_dim)
-            lora_a, lora_b = self.in_proj_lora_a, self.in_proj_lora_b[rows]
-        else:
-            letter = "qkv"[first]
-            lora_a, lora_b = getattr(self, f"{letter}_proj_lora_a"), getattr(self, f"{letter}_proj_lora_b")
-        return self._lora_linear(x, weight, lora_a, lora_b, bias)
+        if self._index is not None and x.dim() == 2:
+            raise ValueError(
+                f"{type(self).__name__}: inside {self._inside} an attention's input must have a batch, got shape "
+                f"{tuple(x.shape)}"
+            )
+        if self.qkv == "split":
+            return self._lora_linear(x, weight, bias, f"{'qkv'[first]}_proj_")
+        return self._lora_linear(x, weight, bias, "in_proj_", slice(first * self.embed_dim, last * self.embed_dim))
+
+    def _is_base(self) -> bool:
+        """Whether nothing acts here or in out_proj that is not part of a weight."""
+        acting = self.active_adapters and not self._base_weights
+        out = self.out_proj
+        return not acting and not (isinstance(out, LoRALinear) and out.active_adapters and not out.merged)
 
 
 class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
@@ -193,8 +190,8 @@ class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
         return super()._packed() and self.qkv != "split"
 
     def _as_torch(self) -> bool:
-        if self.merged:
-            self._refuse_merged_training()
-            if isinstance(self.out_proj, LoRALinear):
-                self.out_proj._refuse_merged_training()
-        return self.merged
+        base = self._is_base()
+        if base:
+            for part in self._parts():
+                part._refuse_merged_training()
+        return base

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.ops.contract import checks
@@ -23,10 +24,16 @@ from pyfused.surgery.guards import bar_fast_paths
 from pyfused.surgery.refusals import check_plain, sharded
 from pyfused.surgery.variants import dressed, plain_class, take_over
 
+# The name of an adapter to which nobody gave one.
+DEFAULT = "default"
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SETTINGS = ("rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class")
+_SETTINGS = (
+    "rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class",
+    "_adapter", "_further", "_chosen", "_index", "_inside",
+)  # fmt: skip
 
 
 class LoRASettings(NamedTuple):
@@ -37,6 +44,24 @@ class LoRASettings(NamedTuple):
     dropout: float
     use_rslora: bool
     lora_dtype: torch.dtype | None
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the low-rank term."""
+        return float(self.alpha) / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class Acting(NamedTuple):
+    """The adapters that act in one call as one pair: A, B, their scaling and dropout.
+
+    With an ``index``, of a batch whose samples each have their own, A is (G, R, K) and B (N, G, R).
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout: float
+    index: Tensor | None
 
 
 def check_lora_settings(
@@ -64,10 +89,15 @@ def check_lora_settings(
 class LoRAModule(KeepsWide):
     """Base class of the LoRA modules; ``isinstance(m, LoRAModule)`` finds them all in a model.
 
+    The parameters of a module's first adapter are ``lora_a`` and ``lora_b``, those of a further adapter "x"
+    ``adapter_x_lora_a`` and ``adapter_x_lora_b``.
+
     Attributes:
         rank: R. alpha: numerator of the scaling. use_rslora: rank-stabilised scaling.
         scaling: alpha / R, or alpha / sqrt(R) with ``use_rslora``; multiplies the low-rank term.
         lora_dropout: probability of zeroing an element of the low-rank term's input, in training.
+
+    These five are of the first adapter; `lora_settings` has those of each.
     """
 
     base_class: type[nn.Module]
@@ -93,32 +123,70 @@ class LoRAModule(KeepsWide):
     def _adopt_with_pair(cls, caller: str, base: nn.Module, settings: LoRASettings, freeze: bool) -> Self:
         """`_adopt`, with one pair of low-rank parameters beside ``weight``."""
         module = cls._adopt(caller, base, settings, freeze)
-        module._add_pair("", *module._widths(), module.get_parameter("weight"), settings.lora_dtype)
-        module.reset_lora_parameters()
+        module._add_pairs(DEFAULT, settings)
         if freeze:
             module._freeze_base()
         return module
 
-    def _widths(self) -> tuple[int, int]:
-        """(N, K) of the one pair."""
-        raise NotImplementedError
-
     def _configure(self, settings: LoRASettings, base_class: type[nn.Module]) -> None:
-        rank, alpha, dropout, use_rslora, _ = settings
-        self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), use_rslora
-        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        self._set_first(DEFAULT, settings)
         self._base_weights: dict[str, nn.Parameter] = {}
         self._base_class = base_class
+        # Settings of the adapters beside the first, by name.
+        self._further: dict[str, LoRASettings] = {}
+        # The adapters that act; None: the first alone. With an index, whose each sample's is: a position among them.
+        self._chosen: tuple[str, ...] | None = None
+        self._index: Tensor | None = None
+        # The function whose context this module is in.
+        self._inside: str | None = None
         self.register_forward_pre_hook(bar_fast_paths)
 
-    def _add_pair(
-        self, prefix: str, out_features: int, in_features: int, like: Tensor, lora_dtype: torch.dtype | None
-    ) -> None:
-        """Parameters ``<prefix>lora_a`` (R, K) and ``<prefix>lora_b`` (N, R) on like's device.
+    def _set_first(self, adapter: str, settings: LoRASettings) -> None:
+        rank, alpha, dropout, use_rslora, _ = settings
+        self._adapter = adapter
+        self.rank, self.alpha, self.lora_dropout, self.use_rslora = rank, float(alpha), float(dropout), use_rslora
+        self.scaling = settings.scaling
+
+    # ---- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters whose parameters this module itself holds."""
+        return (self._adapter, *self._further) if self._pair_widths() else ()
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """Those of `adapters` that act."""
+        return self.adapters[:1] if self._chosen is None else self._chosen
+
+    def _choose(self, names: Iterable[str]) -> None:
+        """Those of ``names`` that this module has act, and no other."""
+        wanted = set(names)
+        chosen = tuple(name for name in self.adapters if name in wanted)
+        self._chosen = None if chosen == self.adapters[:1] else chosen
+
+    def settings_of(self, adapter: str) -> LoRASettings:
+        """What a caller chose of an adapter that this module has."""
+        if adapter == self._adapter:
+            return LoRASettings(self.rank, self.alpha, self.lora_dropout, self.use_rslora, None)
+        return self._further[adapter]
+
+    def pair_of(self, adapter: str, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """A and B of an adapter, beside one of the weights."""
+        own = self._prefix_of(adapter) + prefix
+        return getattr(self, f"{own}lora_a"), getattr(self, f"{own}lora_b")
+
+    def _prefix_of(self, adapter: str) -> str:
+        return "" if adapter == self._adapter else f"adapter_{adapter}_"
+
+    def new_pairs(self, adapter: str, settings: LoRASettings) -> dict[str, nn.Parameter]:
+        """The parameters of another adapter by name, not yet this module's; A is drawn, and B zero.
 
         Raises:
-            TypeError: ``lora_dtype`` is neither like's dtype nor a wider float32: the operator takes no other pairs.
+            TypeError: ``lora_dtype`` is neither the weight's dtype nor a wider float32: the operator takes no other
+                pairs.
         """
+        like, lora_dtype = self.get_parameter(self._weight_names(self)[0]), settings.lora_dtype
         wide = torch.promote_types(like.dtype, torch.float32)
         if lora_dtype not in (None, like.dtype, wide):
             expected = f"{like.dtype}, as the weight" + (f", or {wide}" if wide != like.dtype else "")
@@ -126,28 +194,114 @@ class LoRAModule(KeepsWide):
         if lora_dtype is None:
             # A young delta and its optimiser state are below the resolution of 16-bit numbers.
             lora_dtype = wide
-        lora_a = torch.empty((self.rank, in_features), dtype=lora_dtype, device=like.device)
-        lora_b = torch.empty((out_features, self.rank), dtype=lora_dtype, device=like.device)
-        self.register_parameter(f"{prefix}lora_a", nn.Parameter(lora_a))
-        self.register_parameter(f"{prefix}lora_b", nn.Parameter(lora_b))
+        pairs: dict[str, nn.Parameter] = {}
+        for prefix, (out_features, in_features) in self._pair_widths().items():
+            own = self._prefix_of(adapter) + prefix
+            for name, shape in (("lora_a", (settings.rank, in_features)), ("lora_b", (out_features, settings.rank))):
+                pairs[own + name] = nn.Parameter(torch.empty(shape, dtype=lora_dtype, device=like.device))
+        _reset(pairs)
+        return pairs
 
-    def _pair_prefixes(self) -> tuple[str, ...]:
-        """What stands in front of ``lora_a`` and ``lora_b`` in the names of each pair."""
-        return ("",)
+    def _add_pairs(self, adapter: str, settings: LoRASettings) -> None:
+        for name, parameter in self.new_pairs(adapter, settings).items():
+            self.register_parameter(name, parameter)
 
-    def own_lora_parameters(self) -> dict[str, nn.Parameter]:
-        """This module's low-rank parameters by name, without those of its submodules."""
-        names = [prefix + name for prefix in self._pair_prefixes() for name in ("lora_a", "lora_b")]
-        return {name: p for name in names if (p := self._parameters.get(name)) is not None}
+    def add_adapter(self, adapter: str, settings: LoRASettings, acts: bool) -> None:
+        """Another adapter beside those that are there; one that does not act does not train."""
+        active = self.active_adapters
+        self._add_pairs(adapter, settings)
+        self._further = {**self._further, adapter: settings}
+        self._choose((*active, *[adapter] * acts))
+        for parameter in self.own_lora_parameters(adapter).values():
+            parameter.requires_grad_(acts)
 
-    def lora_settings(self) -> dict[str, Any]:
-        """What gives this module's low-rank parameters their meaning, by the names of the arguments."""
-        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.lora_dropout, "use_rslora": self.use_rslora}
+    def drop_adapter(self, adapter: str) -> None:
+        """Without one of several adapters. Where it was the first, the next takes its place and its names."""
+        left = [name for name in self.active_adapters if name != adapter]
+        for name in self.own_lora_parameters(adapter):
+            del self._parameters[name]
+        if adapter == self._adapter:
+            first, settings = next(iter(self._further.items()))
+            for name in self.own_lora_parameters(first):
+                self._parameters[name.removeprefix(self._prefix_of(first))] = self._parameters.pop(name)
+            self._set_first(first, settings)
+            adapter = first
+        self._further = {name: settings for name, settings in self._further.items() if name != adapter}
+        self._choose(left)
+
+    @contextlib.contextmanager
+    def within(self, caller: str, adapters: tuple[str, ...], index: Tensor | None = None) -> Iterator[None]:
+        """Unmerged, with these adapters for a while, then as it was."""
+        with self.held(merged=False):
+            before = self._chosen, self._index, self._inside
+            self._chosen, self._index, self._inside = adapters, index, caller
+            try:
+                yield
+            finally:
+                self._chosen, self._index, self._inside = before
+
+    def _acting(self, x: Tensor, prefix: str = "", rows: slice | None = None) -> Acting:
+        """The adapters that act on ``x``, one or more, beside ``rows`` of a weight."""
+        if self._chosen is None:
+            lora_a, lora_b = getattr(self, f"{prefix}lora_a"), getattr(self, f"{prefix}lora_b")
+            return Acting(lora_a, lora_b if rows is None else lora_b[rows], self.scaling, self.lora_dropout, None)
+        names = self._chosen
+        settings = [self.settings_of(name) for name in names]
+        pairs = [self.pair_of(name, prefix) for name in names]
+        if rows is not None:
+            pairs = [(lora_a, lora_b[rows]) for lora_a, lora_b in pairs]
+        if self.training and len({one.dropout for one in settings}) > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: adapters that act together in training must have one dropout, got "
+                + ", ".join(f"{name} {one.dropout:g}" for name, one in zip(names, settings, strict=True))
+            )
+        index, dropout, scaling = self._index, settings[0].dropout, settings[0].scaling
+        if len({one.scaling for one in settings}) > 1:
+            pairs = [(a, b * one.scaling) for (a, b), one in zip(pairs, settings, strict=True)]
+            scaling = 1.0
+        if index is None:
+            if len(pairs) == 1:
+                return Acting(*pairs[0], scaling, dropout, None)
+            return Acting(
+                torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), scaling, dropout, None
+            )
+        if x.dim() < 2 or x.shape[0] != index.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: inside {self._inside} dimension 0 of every adapted module's input must hold "
+                f"the {index.shape[0]} samples, got shape {tuple(x.shape)}"
+            )
+        widest = max(one.rank for one in settings)
+        as_wide = [widest - one.rank for one in settings]
+        stacked_a = torch.stack([F.pad(a, (0, 0, 0, more)) for (a, _), more in zip(pairs, as_wide, strict=True)])
+        stacked_b = torch.stack([F.pad(b, (0, more)) for (_, b), more in zip(pairs, as_wide, strict=True)], dim=1)
+        return Acting(stacked_a, stacked_b, scaling, dropout, index.view(-1, *(1 for _ in x.shape[2:])))
+
+    def _pair_widths(self) -> dict[str, tuple[int, int]]:
+        """What stands in front of ``lora_a`` and ``lora_b`` in the names of each pair -> its (N, K)."""
+        raise NotImplementedError
+
+    def own_lora_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """This module's low-rank parameters by name, of one adapter or of all, without those of its submodules."""
+        return {name: p for name in self._pair_names(adapter) if (p := self._parameters.get(name)) is not None}
+
+    def _pair_names(self, adapter: str | None = None) -> list[str]:
+        return [
+            f"{self._prefix_of(one)}{prefix}{name}"
+            for one in (self.adapters if adapter is None else (adapter,))
+            for prefix in self._pair_widths()
+            for name in ("lora_a", "lora_b")
+        ]
+
+    def lora_settings(self, adapter: str | None = None) -> dict[str, Any]:
+        """What gives an adapter's parameters their meaning, by the names of the arguments; by default the first's."""
+        settings = self.settings_of(self._adapter if adapter is None else adapter)._asdict()
+        del settings["lora_dtype"]
+        return settings
 
     def refuse_computed(self, doing: str) -> None:
         """Raise where a weight or a low-rank parameter of this module is none of its parameters, but computed."""
-        pairs = [prefix + name for prefix in self._pair_prefixes() for name in ("lora_a", "lora_b")]
-        named = [name for name in (*self._weight_names(self), *pairs) if self._parameters.get(name) is None]
+        wanted = (*self._weight_names(self), *self._pair_names())
+        named = [name for name in wanted if self._parameters.get(name) is None]
         parametrized = self._modules.get("parametrizations")
         for name in (*named, *(parametrized._modules if parametrized is not None else ())):
             raise RuntimeError(
@@ -162,11 +316,7 @@ class LoRAModule(KeepsWide):
         A is drawn on the CPU in float32, so that one seed gives the same adapter on every device and in every dtype.
         """
         self._unmerge()
-        for name, parameter in self.own_lora_parameters().items():
-            if name.endswith("lora_b"):
-                parameter.zero_()
-            else:
-                draw(parameter, kaiming)
+        _reset(self.own_lora_parameters())
 
     def _freeze_base(self) -> None:
         added = {id(parameter) for module in self.modules() for parameter in added_parameters(module)}
@@ -175,11 +325,14 @@ class LoRAModule(KeepsWide):
                 parameter.requires_grad_(False)
 
     def _lora_linear(
-        self, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, channel_dim: int = -1
-    ) -> Tensor:
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", rows: slice | None = None,
+        channel_dim: int = -1,
+    ) -> Tensor:  # fmt: skip
+        """A linear layer with the adapters that act, one or more; ``rows`` of B where ``weight`` is a part."""
+        lora_a, lora_b, scaling, dropout, index = self._acting(x, prefix, rows)
         return lora_linear(
-            x, weight, lora_a, lora_b, bias, scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training,
-            channel_dim=channel_dim,
+            x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout, training=self.training,
+            channel_dim=channel_dim, adapter_index=index,
         )  # fmt: skip
 
     # ---- merging
@@ -188,9 +341,15 @@ class LoRAModule(KeepsWide):
         """Own weight name -> what the low-rank term adds to that weight, in float32 or wider."""
         raise NotImplementedError
 
-    def _delta(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        dtype = torch.promote_types(lora_a.dtype, torch.float32)
-        return (lora_b.to(dtype) @ lora_a.to(dtype)).mul_(self.scaling)
+    def _delta(self, prefix: str = "") -> Tensor:
+        total: Tensor | None = None
+        for adapter in self.active_adapters:
+            lora_a, lora_b = self.pair_of(adapter, prefix)
+            dtype = torch.promote_types(lora_a.dtype, torch.float32)
+            delta = (lora_b.to(dtype) @ lora_a.to(dtype)).mul_(self.settings_of(adapter).scaling)
+            total = delta if total is None else total + delta
+        assert total is not None
+        return total
 
     @property
     def merged(self) -> bool:
@@ -205,6 +364,8 @@ class LoRAModule(KeepsWide):
         """Raise where a part has another forward, which may do anything with the weights, or not all of its numbers."""
         for part in self._parts():
             name = type(part).__name__
+            if part._inside is not None:
+                raise RuntimeError(f"{name}: {doing} needs the module outside {part._inside}, got one inside it")
             if "forward" in part.__dict__:
                 hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out"
                 raise RuntimeError(
@@ -223,7 +384,7 @@ class LoRAModule(KeepsWide):
     def merge(self) -> None:
         """Put ``W + scaling B A`` in the weight's place: inference then costs what the base module costs.
 
-        The merged weight is a new parameter and the base weight is kept beside it until `unmerge` puts that very
+        Of several adapters those that act are merged. The merged weight is a new parameter and the base weight is kept beside it until `unmerge` puts that very
         parameter back, bit for bit in every dtype; tied weights elsewhere never see the merge. The price is one more
         copy of the weight while merged; `to_base` gives a merged module without it. The sum is formed in float32
         (float64 for float64) and rounded once: exact to that rounding in float32, while in bfloat16 or float16 the
@@ -235,15 +396,15 @@ class LoRAModule(KeepsWide):
         mode, and in any mode when the base weight requires grad.
 
         Raises:
-            RuntimeError: the low-rank term is no change of the weight (a convolution with groups), the module's
-                forward was replaced, by a hook of accelerate's, say, or a parameter is computed or sharded.
+            RuntimeError: the low-rank term is no change of the weight (a convolution with groups), the module is
+                inside `adapters_off` or `adapter_batch`, its forward was replaced, by a hook of accelerate's, say, or a parameter is computed or sharded.
         """
         self._refuse_unfit("merging")
         for part in self._parts():
             part._merge()
 
     def _merge(self) -> None:
-        if self._base_weights:
+        if self._base_weights or not self.active_adapters:
             return
         # Normal tensors, whoever asks: what is merged for inference may be trained later.
         with torch.inference_mode(False), torch.no_grad():
@@ -280,7 +441,7 @@ class LoRAModule(KeepsWide):
         """A plain module of the type that was adapted, sharing everything but the LoRA parameters.
 
         Args:
-            merge: with the low-rank term merged into new weights (the default), or left out.
+            merge: with the low-rank terms of the adapters that act merged into new weights (the default), or left out.
 
         Raises:
             RuntimeError: as `merge`, and without ``merge`` too where the forward was replaced or a parameter is
@@ -296,7 +457,7 @@ class LoRAModule(KeepsWide):
                 module._parameters[name] = nn.Parameter(merged, requires_grad=base.requires_grad)
         for name in _SETTINGS:
             del module.__dict__[name]
-        for name in self.own_lora_parameters():
+        for name in self._pair_names():
             del module._parameters[name]
         for key, hook in self._forward_pre_hooks.items():
             if hook is bar_fast_paths:
@@ -334,4 +495,15 @@ class LoRAModule(KeepsWide):
     def extra_repr(self) -> str:
         inherited = super().extra_repr()
         lora = f"rank={self.rank}, alpha={self.alpha:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+        if self._further or self._chosen is not None:
+            lora += f", adapters={self.adapters}, active={self.active_adapters}"
         return f"{inherited}, {lora}" if inherited else lora
+
+
+@torch.no_grad()
+def _reset(pairs: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in pairs.items():
+        if name.endswith("lora_b"):
+            parameter.zero_()
+        else:
+            draw(parameter, kaiming)

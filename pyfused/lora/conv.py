@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import LoRAModule, LoRASettings
+from pyfused.lora.base import Acting, LoRAModule, LoRASettings
 
 
 class LoRAConv2d(LoRAModule, nn.Conv2d):
@@ -61,9 +61,9 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
         return cls._adopt_with_pair("LoRAConv2d.from_conv", conv, settings, freeze)
 
-    def _widths(self) -> tuple[int, int]:
+    def _pair_widths(self) -> dict[str, tuple[int, int]]:
         height, width = self.kernel_size
-        return self.out_channels, self.in_channels * height * width
+        return {"": (self.out_channels, self.in_channels * height * width)}
 
     def _deltas(self) -> dict[str, Tensor]:
         if self.groups != 1:
@@ -71,7 +71,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
                 f"LoRAConv2d: merging needs groups = 1, got groups = {self.groups}: the low-rank term mixes channels "
                 "across groups, which the grouped weight cannot hold"
             )
-        return {"weight": self._delta(self.lora_a, self.lora_b)}
+        return {"weight": self._delta()}
 
     def reset_parameters(self) -> None:
         """Draw the base's parameters and A and B anew, as deferred initialisation asks of every module."""
@@ -91,14 +91,27 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)
+        if self._chosen == ():
+            return super().forward(input)
+        x = input if input.dim() == 4 else input.unsqueeze(0)
         if self._is_linear():
-            x = input if input.dim() == 4 else input.unsqueeze(0)
-            y = self._lora_linear(x, self.weight.flatten(1), self.lora_a, self.lora_b, self.bias, channel_dim=1)
-            return y if input.dim() == 4 else y.squeeze(0)
-        lora_a = self.lora_a.view(self.rank, self.in_channels, *self.kernel_size).to(input.dtype)
-        lora_b = self.lora_b.view(self.out_channels, self.rank, 1, 1).to(input.dtype)
-        down = self._convolve(F.dropout(input, self.lora_dropout, self.training), lora_a)
-        return torch.add(super().forward(input), F.conv2d(down, lora_b), alpha=self.scaling)
+            y = self._lora_linear(x, self.weight.flatten(1), self.bias, channel_dim=1)
+        else:
+            acting = self._acting(x)
+            y = torch.add(super().forward(x), self._low_rank(x, acting), alpha=acting.scaling)
+        return y if input.dim() == 4 else y.squeeze(0)
+
+    def _low_rank(self, x: Tensor, acting: Acting) -> Tensor:
+        """B(A(drop(x))), not yet scaled, (B, C_out, ...)."""
+        lora_a = acting.lora_a.reshape(-1, self.in_channels, *self.kernel_size).to(x.dtype)
+        lora_b = acting.lora_b.flatten(1)[..., None, None].to(x.dtype)
+        down = self._convolve(F.dropout(x, acting.dropout, self.training), lora_a)
+        if acting.index is not None:
+            blocks = down.unflatten(1, (len(acting.lora_a), -1))
+            adapters = torch.arange(blocks.shape[1], device=x.device)
+            own = acting.index.flatten()[:, None] == adapters
+            down = torch.where(own[..., None, None, None], blocks, 0.0).flatten(1, 2)
+        return F.conv2d(down, lora_b)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """An ungrouped convolution with the base's stride, padding and dilation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyfused.lora.base import LoRAModule, LoRASettings, check_lora_settings
+from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings, check_lora_settings
 from pyfused.ops.lora_linear import lora_linear
 
 
@@ -54,9 +54,9 @@ class LoRALinear(LoRAModule, nn.Linear):
     ) -> None:
         check_lora_settings("LoRALinear", rank, alpha, dropout, lora_dtype, use_rslora=use_rslora, bias=bias)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._configure(LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype), nn.Linear)
-        self._add_pair("", out_features, in_features, self.weight, lora_dtype)
-        self.reset_lora_parameters()
+        settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
+        self._configure(settings, nn.Linear)
+        self._add_pairs(DEFAULT, settings)
         self._freeze_base()
 
     @classmethod
@@ -83,11 +83,11 @@ class LoRALinear(LoRAModule, nn.Linear):
         settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
         return cls._adopt_with_pair("LoRALinear.from_linear", linear, settings, freeze)
 
-    def _widths(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
+    def _pair_widths(self) -> dict[str, tuple[int, int]]:
+        return {"": (self.out_features, self.in_features)}
 
     def _deltas(self) -> dict[str, Tensor]:
-        return {"weight": self._delta(self.lora_a, self.lora_b)}
+        return {"weight": self._delta()}
 
     def reset_parameters(self) -> None:
         """Draw W, b, A and B anew, as deferred initialisation asks of every module."""
@@ -101,6 +101,8 @@ class LoRALinear(LoRAModule, nn.Linear):
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)
+        if self._chosen is not None:
+            return self._lora_linear(input, self.weight, self.bias) if self._chosen else super().forward(input)
         # Not by the base class: the most frequent call has one step less.
         return lora_linear(
             input, self.weight, self.lora_a, self.lora_b, self.bias,

@@ -81,18 +81,18 @@ class _Conv1D(LoRAModule):
         settings = LoRASettings(rank, alpha, dropout, use_rslora, lora_dtype)
         return cls._adopt_with_pair("LoRAConv1D.from_conv1d", conv1d, settings, freeze)
 
-    def _widths(self) -> tuple[int, int]:
-        return self.weight.shape[1], self.weight.shape[0]
+    def _pair_widths(self) -> dict[str, tuple[int, int]]:
+        return {"": (self.weight.shape[1], self.weight.shape[0])}
 
     def _deltas(self) -> dict[str, Tensor]:
-        return {"weight": self._delta(self.lora_a, self.lora_b).t()}
+        return {"weight": self._delta().t()}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(x)
-        return self._lora_linear(x, self.weight.t(), self.lora_a, self.lora_b, self.bias)
+        return super().forward(x) if self._chosen == () else self._lora_linear(x, self.weight.t(), self.bias)
 
 
 class _PackedAttention(LoRAProjections):
@@ -143,8 +143,9 @@ class _PackedAttention(LoRAProjections):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C); ``attn_mask`` (L, L) or (B * num_heads, L, L), bool with True = ignore, or added."""
-        if self.merged:
-            self._refuse_merged_training()
+        if self._is_base():
+            for part in self._parts():
+                part._refuse_merged_training()
             return super().forward(x, attn_mask)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self._project_packed(x))
         if attn_mask is not None:

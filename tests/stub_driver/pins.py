@@ -98,7 +98,8 @@ class _TorchOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "pyfused_triton":
-            name = func._schema.name.partition("::")[2]
+            # The mixed operator's launchers are lora_linear's.
+            name = func._schema.name.partition("::")[2].removeprefix("mixed_")
             home = importlib.import_module(f"pyfused.kernels.{name.rpartition('_')[0]}")
             with self:
                 return getattr(home, name)(*args, **(kwargs or {}))
