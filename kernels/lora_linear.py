@@ -256,9 +256,13 @@ def _lora_expand_kernel(
     store_tile(y_rows, offs_n, y.strides[2], out, ok_l, ok_n, OFFSET)
 
 
+# What a launch has of an index of adapters; see `_mixed`.
+_UNMIXED = {"index_ptr": None, "width": None}
+
+
 def _gemm(
-    x, weight, a, b, bias, p, seed, mixed, scaling, dropout_p, channels_first, *,
-    own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False, transposed=False,
+    x, weight, a, b, bias, p, seed, scaling, dropout_p, channels_first, *,
+    own_p, save_p=False, saved_scaling=1.0, drop_x=False, drop_p=False, transposed=False, mixed=_UNMIXED,
 ) -> torch.Tensor:  # fmt: skip
     """y = x weight^T + bias + scaling P b^T; P is made from x and ``a`` when ``own_p``, read from ``p`` otherwise.
 
@@ -287,7 +291,7 @@ def _gemm(
     return y
 
 
-def _shrink(x, a, seed, mixed, dropout_p, scaling=1.0, transposed=False) -> torch.Tensor:
+def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False, mixed=_UNMIXED) -> torch.Tensor:
     """scaling drop(x) a^T, (M, R), in x's dtype; a is (R, K), or, ``transposed``, (K, R)."""
     (batch, length, k), rank = x.shape, a.shape[1 if transposed else 0]
     config = configuration(_lora_shrink_kernel, shrink_config, x.device, batch, length, k, rank, x.dtype)
@@ -311,7 +315,9 @@ def _shrink(x, a, seed, mixed, dropout_p, scaling=1.0, transposed=False) -> torc
     return p
 
 
-def _wgrad(t, p, gradient, seed, mixed, scaling, dropout_p, factor=None, transposed=False) -> torch.Tensor | None:
+def _wgrad(
+    t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=False, mixed=_UNMIXED
+) -> torch.Tensor | None:
     """gradient (C, R), or, ``transposed``, (R, C) <- scaling drop(t)^T p; returns scaling t factor (M, R) where it is
     given a ``factor`` (C, R)."""
     (batch, length, columns), rank = t.shape, p.shape[1]
@@ -369,16 +375,16 @@ def lora_linear_fwd(
     p = x.new_empty((batch * length if save else 0, len(lora_a)))
     with torch.cuda.device_of(x):
         if plan == "blas":
-            p = _shrink(x, lora_a, seed, mixed, dropout_p)
+            p = _shrink(x, lora_a, seed, dropout_p, mixed=mixed)
             y = _blas_product(x, weight, bias, channels_first)
             _blas_add_(y, p, lora_b, scaling)
         else:
             own = plan == "one_launch"
             if not own:
-                p = _shrink(x, lora_a, seed, mixed, dropout_p)
+                p = _shrink(x, lora_a, seed, dropout_p, mixed=mixed)
             y = _gemm(
-                x, weight, lora_a, lora_b, bias, p, seed, mixed, scaling, dropout_p, channels_first,
-                own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0,
+                x, weight, lora_a, lora_b, bias, p, seed, scaling, dropout_p, channels_first,
+                own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0, mixed=mixed,
             )  # fmt: skip
     return y, p[:, :rank].contiguous() if save else x.new_empty((0, rank))
 
@@ -419,9 +425,9 @@ def lora_linear_bwd(
         if own:
             q = dy.new_empty((batch * length if need_da else 0, wide))
         elif need_q and not share:
-            q = _shrink(dy, lora_b, None, mixed, 0.0, scaling, transposed=True)
+            q = _shrink(dy, lora_b, None, 0.0, scaling, transposed=True, mixed=mixed)
         if need_db:
-            made = _wgrad(dy, p, db, None, mixed, scaling, 0.0, factor=lora_b if share else None)
+            made = _wgrad(dy, p, db, None, scaling, 0.0, factor=lora_b if share else None, mixed=mixed)
             q = q if made is None else made
         if need_dx and plan == "blas":
             dx = _blas_product(dy, weight.t(), None, channels_first)
@@ -431,18 +437,18 @@ def lora_linear_bwd(
                 _blas_add_(dx, q, lora_a.t(), 1.0)
         elif need_dx:
             dx = _gemm(
-                dy, weight.t(), lora_b, lora_a, None, q, seed, mixed,
-                scaling if own else 1.0, dropout_p, channels_first,
+                dy, weight.t(), lora_b, lora_a, None, q, seed, scaling if own else 1.0, dropout_p, channels_first,
                 own_p=own, save_p=own and need_da, saved_scaling=scaling, drop_p=dropout_p > 0.0, transposed=True,
+                mixed=mixed,
             )  # fmt: skip
         if need_da:
-            _wgrad(x, q, da, seed, mixed, 1.0, dropout_p, transposed=True)
+            _wgrad(x, q, da, seed, 1.0, dropout_p, transposed=True)
     return dx, da[:rank], db[:, :rank].contiguous() if need_db else db
 
 
 def _mixed(adapter_index: torch.Tensor | None, rank: int, adapters: int) -> dict:
     """The arguments of a kernel that say which columns of P are a row's own; it has none without an index."""
-    return {"index_ptr": adapter_index, "width": None if adapter_index is None else rank // adapters}
+    return _UNMIXED if adapter_index is None else {"index_ptr": adapter_index, "width": rank // adapters}
 
 
 def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
 from pyfused.integrations.lora_files import load_lora, save_lora
 from pyfused.integrations.peft import FuseReport, fuse, unfuse
+from pyfused.lora.adapters import adapter_batch, adapters_off, merge_adapters, remove_adapter, set_adapter
 from pyfused.lora.inject import inject_lora, remove_lora
 from pyfused.lora.report import LoRAReport
 from pyfused.lora.state import load_lora_state_dict, lora_state_dict
@@ -41,7 +42,9 @@ __all__ = [
     "Preset",
     "ScaledCrossAttention",
     "__version__",
+    "adapter_batch",
     "adapter_residual",
+    "adapters_off",
     "available_backends",
     "bitfit",
     "cross_attention_residual",
@@ -54,13 +57,16 @@ __all__ = [
     "load_tuned",
     "lora_linear",
     "lora_state_dict",
+    "merge_adapters",
     "models",
     "param_groups",
     "preset",
     "preset_for",
     "projection_residual",
+    "remove_adapter",
     "remove_lora",
     "save_lora",
     "save_tuned",
+    "set_adapter",
     "unfuse",
 ]

@@ -59,7 +59,10 @@ class LoRAProjections(LoRAModule):
 
     def lora_settings(self, adapter: str | None = None) -> dict[str, Any]:
         """As `LoRAModule.lora_settings`, with ``qkv``."""
-        return super().lora_settings(adapter) | {"qkv": self.qkv}
+        one, out = self._adapter if adapter is None else adapter, self.out_proj
+        if one not in self.adapters and isinstance(out, LoRALinear):
+            return out.lora_settings(adapter) | {"qkv": None}
+        return super().lora_settings(one) | {"qkv": self.qkv}
 
     def _check_joint(self, caller: str) -> None:
         if self.qkv == "joint" and not self._qkv_same_embed_dim:
@@ -118,9 +121,10 @@ class LoRAProjections(LoRAModule):
 
     def _is_base(self) -> bool:
         """Whether nothing acts here or in out_proj that is not part of a weight."""
-        acting = self.active_adapters and not self._base_weights
+        if self.qkv is not None and self._chosen != () and not self._base_weights:
+            return False
         out = self.out_proj
-        return not acting and not (isinstance(out, LoRALinear) and out.active_adapters and not out.merged)
+        return not isinstance(out, LoRALinear) or out._chosen == () or bool(out._base_weights)
 
 
 class LoRAMultiheadAttention(LoRAProjections, CalledAttention):

@@ -9,7 +9,9 @@ first, or `remove_lora` first.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,14 +56,14 @@ class LoRASettings(NamedTuple):
 class Acting(NamedTuple):
     """The adapters that act in one call as one pair: A, B, their scaling and dropout.
 
-    With an ``index``, of a batch whose samples each have their own, A is (G, R, K) and B (N, G, R).
+    Of a batch whose samples each have their own A is (G, R, K), B (N, G, R), and ``of_sample`` says whose which is.
     """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
     dropout: float
-    index: Tensor | None
+    of_sample: Tensor | None
 
 
 def check_lora_settings(
@@ -84,6 +86,14 @@ def check_lora_settings(
         raise TypeError(f"{caller}: lora_dtype must be None or one of {checks.FLOATING}, got {lora_dtype!r}")
     for name, value in flags.items():
         checks.flag(caller, name, value)
+
+
+def check_adapter_name(caller: str, adapter: object) -> None:
+    """Refuse what cannot be the name of an adapter, in the name of ``caller``."""
+    if not isinstance(adapter, str):
+        raise TypeError(f"{caller}: adapter must be a str, got {type(adapter).__name__}")
+    if not re.fullmatch("[A-Za-z0-9_]+", adapter):
+        raise ValueError(f"{caller}: adapter must be a name of letters, digits and _, got {adapter!r}")
 
 
 class LoRAModule(KeepsWide):
@@ -206,6 +216,22 @@ class LoRAModule(KeepsWide):
         for name, parameter in self.new_pairs(adapter, settings).items():
             self.register_parameter(name, parameter)
 
+    def name_first(self, adapter: str, acts: bool) -> None:
+        """Name the adapter of a module that has one; one that does not act does not train."""
+        self._adapter = adapter
+        self._choose((adapter,) * acts)
+        for parameter in self.own_lora_parameters().values():
+            parameter.requires_grad_(acts)
+
+    def refuse_busy(self, caller: str) -> None:
+        """Raise, in the name of ``caller``, where this module is merged or inside a context."""
+        if self._inside is not None:
+            raise ValueError(f"{caller}: model must be outside {self._inside}, got a {type(self).__name__} inside it")
+        if self._base_weights:
+            raise ValueError(
+                f"{caller}: model must not be merged, got a merged {type(self).__name__}; call its unmerge() first"
+            )
+
     def add_adapter(self, adapter: str, settings: LoRASettings, acts: bool) -> None:
         """Another adapter beside those that are there; one that does not act does not train."""
         active = self.active_adapters
@@ -222,8 +248,10 @@ class LoRAModule(KeepsWide):
             del self._parameters[name]
         if adapter == self._adapter:
             first, settings = next(iter(self._further.items()))
+            moved = self.plain_pairs(first)
             for name in self.own_lora_parameters(first):
-                self._parameters[name.removeprefix(self._prefix_of(first))] = self._parameters.pop(name)
+                del self._parameters[name]
+            self._parameters.update(moved)
             self._set_first(first, settings)
             adapter = first
         self._further = {name: settings for name, settings in self._further.items() if name != adapter}
@@ -284,6 +312,11 @@ class LoRAModule(KeepsWide):
         """This module's low-rank parameters by name, of one adapter or of all, without those of its submodules."""
         return {name: p for name in self._pair_names(adapter) if (p := self._parameters.get(name)) is not None}
 
+    def plain_pairs(self, adapter: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by the names that they would have if it were the first."""
+        prefix = self._prefix_of(adapter)
+        return {name.removeprefix(prefix): p for name, p in self.own_lora_parameters(adapter).items()}
+
     def _pair_names(self, adapter: str | None = None) -> list[str]:
         return [
             f"{self._prefix_of(one)}{prefix}{name}"
@@ -342,14 +375,12 @@ class LoRAModule(KeepsWide):
         raise NotImplementedError
 
     def _delta(self, prefix: str = "") -> Tensor:
-        total: Tensor | None = None
+        deltas = []
         for adapter in self.active_adapters:
             lora_a, lora_b = self.pair_of(adapter, prefix)
             dtype = torch.promote_types(lora_a.dtype, torch.float32)
-            delta = (lora_b.to(dtype) @ lora_a.to(dtype)).mul_(self.settings_of(adapter).scaling)
-            total = delta if total is None else total + delta
-        assert total is not None
-        return total
+            deltas.append((lora_b.to(dtype) @ lora_a.to(dtype)).mul_(self.settings_of(adapter).scaling))
+        return functools.reduce(torch.add, deltas)
 
     @property
     def merged(self) -> bool:
@@ -384,20 +415,21 @@ class LoRAModule(KeepsWide):
     def merge(self) -> None:
         """Put ``W + scaling B A`` in the weight's place: inference then costs what the base module costs.
 
-        Of several adapters those that act are merged. The merged weight is a new parameter and the base weight is kept beside it until `unmerge` puts that very
+        The merged weight is a new parameter and the base weight is kept beside it until `unmerge` puts that very
         parameter back, bit for bit in every dtype; tied weights elsewhere never see the merge. The price is one more
         copy of the weight while merged; `to_base` gives a merged module without it. The sum is formed in float32
         (float64 for float64) and rounded once: exact to that rounding in float32, while in bfloat16 or float16 the
         part of B A below half a unit in the last place of W is lost, so a merged output differs from the unmerged one
         by about eps(dtype) of the base output, which for a young adapter can be most of its effect.
 
-        Merging twice does nothing. A state dict of a merged module is that of the unmerged one, and loading, moving or
-        casting a merged module merges again afterwards. With gradients on, a merged module's forward raises in training
-        mode, and in any mode when the base weight requires grad.
+        Of several adapters those that act are merged. Merging twice does nothing. A state dict of a merged module is
+        that of the unmerged one, and loading, moving or casting a merged module merges again afterwards. With gradients
+        on, a merged module's forward raises in training mode, and in any mode when the base weight requires grad.
 
         Raises:
             RuntimeError: the low-rank term is no change of the weight (a convolution with groups), the module is
-                inside `adapters_off` or `adapter_batch`, its forward was replaced, by a hook of accelerate's, say, or a parameter is computed or sharded.
+                inside `adapters_off` or `adapter_batch`, its forward was replaced, by a hook of accelerate's, say, or a
+                parameter is computed or sharded.
         """
         self._refuse_unfit("merging")
         for part in self._parts():

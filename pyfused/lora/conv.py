@@ -104,12 +104,12 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
     def _low_rank(self, x: Tensor, acting: Acting) -> Tensor:
         """B(A(drop(x))), not yet scaled, (B, C_out, ...)."""
         lora_a = acting.lora_a.reshape(-1, self.in_channels, *self.kernel_size).to(x.dtype)
-        lora_b = acting.lora_b.flatten(1)[..., None, None].to(x.dtype)
+        lora_b = acting.lora_b.reshape(self.out_channels, -1, 1, 1).to(x.dtype)
         down = self._convolve(F.dropout(x, acting.dropout, self.training), lora_a)
-        if acting.index is not None:
+        if acting.of_sample is not None:
             blocks = down.unflatten(1, (len(acting.lora_a), -1))
             adapters = torch.arange(blocks.shape[1], device=x.device)
-            own = acting.index.flatten()[:, None] == adapters
+            own = acting.of_sample.flatten()[:, None] == adapters
             down = torch.where(own[..., None, None, None], blocks, 0.0).flatten(1, 2)
         return F.conv2d(down, lora_b)
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from pyfused.lora import third_party
-from pyfused.lora.base import LoRAModule, check_lora_settings
+from pyfused.lora.attention import LoRAProjections
+from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings, check_adapter_name, check_lora_settings
 from pyfused.lora.linear import LoRALinear
 from pyfused.lora.report import LoRAReport, lora_report
 from pyfused.lora.state import lora_modules
 from pyfused.lora.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, lora_places, wrapper_of
 from pyfused.ops.contract import checks
 from pyfused.surgery.change import Change
-from pyfused.surgery.paths import names, near, under
+from pyfused.surgery.paths import Place, names, near, under
 from pyfused.surgery.procedure import Request, adapt, take_out
 from pyfused.surgery.refusals import check_model
 from pyfused.surgery.watch import never_called
@@ -34,6 +35,7 @@ _OTHER_NAMES = {
     "alpha_pattern": "alpha, which takes a mapping",
     "modules_to_save": "train",
     "exclude_modules": "exclude",
+    "adapter_name": "adapter",
 }
 
 
@@ -61,11 +63,15 @@ def inject_lora(
     lora_dtype: torch.dtype | None = None,
     freeze_batchnorm: bool = True,
     example_inputs: Any = None,
+    adapter: str = DEFAULT,
     **others: Any,
 ) -> LoRAReport:
     """Replace modules of ``model`` by LoRA modules on the same parameters, in place, and freeze the rest.
 
     All or nothing: when this raises, the model is as it was. The output does not change until B has been trained.
+
+    Called again with another ``adapter`` it adds a further one, with its own targets and settings, beside those that
+    the model has. A further adapter neither acts nor trains until `set_adapter` chooses it.
 
     Args:
         model: any module, on any device, e.g. ``clip.visual`` for one tower.
@@ -94,16 +100,18 @@ def inject_lora(
             model is put in training mode, so that its running statistics stay. Default True.
         example_inputs: a tensor, a tuple of arguments or a dictionary of keywords of ``model``. Where given, the model
             is run once on it without gradients, and LoRA that did not run in it is refused. Default None: no run.
+        adapter: the name of this adapter: letters, digits and "_". Default "default".
 
     Returns:
-        A `LoRAReport`; ``print`` it.
+        A `LoRAReport` of this adapter; ``print`` it.
 
     Raises:
         TypeError: an argument has the wrong type, a name selects a module that cannot carry LoRA, or ``lora_dtype`` is
             neither a weight's dtype nor float32 over a narrower one.
-        ValueError: a name or path selects nothing (near names are listed), what carries LoRA already or what is
-            compiled by itself, a setting is out of range, ``model`` is PEFT's, sharded or in DistributedDataParallel, a
-            parameter of it is uninitialized or made under inference_mode, or LoRA did not run on ``example_inputs``.
+        ValueError: a name or path selects nothing (near names are listed), what carries this adapter already or what
+            is compiled by itself, a setting is out of range, ``model`` is PEFT's, sharded or in
+            DistributedDataParallel, LoRA of it is merged or inside `adapters_off` or `adapter_batch`, a parameter of it
+            is uninitialized or made under inference_mode, or LoRA did not run on ``example_inputs``.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; "all-linear" as in PEFT.
     """
@@ -119,19 +127,30 @@ def inject_lora(
                     use_rslora=use_rslora, freeze=freeze, freeze_batchnorm=freeze_batchnorm,
                 )  # fmt: skip
     checks.one_of(_CALLER, "qkv", qkv, ("joint", "split"))
+    check_adapter_name(_CALLER, adapter)
+    present = [module for module in model.modules() if isinstance(module, LoRAModule)]
+    for module in present:
+        module.refuse_busy(_CALLER)
+    acts = not present or any(adapter in module.active_adapters for module in present)
     targets = names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
     layers = layers_of(model, _CALLER)
     request = Request(_CALLER, model, train, exclude, {name for layer in layers for name in layer.names()})
-    sites, why = _find_sites(request, layers, targets)
+    sites, why = _find_sites(request, layers, targets, adapter)
     _set_by_pattern("rank", rank, _RANK, sites)
     _set_by_pattern("alpha", alpha, _ALPHA, sites)
     settings = {"dropout": dropout, "use_rslora": use_rslora, "lora_dtype": lora_dtype}
 
     def put(change: Change) -> None:
         request.notes.extend(_tied(model, sites))
-        for site, adapted in [(site, _wrap(site, qkv, request.notes, settings)) for site in sites]:
+        further = [site for site in sites if isinstance(site.layer.module, LoRAModule)]
+        made = [(site, _wrap(site, qkv, request.notes, settings)) for site in sites if site not in further]
+        for site in further:
+            _extend(change, site, qkv, request.notes, adapter, settings, acts)
+        for site, adapted in made:
+            for part in adapted._parts():
+                part.name_first(adapter, acts)
             change.replace(site.layer.place, adapted)
             for host, name in site.layer.place.spots:
                 variant = third_party.calling(host, name)
@@ -140,7 +159,9 @@ def inject_lora(
 
     trial = functools.partial(_trial, model, example_inputs)
     adapt(request, put, trial=trial, freeze=freeze, freeze_batchnorm=freeze_batchnorm)
-    return lora_report(model, request.notes, left_alone(model, layers, why))
+    if not acts:
+        request.notes.append(f"adapter {adapter!r} neither acts nor trains yet: set_adapter(model, {adapter!r})")
+    return lora_report(model, request.notes, left_alone(model, layers, why), adapter)
 
 
 def remove_lora(model: nn.Module, merge: bool = True) -> None:
@@ -150,8 +171,8 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
 
     Args:
         model: a model with LoRA modules somewhere inside it.
-        merge: with the low-rank terms merged into the weights (the default; see `LoRAModule.merge` for what 16-bit
-            weights lose), or dropped.
+        merge: with the low-rank terms of the adapters that act merged into the weights (the default; see
+            `LoRAModule.merge` for what 16-bit weights lose), or dropped; the other adapters are dropped.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -181,7 +202,9 @@ def remove_lora(model: nn.Module, merge: bool = True) -> None:
 # ---- finding
 
 
-def _find_sites(request: Request, layers: list[Layer], targets: tuple[str, ...]) -> tuple[list[_Site], dict[int, str]]:
+def _find_sites(
+    request: Request, layers: list[Layer], targets: tuple[str, ...], adapter: str
+) -> tuple[list[_Site], dict[int, str]]:
     """The sites, and by id of a module why another is none."""
     sites: list[_Site] = []
     why: dict[int, str] = {}
@@ -200,9 +223,9 @@ def _find_sites(request: Request, layers: list[Layer], targets: tuple[str, ...])
         if not hits:
             continue
         matched |= hits.keys()
-        if layer.refusal is not None:
-            raise layer.refusal
         parts = set().union(*hits.values())
+        if layer.refusal is not None:
+            _refuse_layer(layer, parts, adapter)
         parts -= set().union(*(own for name, own in layer.names().items() if request.aside(name)))
         parts -= {part for part in parts if any(id(weight) in whole for weight in layer.weights(part))}
         if not parts:
@@ -214,6 +237,24 @@ def _find_sites(request: Request, layers: list[Layer], targets: tuple[str, ...])
         if target not in matched or not sites:
             _refuse_target(request.model, layers, target, why)
     return sites, why
+
+
+def _refuse_layer(layer: Layer, parts: set[str], adapter: str) -> None:
+    """Raise, unless it is refused for another adapter alone."""
+    assert layer.refusal is not None
+    if not isinstance(layer.module, LoRAModule) or not layer.place.spots:
+        raise layer.refusal
+    holders = [_holder(layer, part) for part in parts]
+    if any(holder is not None and adapter in holder.adapters for holder in holders):
+        raise ValueError(f"{layer.refusal}, with adapter {adapter!r}; adapter=... names a further one")
+
+
+def _holder(layer: Layer, part: str) -> LoRAModule | None:
+    """The module that holds the pairs of a part of a LoRA module; None for an out_proj without any."""
+    module: Any = layer.module
+    if layer.kind != "attention" or part == "in_proj":
+        return module
+    return module.out_proj if isinstance(module.out_proj, LoRALinear) else None
 
 
 def _refuse_target(model: nn.Module, layers: list[Layer], target: str, why: dict[int, str]) -> None:
@@ -294,6 +335,37 @@ def _trial(model: nn.Module, example_inputs: Any) -> None:
 # ---- replacing
 
 
+def _extend(change: Change, site: _Site, qkv: str, notes: list[str], adapter: str, settings: dict, acts: bool) -> None:
+    """Add the adapter to a module that has LoRA already."""
+    module: Any = site.layer.module
+    for part in sorted(site.parts):
+        own = LoRASettings(site.rank[part], site.alpha[part], **settings)
+        holder = _holder(site.layer, part)
+        if holder is None:
+            linear = LoRALinear.from_linear(module.out_proj, *own, freeze=False)
+            linear.name_first(adapter, acts)
+            change.replace(Place(module.out_proj, [f"{site.layer.path}.out_proj"], [(module, "out_proj")]), linear)
+            continue
+        change.keep(holder)
+        if isinstance(holder, LoRAProjections) and holder.qkv is None:
+            holder.qkv = _pairing(site, qkv, notes)
+            holder._set_first(adapter, own)
+            holder._add_pairs(adapter, own)
+            holder.name_first(adapter, acts)
+            continue
+        if isinstance(holder, LoRAProjections) and holder.qkv != qkv:
+            notes.append(f"{site.layer.path}: q, k and v adapted {holder.qkv}, as its first adapter has them")
+        holder.add_adapter(adapter, own, acts)
+
+
+def _pairing(site: _Site, qkv: str, notes: list[str]) -> str:
+    """``qkv``, but "split" for an attention that has no joint in_proj."""
+    if "in_proj" in site.parts and qkv == "joint" and not getattr(site.layer.module, "_qkv_same_embed_dim", True):
+        notes.append(f"{site.layer.path}: q, k and v adapted separately, as key or value have a width of their own")
+        return "split"
+    return qkv
+
+
 def _wrap(site: _Site, qkv: str, notes: list[str], settings: dict) -> LoRAModule:
     module, wrapper = site.layer.module, wrapper_of(site.layer.module)
     if site.layer.kind != "attention":
@@ -301,9 +373,7 @@ def _wrap(site: _Site, qkv: str, notes: list[str], settings: dict) -> LoRAModule
         make = getattr(wrapper, _MAKERS[site.layer.kind])
         adapted: LoRAModule = make(module, freeze=False, **own, **settings)
         return adapted
-    if "in_proj" in site.parts and qkv == "joint" and not getattr(module, "_qkv_same_embed_dim", True):
-        qkv = "split"
-        notes.append(f"{site.layer.path}: q, k and v adapted separately, as key or value have a width of their own")
+    qkv = _pairing(site, qkv, notes)
     make = wrapper.from_mha if isinstance(module, nn.MultiheadAttention) else wrapper.from_attention
     first = min(site.parts)
     whole = all(site.rank[first] == site.rank[part] and site.alpha[first] == site.alpha[part] for part in site.parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import LoRAModule
+from pyfused.lora.base import DEFAULT, LoRAModule
 from pyfused.lora.linear import LoRALinear
 from pyfused.lora.targets import group_of, kind_of, lora_places
 from pyfused.surgery.report import Counts, LeftAlone, count, elements, folded, left_lines, table_of_alike
@@ -34,7 +34,8 @@ class LoRAReport(Counts):
     Attributes:
         rows: one `LoRARow` per adapted module; an attention's in_proj and out_proj are one each, however q, k and v
             are paired.
-        lora_parameters: elements of all LoRA parameters.
+        adapter: the name of the adapter that this is about. Default "default".
+        lora_parameters: elements of all its parameters.
         trainable_parameters, total_parameters, notes: see `Counts`.
         left: what carries no LoRA, by kind and reason.
     """
@@ -42,6 +43,7 @@ class LoRAReport(Counts):
     rows: tuple[LoRARow, ...]
     lora_parameters: int
     left: tuple[LeftAlone, ...] = ()
+    adapter: str = DEFAULT
 
     @property
     def total(self) -> int:
@@ -76,30 +78,33 @@ class LoRAReport(Counts):
         return "\n".join([super().__str__(), *left_lines(self.left, "left alone, and why")])
 
 
-def lora_report(model: nn.Module, notes: Iterable[str] = (), left: Iterable[LeftAlone] = ()) -> LoRAReport:
-    """What LoRA ``model`` carries now, whoever put it there; ``notes`` and ``left`` are passed on."""
+def lora_report(
+    model: nn.Module, notes: Iterable[str] = (), left: Iterable[LeftAlone] = (), adapter: str = DEFAULT
+) -> LoRAReport:
+    """Where ``model`` carries an adapter now, whoever put it there; ``notes`` and ``left`` are passed on."""
     rows: list[LoRARow] = []
+
+    def add(path: str, kind: str, group: str, shape: tuple[int, ...], module: LoRAModule) -> None:
+        if adapter in module.adapters:
+            settings, own = module.settings_of(adapter), elements(module.own_lora_parameters(adapter).values())
+            rows.append(LoRARow(path, kind, group, shape, settings.rank, float(settings.alpha), own))
+
     for place in lora_places(model):
         module, path = place.module, place.paths[0]
         if not isinstance(module, LoRAModule):
             continue
-        own = elements(module.own_lora_parameters().values())
         if not isinstance(module, LoRAProjections):
             kind = kind_of(module)
             shape = tuple(module.get_parameter("weight").shape)
             # transformers' Conv1D holds its weight transposed.
-            shape = shape[::-1] if kind == "conv1d" else shape
-            rows.append(LoRARow(path, kind, group_of(path), shape, module.rank, module.alpha, own))
+            add(path, kind, group_of(path), shape[::-1] if kind == "conv1d" else shape, module)
             continue
         width, prefix = module.embed_dim, f"{path}." if path else ""
-        if module.qkv is not None:
-            rows.append(
-                LoRARow(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module.rank, module.alpha, own)
-            )
+        add(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module)
         out = module.out_proj
         if isinstance(out, LoRALinear):
-            own = elements(out.own_lora_parameters().values())
-            rows.append(LoRARow(f"{prefix}out_proj", "out_proj", "attention", (width, width), out.rank, out.alpha, own))
+            add(f"{prefix}out_proj", "out_proj", "attention", (width, width), out)
     return LoRAReport(
-        **count(model, notes), rows=tuple(rows), lora_parameters=sum(row.parameters for row in rows), left=tuple(left)
-    )
+        **count(model, notes), rows=tuple(rows), lora_parameters=sum(row.parameters for row in rows),
+        left=tuple(left), adapter=adapter,
+    )  # fmt: skip

@@ -226,7 +226,7 @@ def lora_linear(
     if type(weight).__name__ == "DTensor":
         settings = (scaling, dropout_p, training, channel_dim, adapter_index, plan, backend)
         return _on_shards(x, weight, lora_a, lora_b, bias, *settings)
-    adapters = None
+    adapters = 0
     if adapter_index is None:
         _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
     else:
@@ -248,7 +248,7 @@ def lora_linear(
     plans = resolve_plans(plan, n, k, rank, dropout_p, dtype, x.device.type)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
     kernels = name
-    if adapters is not None:
+    if adapter_index is not None:
         kernels, limits["cuda"] = _MIXED, f"{name}: adapter_index must be None there"
     chosen = backends.choose(backend, x.device, dtype, kernels, sizes, limits)
     if plan not in ("auto", *PLANS[chosen]):
@@ -261,16 +261,18 @@ def lora_linear(
         decision.notify(_decided(kernels, x, sizes, chosen, forward, backward, limits, cast))
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
-    raw, choices = _fwd[chosen], (backward[0], chosen)
-    if adapters is not None:
-        raw, choices = _mixed(chosen, adapter_index, adapters), (*choices, adapter_index, adapters)
+    raw: Callable[..., tuple[Tensor, Tensor]] = _fwd[chosen]
+    mixed: tuple[Tensor, int] | tuple[()] = ()
+    if adapter_index is not None:
+        mixed = adapter_index, adapters
+        raw = _with_index(chosen, *mixed)
     y = registry.run(
         name,
         _LoRALinear,
         raw,
         (rows, weight, lora_a, lora_b, bias),
         (seed, float(scaling), dropout_p, channels_first, forward[0]),
-        choices,
+        (backward[0], chosen, *mixed),
     )
     return y.view(*x.shape[:-1], n) if channel_dim == -1 else layout.as_channels(y, x, channels_first)
 
@@ -294,7 +296,7 @@ def _on_shards(
     return on_shards(_NAME, call, x, weight, lora_a, lora_b, bias)
 
 
-def _mixed(backend: str, adapter_index: Tensor, adapters: int) -> Callable[..., tuple[Tensor, Tensor]]:
+def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
 
 

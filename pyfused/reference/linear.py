@@ -43,8 +43,7 @@ def lora_linear(
     if adapter_index is None:
         low_rank = F.linear(F.linear(dropped, lora_a), lora_b)
     else:
-        low_rank = sum(
-            F.linear(F.linear(dropped, a), b) * (adapter_index == i).unsqueeze(-1)
-            for i, (a, b) in enumerate(zip(lora_a, lora_b.unbind(1), strict=True))
-        )
+        low_rank = torch.zeros((), dtype=x.dtype, device=x.device)
+        for i, (a, b) in enumerate(zip(lora_a, lora_b.unbind(1), strict=True)):
+            low_rank = low_rank + F.linear(F.linear(dropped, a), b) * (adapter_index == i).unsqueeze(-1)
     return F.linear(x, weight, bias) + scaling * low_rank

@@ -44,6 +44,21 @@ class Change:
             self._undo.callback(setattr, owner, name, getattr(owner, name))
             delattr(owner, name)
 
+    def keep(self, module: nn.Module) -> None:
+        """Let ``module`` get back its attributes, parameters and submodules of now, and which parameters train."""
+        held = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+        trains = {
+            parameter: parameter.requires_grad for parameter in module._parameters.values() if parameter is not None
+        }
+
+        def restore() -> None:
+            module.__dict__.clear()
+            module.__dict__.update(held)
+            for parameter, before in trains.items():
+                parameter.requires_grad_(before)
+
+        self._undo.callback(restore)
+
     def replace(self, place: Place, module: nn.Module) -> None:
         """``module`` wherever ``place`` is.
 
