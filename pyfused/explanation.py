@@ -15,7 +15,7 @@ from pyfused.choice import backends
 from pyfused.choice.order import preference
 from pyfused.integrations.peft import left_to_peft
 from pyfused.ops import decision
-from pyfused.ops.decision import Decision, LeftToTorch
+from pyfused.ops.decision import Decision, LeftToTorch, OneCall, Told
 from pyfused.surgery import watch
 from pyfused.surgery.report import folded, table
 from pyfused.surgery.variants import Variant
@@ -61,6 +61,13 @@ class PlainPart(LeftToTorch):
 
 
 @dataclass(frozen=True)
+class SharedCall(OneCall):
+    """Layers that may share a call (``group=True`` of `inject_lora`), and the path of the one that runs first."""
+
+    module: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What `explain` returns: the operator calls in the order they were made, and what went beside them.
 
@@ -69,6 +76,7 @@ class Explanation:
 
     calls: list[OperatorCall] = field(default_factory=list)
     plain: list[PlainPart] = field(default_factory=list)
+    shared: list[SharedCall] = field(default_factory=list)
 
     @property
     def saved_bytes(self) -> int:
@@ -76,10 +84,11 @@ class Explanation:
         return sum(call.saved_bytes for call in self.calls)
 
     def __str__(self) -> str:
-        plain = Counter(replace(part, module=folded(part.module)) for part in self.plain)
-        beside = [
-            f"plain torch: {part.module or '-'}{f' ({times} calls)' if times > 1 else ''}: {part.what}: {part.why}"
-            for part, times in plain.items()
+        beside = [f"plain torch: {where}: {part.what}: {part.why}" for part, where in _alike(self.plain)] + [
+            f"one call for {', '.join(part.names)}: {where}"
+            if part.why is None
+            else f"a call each for {', '.join(part.names)}: {where}: {part.why}"
+            for part, where in _alike(self.shared)
         ]
         if not self.calls:
             return "\n".join(["no operator of pyfused was called", *beside])
@@ -121,7 +130,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
             ``torch.autocast`` to see what autocast gives.
 
     Returns:
-        An `Explanation`: ``.calls``, ``.plain``, ``.saved_bytes``; it prints as a table.
+        An `Explanation`: ``.calls``, ``.plain``, ``.shared``, ``.saved_bytes``; it prints as a table.
 
     Raises:
         TypeError: ``model_or_function`` cannot be called, or has a module made by torch.jit in it.
@@ -148,16 +157,24 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
     explanation = Explanation()
     path: list[str] = []
 
-    def observer(told: Decision | LeftToTorch) -> None:
+    def observer(told: Told) -> None:
         module = path[-1] if path else ""
         if isinstance(told, LeftToTorch):
             explanation.plain.append(PlainPart(told.what, told.why, module))
+        elif isinstance(told, OneCall):
+            explanation.shared.append(SharedCall(told.names, told.why, module))
         else:
             explanation.calls.append(_call(module, told))
 
     with torch.no_grad(), _path_tracked(model, path), decision.observed(observer):
         watch.undisturbed(model_or_function, example_inputs, kwargs)
     return explanation
+
+
+def _alike(parts: list) -> list[tuple[Any, str]]:
+    """Each of ``parts`` that differs in more than numbers of its path, with that path and how often it was there."""
+    found = Counter(replace(part, module=folded(part.module)) for part in parts)
+    return [(part, f"{part.module or '-'}{f' ({times} calls)' if times > 1 else ''}") for part, times in found.items()]
 
 
 def _call(module: str, decided: Decision) -> OperatorCall:

@@ -32,9 +32,11 @@ DEFAULT = "default"
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from pyfused.lora.shared_input import SharedInput
+
 _SETTINGS = (
     "rank", "alpha", "lora_dropout", "use_rslora", "scaling", "_base_weights", "_base_class",
-    "_adapter", "_further", "_chosen", "_index", "_inside",
+    "_adapter", "_further", "_chosen", "_index", "_inside", "_shared_input",
 )  # fmt: skip
 
 
@@ -149,6 +151,8 @@ class LoRAModule(KeepsWide):
         self._index: Tensor | None = None
         # The function whose context this module is in.
         self._inside: str | None = None
+        # With whom it computes in one call.
+        self._shared_input: SharedInput | None = None
         self.register_forward_pre_hook(bar_fast_paths)
 
     def _set_first(self, adapter: str, settings: LoRASettings) -> None:
@@ -512,6 +516,8 @@ class LoRAModule(KeepsWide):
         return self.own_lora_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._shared_input is not None:
+            self._shared_input.loosen()
         with self.held(merged=False):
             return super()._apply(fn, recurse)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,12 @@ from pyfused.lora.attention import LoRAProjections
 from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings, check_adapter_name, check_lora_settings
 from pyfused.lora.linear import LoRALinear
 from pyfused.lora.report import LoRAReport, lora_report
+from pyfused.lora.shared_input import share_inputs
 from pyfused.lora.state import lora_modules
 from pyfused.lora.targets import ALL_LINEAR, KEYWORDS, PARTS, Layer, layers_of, left_alone, lora_places, wrapper_of
 from pyfused.ops.contract import checks
 from pyfused.surgery.change import Change
-from pyfused.surgery.paths import Place, names, near, under
+from pyfused.surgery.paths import Place, names, near, places, under
 from pyfused.surgery.procedure import Request, adapt, take_out
 from pyfused.surgery.refusals import check_model
 from pyfused.surgery.watch import never_called
@@ -64,6 +64,7 @@ def inject_lora(
     freeze_batchnorm: bool = True,
     example_inputs: Any = None,
     adapter: str = DEFAULT,
+    group: bool = False,
     **others: Any,
 ) -> LoRAReport:
     """Replace modules of ``model`` by LoRA modules on the same parameters, in place, and freeze the rest.
@@ -101,6 +102,10 @@ def inject_lora(
         example_inputs: a tensor, a tuple of arguments or a dictionary of keywords of ``model``. Where given, the model
             is run once on it without gradients, and LoRA that did not run in it is refused. Default None: no run.
         adapter: the name of this adapter: letters, digits and "_". Default "default".
+        group: whether linear layers of one module that read one x, q, k and v say, compute in one call: their weights
+            move below each other in memory, under dropout they have one mask, and what runs compiled computes one by
+            one. Needs ``example_inputs``, which show what reads what. The report and `explain` say which layers do,
+            and why others do not. Default False.
 
     Returns:
         A `LoRAReport` of this adapter; ``print`` it.
@@ -132,6 +137,9 @@ def inject_lora(
     for module in present:
         module.refuse_busy(_CALLER)
     acts = not present or any(adapter in module.active_adapters for module in present)
+    checks.flag(_CALLER, "group", group)
+    if group and example_inputs is None:
+        raise ValueError(f"{_CALLER}: group=True needs example_inputs, which show what layers read one x, got None")
     targets = names(_CALLER, "target_modules", target_modules)
     if not targets:
         raise ValueError(f"{_CALLER}: target_modules must hold at least one name, got {target_modules!r}")
@@ -157,7 +165,15 @@ def inject_lora(
                 if variant is not None:
                     change.as_variant(host, variant)
 
-    trial = functools.partial(_trial, model, example_inputs)
+    def trial() -> None:
+        if example_inputs is None:
+            return
+        args, kwargs = _arguments(example_inputs)
+        _refuse_dead(model, args, kwargs)
+        if group:
+            linear = [(place, place.module) for place in places(model) if isinstance(place.module, LoRALinear)]
+            request.notes.extend(share_inputs(model, linear, args, kwargs))
+
     adapt(request, put, trial=trial, freeze=freeze, freeze_batchnorm=freeze_batchnorm)
     if not acts:
         request.notes.append(f"adapter {adapter!r} neither acts nor trains yet: set_adapter(model, {adapter!r})")
@@ -315,15 +331,13 @@ def _tied(model: nn.Module, sites: list[_Site]) -> list[str]:
     return notes
 
 
-def _trial(model: nn.Module, example_inputs: Any) -> None:
-    if example_inputs is None:
-        return
-    args: tuple = (example_inputs,)
-    kwargs: dict[str, Any] = {}
+def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), {**example_inputs}
-    elif isinstance(example_inputs, tuple | list):
-        args = tuple(example_inputs)
+        return (), {**example_inputs}
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def _refuse_dead(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     dead = never_called(model, lambda module: isinstance(module, LoRAModule), args, kwargs)
     if dead:
         raise ValueError(

@@ -101,6 +101,10 @@ class LoRALinear(LoRAModule, nn.Linear):
         if self._base_weights:
             self._refuse_merged_training()
             return super().forward(input)
+        if self._shared_input is not None:
+            y = self._shared_input.output(self, input)
+            if y is not None:
+                return y
         if self._chosen is not None:
             return self._lora_linear(input, self.weight, self.bias) if self._chosen else super().forward(input)
         # Not by the base class: the most frequent call has one step less.

@@ -44,7 +44,16 @@ class LeftToTorch:
     why: str
 
 
-Observer = Callable[[Decision | LeftToTorch], None]
+@dataclass(frozen=True)
+class OneCall:
+    """Layers of one module that may share a call: their names there, and why they do not now; None where they do."""
+
+    names: tuple[str, ...]
+    why: str | None
+
+
+Told = Decision | LeftToTorch | OneCall
+Observer = Callable[[Told], None]
 # Empty in normal running: operators make a record only for a reader.
 observers: list[Observer] = []
 
@@ -59,7 +68,7 @@ def observed(observer: Observer) -> Iterator[None]:
         observers.remove(observer)
 
 
-def notify(told: Decision | LeftToTorch) -> None:
+def notify(told: Told) -> None:
     """Tell the observers."""
     for observer in observers:
         observer(told)
