@@ -27,6 +27,7 @@ from pyfused import files
 from pyfused.methods.tuned import Tuned
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 # transformers' names, as AdapterHub takes them.
 _ACTIVATIONS = {
     "relu": "relu", "leakyrelu": "leaky_relu", "gelu": "gelu", "gelu_new": "gelu_tanh",
@@ -41,8 +42,8 @@ _NOT_HERE = ("dropout", "inv_adapter", "ln_after", "ln_before", "phm_layer", "us
 _KIND = "BottleneckAdapter"
 
 
-def read(caller: str, source: Path) -> Tuned:
-    """The adapter of a folder of AdapterHub's.
+def read(caller: str, source: Path) -> tuple[Tuned, list[str]]:
+    """The adapter of a folder of AdapterHub's, and what is to be said of it.
 
     Raises:
         ValueError: the folder lacks a file, one is damaged, or it holds what has no form here, by name.
@@ -79,7 +80,9 @@ def read(caller: str, source: Path) -> Tuned:
         }
         if lacking:
             raise ValueError(f"{caller}: {str(path)!r} must hold the whole adapter {place!r}, got no {sorted(lacking)}")
-    return Tuned(tensors, {place: _settings(caller, config) for place in paths})
+    heads = [head for head in _HEADS if (source / head).exists()]
+    notes = [f"left out: the prediction head beside the adapter, {heads[0]}"] if heads else []
+    return Tuned(tensors, {place: _settings(caller, config) for place in paths}), notes
 
 
 def write(caller: str, tuned: Tuned, target: Path, like: Path) -> list[str]:

@@ -84,7 +84,7 @@ def _read(source: Path, kind: str, order: str | None) -> tuple[Tuned, list[str]]
         tuned = peft_format.from_peft(*lora_files.read(_CALLER, source), _CALLER)
         return tuned, _twice(tuned, "doubled")
     if kind == "adapterhub":
-        return adapterhub_format.read(_CALLER, source), []
+        return adapterhub_format.read(_CALLER, source)
     if kind == "aa-clip":
         return aa_clip_format.read(_CALLER, source), [aa_clip_format.UNSTATED]
     return fastvit_fork_format.read(_CALLER, source, order)

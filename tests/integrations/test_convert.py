@@ -207,6 +207,9 @@ class TestAdapterHub:
             with pytest.raises(ValueError, match=message):
                 convert(tmp_path / "hub", tmp_path / "ours", "adapterhub", "pyfused")
         safetensors_torch.save_file(whole, path)
+        (tmp_path / "hub/pytorch_model_head.bin").touch()
+        (note,) = convert(tmp_path / "hub", tmp_path / "ours", "adapterhub", "pyfused")
+        assert note == "left out: the prediction head beside the adapter, pytorch_model_head.bin"
         convert(tmp_path / "hub", tmp_path / "ours", "adapterhub", "pyfused")
         hub_folder(tmp_path / "other", theirs, non_linearity="gelu", scaling=2.0)
         with pytest.raises(ValueError, match="activation 'relu', there 'gelu'"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from models_setup import small_vit, wake
 from torch import nn
+from tree import ROOT
 
 from pyfused import files, inject_lora, load_lora, load_lora_state_dict, save_lora
 from pyfused.integrations import lora_files
@@ -477,7 +479,7 @@ class TestBadInput:
             load_lora_state_dict(model, state)
 
     def test_without_safetensors(self, base, tmp_path, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(
             ImportError, match=r"save_lora: .* need the package safetensors \(pip install safetensors\)"
         ):
@@ -520,38 +522,72 @@ class TestWriting:
         assert torch.equal(again.second.lora_b, model.first.lora_b)
 
 
-@contextlib.contextmanager
-def one_process(tmp_path):
-    from torch import distributed
+# Two processes, each with its half of every parameter.
+SHARDED = """
+import sys, torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from pyfused import inject_lora, load_lora, save_lora, save_tuned
+rank, folder = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", store=distributed.FileStore(folder + "/store", 2), rank=rank, world_size=2)
 
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield distributed
-    finally:
-        distributed.destroy_process_group()
+def net(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3))
+    inject_lora(model, ["0", "1"], rank=3, train=["2"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fully_shard(model)
+    return model, whole
+
+model, whole = net(0)
+other, _ = net(1)
+save_lora(model, folder + "/ours")
+save_tuned(model, folder + "/tuned")
+load_lora(other, folder + "/ours")
+for name, parameter in other.named_parameters():
+    if parameter.requires_grad:
+        assert torch.equal(parameter.full_tensor(), whole[name]), name
+bare = nn.Linear(6, 7)
+fully_shard(bare)
+try:
+    load_lora(nn.Sequential(bare), folder + "/ours")
+except ValueError as error:
+    assert "must not be sharded" in str(error), error
+else:
+    raise AssertionError("a sharded model was injected")
+open(folder + "/file", "a").close()
+try:
+    save_lora(model, folder + "/file")
+except (ValueError, RuntimeError) as error:
+    expected = "folder must be a folder" if rank == 0 else "the first process could not write: ValueError"
+    assert expected in str(error), error
+else:
+    raise AssertionError("it wrote into a file")
+if rank == 0:
+    torch.save(whole, folder + "/whole.pt")
+distributed.barrier()
+"""
 
 
-def test_fsdp2_writes_whole_tensors_and_reads_them(base, tmp_path):
+def test_fsdp2_writes_whole_tensors_and_reads_them(tmp_path):
     distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("torch has no torch.distributed")
-    from torch.distributed.fsdp import fully_shard
-
-    model, other = adapted(base), adapted(base)
-    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with one_process(tmp_path):
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        fully_shard(model, mesh=mesh)
-        save_lora(model, tmp_path / "ours")
-        fully_shard(other, mesh=mesh)
-        load_lora(other, tmp_path / "ours")
-        for name, parameter in other.named_parameters():
-            assert torch.equal(parameter.full_tensor(), expected[name])
-        bare = copy.deepcopy(base)
-        fully_shard(bare, mesh=mesh)
-        with pytest.raises(ValueError, match="model must not be sharded"):
-            load_lora(bare, tmp_path / "ours")
-    plain = copy.deepcopy(base)
-    load_lora(plain, tmp_path / "ours")
-    assert torch.equal(plain.first.lora_b, expected["first.lora_b"])
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    state = safetensors_torch.load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert torch.equal(state["base_model.model.0.lora_A.weight"], whole["0.lora_a"])
+    assert torch.equal(state["base_model.model.2.weight"], whole["2.weight"])
+    tuned = safetensors_torch.load_file(tmp_path / "tuned/tuned.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tuned.items())
