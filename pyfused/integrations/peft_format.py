@@ -219,10 +219,18 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor], caller: st
 def _check_config(caller: str, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{caller}: peft_type of {CONFIG} must be 'LORA', got {config.get('peft_type')!r}")
-    for name, expected in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
-        value = config.get(name)
+    number = (int, float)
+    for name, expected, default in (("r", int, None), ("lora_alpha", number, None), ("lora_dropout", number, 0.0)):
+        value = config.get(name, default)
         if not isinstance(value, expected) or isinstance(value, bool):
             raise ValueError(f"{caller}: {CONFIG} must hold {name}, got {value!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(isinstance(value, number) for value in patterns.values()):
+            raise ValueError(f"{caller}: {name} of {CONFIG} must hold numbers by pattern, got {patterns!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{caller}: modules_to_save of {CONFIG} must be a list of names, got {saved!r}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{caller}: bias of {CONFIG} must be 'none', got {config['bias']!r}: it trains biases too")
     start = config.get("init_lora_weights", True)

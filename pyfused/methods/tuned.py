@@ -23,6 +23,7 @@ from pyfused.lora.linear import LoRALinear
 from pyfused.lora.state import SETTINGS, lora_state_dict
 from pyfused.lora.targets import layers_of
 from pyfused.methods import virtual_tokens
+from pyfused.methods.bias_tuning import is_bias
 from pyfused.methods.prefix import PrefixTuning
 from pyfused.methods.virtual_tokens import VirtualTokens
 from pyfused.surgery import checkpoint
@@ -242,7 +243,9 @@ def _train(caller: str, model: nn.Module, tuned: Tuned, freeze: bool) -> None:
     request = Request(caller, model, _roots(model, tuned), ())
     named = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     single = [named[name] for name in tuned.trained_parameters]
-    adapt(request, also=lambda: single, freeze=freeze, stays=not tuned.added())
+    # As `bitfit` holds them.
+    stays = any(is_bias(name) for name in tuned.trained_parameters)
+    adapt(request, also=lambda: single, freeze=freeze, stays=stays)
 
 
 def _roots(model: nn.Module, tuned: Tuned) -> list[str]:

@@ -406,6 +406,9 @@ DAMAGE = {
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "must hold a JSON object, got list"),
     "method": (lambda f: edit(f, peft_type="IA3"), "peft_type of adapter_config.json must be 'LORA', got 'IA3'"),
     "no rank": (lambda f: edit(f, r=None), "adapter_config.json must hold r, got None"),
+    "no number": (lambda f: edit(f, lora_dropout="x"), "adapter_config.json must hold lora_dropout, got 'x'"),
+    "patterns": (lambda f: edit(f, rank_pattern=["first"]), "rank_pattern of .* must hold numbers by pattern"),
+    "modules": (lambda f: edit(f, modules_to_save="head"), "modules_to_save of .* must be a list of names, got 'head'"),
     "unknown key": (lambda f: edit(f, use_novelty=True), "use_novelty of adapter_config.json has no form here"),
     "pattern": (lambda f: edit(f, alpha_pattern={"(": 3}), r"alpha_pattern .* must hold patterns, got"),
 }

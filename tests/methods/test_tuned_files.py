@@ -96,6 +96,7 @@ CASES = {
     "lora groups": (Mixed, (4, 5, 5), lora("grouped", "attention", train=["head", "token"]), True),
     "bitfit": (small_vit, VIT, bitfit, True),
     "bitfit norms": (Mixed, (4, 5, 5), lambda model: bitfit(model, train=["head"], exclude=["attention"]), True),
+    "lora and bitfit": (Mixed, (4, 5, 5), mixed(lora("grouped"), bitfit), True),
     "tokens": (small_vit, VIT, tokens(), True),
     "tokens projected": (small_vit, VIT, tokens(prefix_projection=True, exclude=["transformer.resblocks.1"]), True),
     "tokens shallow": (small_vit, VIT, tokens(deep=False, dropout=0.1), True),
@@ -114,7 +115,7 @@ def tune(model, change):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
+        if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
             module.running_mean.add_(0.3)
     return model.eval()
 
@@ -123,9 +124,12 @@ def same(a, b):
     one, two = a.state_dict(), b.state_dict()
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    assert [(n, type(m), m.training) for n, m in a.named_modules()] == [
-        (n, type(m), m.training) for n, m in b.named_modules()
+    looks = [
+        # Whoever set a parameter to train, it trains.
+        [(n, type(m), m.training, m.__dict__.keys() - {"_told_to_train"}) for n, m in model.named_modules()]
+        for model in (a, b)
     ]
+    assert looks[0] == looks[1]
     trains = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (a, b)]
     assert trains[0] == trains[1]
 
