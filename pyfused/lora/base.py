@@ -240,7 +240,8 @@ class LoRAModule(KeepsWide):
         """Another adapter beside those that are there; one that does not act does not train."""
         active = self.active_adapters
         self._add_pairs(adapter, settings)
-        self._further = {**self._further, adapter: settings}
+        numbers = {"alpha": float(settings.alpha), "dropout": float(settings.dropout)}
+        self._further = {**self._further, adapter: settings._replace(lora_dtype=None, **numbers)}
         self._choose((*active, *[adapter] * acts))
         for parameter in self.own_lora_parameters(adapter).values():
             parameter.requires_grad_(acts)
@@ -274,10 +275,7 @@ class LoRAModule(KeepsWide):
 
     def _acting(self, x: Tensor, prefix: str = "", rows: slice | None = None) -> Acting:
         """The adapters that act on ``x``, one or more, beside ``rows`` of a weight."""
-        if self._chosen is None:
-            lora_a, lora_b = getattr(self, f"{prefix}lora_a"), getattr(self, f"{prefix}lora_b")
-            return Acting(lora_a, lora_b if rows is None else lora_b[rows], self.scaling, self.lora_dropout, None)
-        names = self._chosen
+        names = self.active_adapters
         settings = [self.settings_of(name) for name in names]
         pairs = [self.pair_of(name, prefix) for name in names]
         if rows is not None:
@@ -366,6 +364,13 @@ class LoRAModule(KeepsWide):
         channel_dim: int = -1,
     ) -> Tensor:  # fmt: skip
         """A linear layer with the adapters that act, one or more; ``rows`` of B where ``weight`` is a part."""
+        if self._chosen is None:
+            # What most calls come to, with as few steps as there can be.
+            lora_a, lora_b = getattr(self, prefix + "lora_a"), getattr(self, prefix + "lora_b")
+            return lora_linear(
+                x, weight, lora_a, lora_b if rows is None else lora_b[rows], bias, scaling=self.scaling,
+                dropout_p=self.lora_dropout, training=self.training, channel_dim=channel_dim,
+            )  # fmt: skip
         lora_a, lora_b, scaling, dropout, index = self._acting(x, prefix, rows)
         return lora_linear(
             x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout, training=self.training,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import Acting, LoRAModule, LoRASettings
+from pyfused.lora.base import LoRAModule, LoRASettings
 
 
 class LoRAConv2d(LoRAModule, nn.Conv2d):
@@ -96,22 +96,27 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         x = input if input.dim() == 4 else input.unsqueeze(0)
         if self._is_linear():
             y = self._lora_linear(x, self.weight.flatten(1), self.bias, channel_dim=1)
+        elif self._chosen is None:
+            low_rank = self._low_rank(x, self.lora_a, self.lora_b, self.lora_dropout)
+            y = torch.add(super().forward(x), low_rank, alpha=self.scaling)
         else:
-            acting = self._acting(x)
-            y = torch.add(super().forward(x), self._low_rank(x, acting), alpha=acting.scaling)
+            lora_a, lora_b, scaling, dropout, of_sample = self._acting(x)
+            low_rank = self._low_rank(x, lora_a, lora_b, dropout, of_sample)
+            y = torch.add(super().forward(x), low_rank, alpha=scaling)
         return y if input.dim() == 4 else y.squeeze(0)
 
-    def _low_rank(self, x: Tensor, acting: Acting) -> Tensor:
-        """B(A(drop(x))), not yet scaled, (B, C_out, ...)."""
-        lora_a = acting.lora_a.reshape(-1, self.in_channels, *self.kernel_size).to(x.dtype)
-        lora_b = acting.lora_b.reshape(self.out_channels, -1, 1, 1).to(x.dtype)
-        down = self._convolve(F.dropout(x, acting.dropout, self.training), lora_a)
-        if acting.of_sample is not None:
-            blocks = down.unflatten(1, (len(acting.lora_a), -1))
-            adapters = torch.arange(blocks.shape[1], device=x.device)
-            own = acting.of_sample.flatten()[:, None] == adapters
-            down = torch.where(own[..., None, None, None], blocks, 0.0).flatten(1, 2)
-        return F.conv2d(down, lora_b)
+    def _low_rank(
+        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, dropout: float, of_sample: Tensor | None = None
+    ) -> Tensor:
+        """B(A(drop(x))), not yet scaled, (B, C_out, ...); with ``of_sample`` by each sample's own A and B."""
+        down = self._convolve(
+            F.dropout(x, dropout, self.training), lora_a.view(-1, self.in_channels, *self.kernel_size).to(x.dtype)
+        )
+        if of_sample is not None:
+            blocks = down.unflatten(1, (len(lora_a), -1))
+            own = of_sample.view(-1, 1, 1, 1, 1) == torch.arange(len(lora_a), device=x.device).view(-1, 1, 1, 1)
+            down = torch.where(own, blocks, 0.0).flatten(1, 2)
+        return F.conv2d(down, lora_b.view(self.out_channels, -1, 1, 1).to(x.dtype))
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """An ungrouped convolution with the base's stride, padding and dilation."""
