@@ -146,6 +146,9 @@ def drawn_after_sharding(rank: int, folder: Path) -> None:
     model.to_empty(device="cpu")
     for each in (alone, model):
         for module in each.modules():
+            if isinstance(module, pyfused.LoRALinear | pyfused.LoRAConv2d):
+                # What it adapts, and then what it adds.
+                module.reset_parameters()
             if isinstance(module, pyfused.LoRAModule):
                 torch.manual_seed(1)
                 module.reset_lora_parameters()

@@ -36,7 +36,7 @@ class Tower(nn.Module):
             pyfused.BottleneckAdapter(16, hidden=4, init_std=0.3) for _ in range(2 * adapters)
         )
         self.cross = pyfused.ScaledCrossAttention(16, 6, 4, learnable_weight=True) if adapters else None
-        self.register_buffer("context", torch.randn(1, 3, 6))
+        self.register_buffer("context", torch.randn(1, 3, 6) if adapters else None)
         self.head = nn.Linear(16, 5)
 
     def prepare_context(self) -> object:
@@ -87,21 +87,21 @@ def bitfit() -> nn.Module:
     return tower
 
 
-def everything() -> nn.Module:
+def everything(dropout: float = 0.0) -> nn.Module:
     """All of them together."""
     tower = Tower(adapters=True)
     pyfused.PrefixTuning(tower, num_virtual_tokens=3)
     pyfused.bitfit(tower)
-    return _lora(tower)
+    return _lora(tower, dropout)
 
 
-def peft() -> nn.Module:
+def peft(dropout: float = 0.0) -> nn.Module:
     """PEFT's LoRA, run by `pyfused.fuse`."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["mix", "blocks.0.0", "blocks.0.2", "blocks.1.0", "head"])
-    model = get_peft_model(Tower(), config)
-    assert pyfused.fuse(model).total == 5
+    targets = ["mix", "blocks.0.0", "blocks.0.2", "blocks.1.0", "head"]
+    model = get_peft_model(Tower(), LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
+    pyfused.fuse(model)
     return model
 
 
