@@ -24,7 +24,8 @@ def tensor(operator: str, name: str, value: object) -> None:
         if value.is_nested:
             kind = "a nested one; on an nn.TransformerEncoder set use_nested_tensor = False, as inject_lora does"
         raise TypeError(f"{operator}: {name} must be a dense tensor, of layout torch.strided, got {kind}")
-    if is_dtensor(value):
+    # Not by `is_dtensor`: each call of an operator comes here many times.
+    if type(value).__name__ == "DTensor":
         placements = getattr(value, "placements", None)
         raise TypeError(
             f"{operator}: {name} must be a whole tensor, got a DTensor placed by {placements}; gather it by "
@@ -79,7 +80,7 @@ def argument(
         and value.shape == expected
         and value.dtype in allowed
         and value.device == device
-        and not is_dtensor(value)
+        and type(value).__name__ != "DTensor"
     ):
         return
     tensor(operator, name, value)
