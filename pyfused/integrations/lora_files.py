@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from pyfused import files
 from pyfused.integrations.peft_format import CONFIG, PICKLED, WEIGHTS, from_peft, to_peft
-from pyfused.lora.state import lora_modules
+from pyfused.lora.state import adapters_of, known_adapter, lora_modules
 from pyfused.lora.targets import kind_of
 from pyfused.methods.files import write_whole
 from pyfused.methods.tuned import collect, put
 from pyfused.surgery.refusals import check_module
 
 
-def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_lora(model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None) -> None:
     """Write the LoRA of ``model`` into ``folder`` as PEFT does: "adapter_model.safetensors", "adapter_config.json".
 
     ``PeftModel.from_pretrained(base, folder)`` then gives the same outputs on the plain base model. What of the model
@@ -31,14 +31,16 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: a model with LoRA, on any device, compiled by `torch.compile` or not.
         folder: where to write; made where it is not there.
+        adapter: which of several adapters, by its name. Default None: the only one.
 
     Raises:
         ImportError: the package safetensors is not installed.
         TypeError: an argument has the wrong type.
-        ValueError: ``model`` has no LoRA, or something tuned that PEFT's files have no form for, by name: q, k and v
-            apart, one projection of an attention alone, open_clip's own attention, convolutions with groups or
-            dilation, single parameters, adapters, virtual tokens (`pyfused.save_tuned` keeps all of these); ``model``
-            is in DistributedDataParallel or FullyShardedDataParallel; or ``folder`` is a file.
+        ValueError: ``model`` has no LoRA, or no such adapter, or several and none is named, or something tuned that
+            PEFT's files have no form for, by name: q, k and v apart, one projection of an attention alone, open_clip's
+            own attention, convolutions with groups or dilation, single parameters, adapters, virtual tokens
+            (`pyfused.save_tuned` keeps all of these); ``model`` is in DistributedDataParallel or
+            FullyShardedDataParallel; or ``folder`` is a file.
         RuntimeError: a LoRA parameter is computed (parametrized, pruned), or the first process could not write.
         OSError: the disk is full, or the folder may not be written to.
 
@@ -46,8 +48,11 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     caller = "save_lora"
     place = files.as_path(caller, "folder", folder)
-    adapted = [module for _, module in lora_modules(caller, model)]
-    tuned = collect(caller, model, trains=True)
+    modules = [module for _, module in lora_modules(caller, model)]
+    if adapter is not None:
+        known_adapter(caller, "adapter", adapter, adapters_of(modules))
+    adapted = [module for module in modules if adapter is None or adapter in module.adapters]
+    tuned = collect(caller, model, trains=True, adapter=adapter)
     linear = {kind_of(module) for module in adapted} & {"linear", "conv1d"}
     config, state = to_peft(tuned, conv1d=linear == {"conv1d"}, caller=caller)
     everywhere = [path for path, _ in model.named_modules(remove_duplicate=False)]
@@ -61,7 +66,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_whole(caller, model, state, lambda tensors: write(caller, place, config, tensors))
 
 
-def load_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_lora(model: nn.Module, folder: str | os.PathLike[str], adapter: str | None = None) -> None:
     """Put a LoRA that `save_lora` wrote, or PEFT, into ``model``.
 
     All or nothing: when this raises, the model is as it was. A model that has no LoRA yet gets it by the file's
@@ -72,6 +77,8 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Args:
         model: the base model, or a model with LoRA, on any device.
         folder: with "adapter_config.json", and "adapter_model.safetensors" or "adapter_model.bin".
+        adapter: the name that it gets in a model with several adapters; it is added beside the others where the model
+            has none of that name. Default None: the model's only one.
 
     Raises:
         ImportError: the package safetensors is not installed.
@@ -84,7 +91,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     caller = "load_lora"
     check_module(caller, model)
-    put(caller, model, from_peft(*read(caller, folder), caller))
+    put(caller, model, from_peft(*read(caller, folder), caller), adapter)
 
 
 def write(caller: str, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ modules that train, and single parameters that train, a bias say.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import LoRAModule
+from pyfused.lora.base import DEFAULT, LoRAModule
 from pyfused.lora.conv import LoRAConv2d
 from pyfused.lora.inject import inject_lora
 from pyfused.lora.linear import LoRALinear
-from pyfused.lora.state import SETTINGS, lora_state_dict
+from pyfused.lora.state import SETTINGS, adapters_of, lora_state_dict
 from pyfused.lora.targets import layers_of
 from pyfused.methods import virtual_tokens
 from pyfused.methods.bias_tuning import is_bias
@@ -77,24 +78,33 @@ class Tuned:
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def collect(caller: str, model: nn.Module, trains: bool = False) -> Tuned:
+def collect(caller: str, model: nn.Module, trains: bool = False, adapter: str | None = None) -> Tuned:
     """What was tuned in ``model``; the tensors share memory with it.
 
     Args:
         caller: in whose name errors are raised. model: any module.
         trains: whether what requires grad counts too, beside what a call of this package set to train; where nothing
             was tuned by this package, nothing does.
+        adapter: which of several LoRA adapters; None is the only one.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
-        ValueError: a module of this package keeps buffers, which are not covered.
+        ValueError: a module of this package keeps buffers, which are not covered; ``model`` has several LoRA adapters,
+            and none is named.
         RuntimeError: a LoRA parameter is computed (parametrized, pruned).
     """
     check_module(caller, model)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Any]] = {}
-    if any(isinstance(module, LoRAModule) for module in model.modules()):
-        tensors = lora_state_dict(model)
+    known = adapters_of(module for module in model.modules() if isinstance(module, LoRAModule))
+    if adapter is None and len(known) > 1:
+        raise ValueError(
+            f"{caller}: model must have one LoRA adapter, got {', '.join(known)}; save_lora and load_lora take the "
+            "name of one"
+        )
+    # Under another name there is none of it yet.
+    if known and adapter in (None, *known):
+        tensors = lora_state_dict(model, adapter)
         settings = checkpoint.read_settings(caller, SETTINGS, tensors.pop(SETTINGS))
         holding = {name.rpartition(".")[0] for name in tensors}
         of = {plain_name(path): module for path, module in model.named_modules()}
@@ -116,7 +126,7 @@ def collect(caller: str, model: nn.Module, trains: bool = False) -> Tuned:
         modules[plain_name(path)] = {"kind": kind.__name__} | (stated() if callable(stated) else {})
         for name in added_names(module):
             tensors[plain_name(f"{path}.{name}" if path else name)] = module.get_parameter(name).detach()
-    roots, single = _told(model, set(tensors), trains and bool(modules))
+    roots, single = _told(model, trains and bool(modules))
     live = _live(model)
     tensors |= {name: tensor for name, tensor in live.items() if under(name, (*roots, *single))}
     # As a file gives them back.
@@ -149,15 +159,16 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _told(model: nn.Module, added: set[str], trains: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _told(model: nn.Module, trains: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the modules that train whole, and the names of what else does, of the model's own parameters.
 
     That is what this package was told to train, and with ``trains`` what requires grad.
     """
-    told = {plain_name(name) for name in told_to_train(model)} - added
+    told = {plain_name(name) for name in told_to_train(model)}
     if trains:
         named = model.named_parameters(remove_duplicate=False)
-        told |= {plain_name(name) for name, parameter in named if parameter.requires_grad} - added
+        told |= {plain_name(name) for name, parameter in named if parameter.requires_grad}
+    told &= _live(model).keys()
     roots: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         path = plain_name(path)
@@ -170,19 +181,21 @@ def _told(model: nn.Module, added: set[str], trains: bool) -> tuple[tuple[str, .
 # ---- into a model
 
 
-def put(caller: str, model: nn.Module, tuned: Tuned) -> None:
+def put(caller: str, model: nn.Module, tuned: Tuned, adapter: str | None = None) -> None:
     """Put ``tuned`` into ``model``, all or nothing; methods that the model has none of yet are put into it first.
+
+    Its LoRA becomes ``adapter``; None is the model's only one.
 
     Raises:
         TypeError: ``model`` is no nn.Module, or a tensor has the wrong dtype.
         ValueError: names, shapes or settings differ; what is missing cannot be put into the model here.
     """
-    before = collect(caller, model)
+    before = collect(caller, model, adapter=adapter)
     fresh = not before.tensors
     # What is merged is merged anew; and where anything raises, the model is as it was.
     with all_or_nothing(), contextlib.ExitStack() as stack:
-        _add(caller, model, tuned, before)
-        own = collect(caller, model)
+        _add(caller, model, tuned, before, adapter)
+        own = collect(caller, model, adapter=adapter)
         live = _live(model)
         _check(caller, own, live, tuned)
         untold = [*tuned.trained_modules, *tuned.trained_parameters]
@@ -254,10 +267,10 @@ def _roots(model: nn.Module, tuned: Tuned) -> list[str]:
     return [actual[path] for path in tuned.trained_modules if path in actual]
 
 
-def _add(caller: str, model: nn.Module, tuned: Tuned, before: Tuned) -> None:
+def _add(caller: str, model: nn.Module, tuned: Tuned, before: Tuned, adapter: str | None) -> None:
     """Put the methods of ``tuned`` that ``model`` has none of yet into it; what cannot be put there is refused."""
     puts: dict[tuple[str, ...], Callable[[str, nn.Module, dict[str, dict[str, Any]], Tuned], None]] = {
-        LORA_KINDS: _add_lora,
+        LORA_KINDS: functools.partial(_add_lora, adapter=adapter or DEFAULT),
         (VirtualTokens.__name__,): _add_tokens,
     }
     for kinds, add in puts.items():
@@ -276,7 +289,7 @@ def _add(caller: str, model: nn.Module, tuned: Tuned, before: Tuned) -> None:
             )
 
 
-def _add_lora(caller: str, model: nn.Module, wanted: dict[str, dict[str, Any]], tuned: Tuned) -> None:
+def _add_lora(caller: str, model: nn.Module, wanted: dict[str, dict[str, Any]], tuned: Tuned, adapter: str) -> None:
     layers = layers_of(model, caller)
     names = {plain_name(name): name for layer in layers for name in layer.names()}
     parts = {path: f"{path}.in_proj" if own["kind"] in (ATTENTION, PACKED) else path for path, own in wanted.items()}
@@ -306,6 +319,7 @@ def _add_lora(caller: str, model: nn.Module, wanted: dict[str, dict[str, Any]], 
             qkv,
             train=_roots(model, tuned),
             exclude=_besides(targets, names.values()),
+            adapter=adapter,
         )
 
 

@@ -14,7 +14,7 @@ from models_setup import small_vit, wake
 from torch import nn
 from tree import ROOT
 
-from pyfused import files, inject_lora, load_lora, load_lora_state_dict, save_lora
+from pyfused import files, inject_lora, load_lora, load_lora_state_dict, save_lora, save_tuned, set_adapter
 from pyfused.integrations import lora_files
 from pyfused.modules import LoRALinear, LoRAModule
 
@@ -98,6 +98,60 @@ SETTINGS = {
     "dropout": {"dropout": 0.25},
     "one kind": {"names": ["first"]},
 }
+
+
+class TestSeveralAdapters:
+    def two(self, base):
+        """One adapter on all layers, another of other settings on some."""
+        model = adapted(base)
+        inject_lora(model, ["first", "second", "point"], rank=6, alpha=9, adapter="b", train=["head"])
+        return wake(model, 0.1).eval()
+
+    def test_each_is_a_file_of_its_own(self, base, tmp_path):
+        model = self.two(base)
+        for name in ("default", "b"):
+            save_lora(model, tmp_path / name, adapter=name)
+        set_adapter(model, "b")
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "b").eval()
+        close(model, theirs)
+        set_adapter(model, "default")
+        close(model, PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "default").eval())
+        assert {p.shape[0] for n, p in theirs.named_parameters() if "lora_A" in n} == {6}
+
+    def test_one_is_added_beside_another(self, base, tmp_path):
+        model = self.two(base)
+        save_lora(model, tmp_path, adapter="b")
+        other = adapted(base).eval()
+        before = other(X)
+        load_lora(other, tmp_path, adapter="b")
+        close(other, lambda x: before)
+        for one in (model, other):
+            set_adapter(one, "b")
+        close(other, model)
+        # Once more, into the adapter that is there now.
+        wake(other, 0.3)
+        load_lora(other, tmp_path, adapter="b")
+        close(other, model)
+        fresh = copy.deepcopy(base).eval()
+        load_lora(fresh, tmp_path, adapter="b")
+        close(fresh, model)
+
+    def test_which_must_be_said(self, base, tmp_path):
+        model = self.two(base)
+        before = state_of(model)
+        with pytest.raises(ValueError, match="save_lora: model must have one LoRA adapter, got default, b"):
+            save_lora(model, tmp_path)
+        with pytest.raises(ValueError, match="save_lora: adapter must name adapters of the model, got 'c'"):
+            save_lora(model, tmp_path, adapter="c")
+        with pytest.raises(ValueError, match="save_tuned: model must have one LoRA adapter"):
+            save_tuned(model, tmp_path)
+        save_lora(adapted(base), tmp_path)
+        with pytest.raises(ValueError, match="load_lora: model must have one LoRA adapter"):
+            load_lora(model, tmp_path)
+        # Settings of one are not those of the other.
+        with pytest.raises(ValueError, match=r"load_lora: .*(must have the model's|settings)"):
+            load_lora(model, tmp_path, adapter="b")
+        assert_unchanged(model, before)
 
 
 class TestRoundTrips:
