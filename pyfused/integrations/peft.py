@@ -17,6 +17,7 @@ from torch import nn
 
 from pyfused.integrations import peft_attention, peft_linear
 from pyfused.integrations.peft_adapters import FusedLayer, active_adapters, what
+from pyfused.lora.third_party import bypassed
 from pyfused.ops import decision
 from pyfused.ops.contract import checks
 from pyfused.surgery.change import all_or_nothing
@@ -248,6 +249,4 @@ def _never(layer: Any, attention: bool) -> str | None:
 
 
 def _never_called(place: Place) -> str | None:
-    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in place.spots):
-        return "nn.MultiheadAttention reads its weight and does not call it"
-    return None
+    return next((why for spot in place.spots if (why := bypassed(*spot)) is not None), None)

@@ -10,7 +10,7 @@ from torch import nn
 from pyfused.lora.attention import LoRAProjections
 from pyfused.lora.base import DEFAULT, LoRAModule
 from pyfused.lora.linear import LoRALinear
-from pyfused.lora.targets import group_of, kind_of, lora_places
+from pyfused.lora.targets import group_of, hosts_of, kind_of, lora_places
 from pyfused.surgery.report import Counts, LeftAlone, count, elements, folded, left_lines, table_of_alike
 
 
@@ -97,7 +97,8 @@ def lora_report(
             kind = kind_of(module)
             shape = tuple(module.get_parameter("weight").shape)
             # transformers' Conv1D holds its weight transposed.
-            add(path, kind, group_of(path), shape[::-1] if kind == "conv1d" else shape, module)
+            group = group_of(path, hosts_of(model, path))
+            add(path, kind, group, shape[::-1] if kind == "conv1d" else shape, module)
             continue
         width, prefix = module.embed_dim, f"{path}." if path else ""
         add(f"{prefix}in_proj", "in_proj", "attention", (3 * width, width), module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pyfused.surgery.bytecode import reads_weight
 from pyfused.surgery.paths import Place, places
 from pyfused.surgery.refusals import check_plain
 from pyfused.surgery.report import LeftAlone, elements
+from pyfused.surgery.variants import plain_class
 
 ALL_LINEAR = "all-linear"
 # Each selects layers by what they are; every other target is a name.
@@ -27,11 +28,20 @@ KEYWORDS = (ALL_LINEAR, "attention", "mlp", "conv1x1")
 PARTS = ("in_proj", "out_proj")
 _WRAPPERS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d, nn.MultiheadAttention: LoRAMultiheadAttention}
 
-# A block's name says more than a layer's: "attn.c_proj" is attention, "mlp.c_proj" is not. The innermost block decides.
+# A block's name and class say more than a layer's name: "attn.c_proj" is attention, "mlp.c_proj" is not. The innermost
+# block decides.
 _BLOCKS = {
     "attention": re.compile("attn|attention|^mha$"),
     "mlp": re.compile("mlp|ffn|feed_?forward|densereludense|^ff$|^intermediate$|experts?$"),
 }
+# What is neither, though its class may be called so: a whole block or a head; "Output" closes transformers' MLPs.
+_CLASSES = {
+    "attention": re.compile("(Attention|Attn|MHSA)(?!.*(Block|Layer|Head|Merger|Model|Encoder|Decoder|Net|Stage)$)"),
+    "mlp": re.compile("(Mlp|MLP|FFN|FeedForward)(?!.*(Block|Layer|Head|Mixer)|WithBN)|Intermediate$|(?<!Self)Output$"),
+    "other": re.compile("Mamba(?!Out)|ShortConv"),
+}
+# Inside these nothing is attention or MLP: weights of channels, and tables of positions.
+_ASIDE = re.compile("SE(Module|Layer)|SqueezeExcit|SplitAttn|RelPosMlp|^cpb_mlp$|position_bias_mlp$")
 _LAYERS = {
     "attention": "out_proj q_proj k_proj v_proj o_proj qkv qkv_proj query key value to_q to_k to_v to_out c_attn",
     "mlp": "c_fc c_proj fc1 fc2 linear1 linear2 gate_proj up_proj down_proj wi wi_0 wi_1 wo pwconv1 pwconv2",
@@ -41,12 +51,19 @@ _TABLE = re.compile("pos|embed|token|query|latent|prefix|class|table|bias|gamma|
 _HEADS = ("head", "classifier", "score", "qa_outputs", "fc")
 
 
-def group_of(path: str) -> str:
-    """ "attention", "mlp" or "other", by the dotted path of a layer."""
+def group_of(path: str, hosts: Sequence[nn.Module] = ()) -> str:
+    """ "attention", "mlp" or "other", by the dotted path of a layer and the modules on it, the outermost first."""
     *blocks, layer = path.split(".")
-    for component in reversed(blocks):
+    classes = [plain_class(type(host))[0].__name__ for host in hosts] or [""] * len(blocks)
+    if any(_ASIDE.search(name) for name in (*blocks, *classes)):
+        return "other"
+    for name, kind in zip(reversed(blocks), reversed(classes), strict=True):
         for group, pattern in _BLOCKS.items():
-            if pattern.search(component.lower()):
+            if pattern.search(name.lower()):
+                return group
+        # A head of several layers is no MLP of the model.
+        for group, pattern in _CLASSES.items():
+            if pattern.search(kind) and not name.endswith("_head"):
                 return group
     for group, members in _LAYERS.items():
         if layer in members.split():
@@ -55,6 +72,14 @@ def group_of(path: str) -> str:
     if blocks[-1:] == ["output"]:
         return "mlp"
     return next((group for group, pattern in _BLOCKS.items() if pattern.search(layer.lower())), "other")
+
+
+def hosts_of(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules on the way from ``model`` to ``path``, without both."""
+    hosts = [model]
+    for name in path.split(".")[:-1]:
+        hosts.append(hosts[-1].get_submodule(name))
+    return hosts[1:]
 
 
 def wrapper_of(module: nn.Module) -> Any:
@@ -139,7 +164,7 @@ def layers_of(model: nn.Module, caller: str) -> list[Layer]:
         module, wrapper = place.module, wrapper_of(place.module)
         if wrapper is None:
             continue
-        layer = Layer(place, kind_of(module), group_of(place.paths[0]))
+        layer = Layer(place, kind_of(module), group_of(place.paths[0], hosts_of(model, place.paths[0])))
         try:
             _check(f"{caller}: {layer.path}", place, wrapper)
         except (TypeError, ValueError) as error:

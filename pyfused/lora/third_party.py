@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyfused.lora.attention import LoRAProjections
 from pyfused.lora.base import LoRAModule, LoRASettings
-from pyfused.surgery.bytecode import is_one_of
+from pyfused.surgery.bytecode import is_one_of, reads_weight
 from pyfused.surgery.variants import Variant
 
 if TYPE_CHECKING:
@@ -215,3 +215,15 @@ def calling(host: nn.Module, name: str) -> type[Variant] | None:
     if is_one_of(host, *_ATTENTION_POOLS) and name in ("q_proj", "k_proj", "v_proj", "c_proj"):
         return CallingPool
     return CallingQKV if name == "qkv" and hasattr(host, "qkv_bias_separate") else None
+
+
+def bypassed(host: nn.Module, name: str) -> str | None:
+    """Why ``host``, as it is now, does not call its layer ``name``, whose weight alone it reads; None where it does."""
+    if isinstance(host, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and does not call it"
+    # timm's attentions with a bias of their own read it, unless their switch says otherwise.
+    switch = getattr(host, "qkv_bias_separate", None)
+    own_bias = switch is False and name == "qkv" and getattr(host, "q_bias", None) is not None
+    if own_bias or reads_weight(host, name):
+        return f"{type(host).__name__} reads its weight and does not call it"
+    return None

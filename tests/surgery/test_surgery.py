@@ -101,6 +101,43 @@ class TestTargets:
         assert group_of(path) == group
 
     @pytest.mark.parametrize(
+        ("path", "classes", "group"),
+        [
+            ("stages.0.token_mixer.proj", "S Attention", "attention"),
+            ("stages.0.e_mhsa.k", "S EfficientAttention", "attention"),
+            ("stages.0.xca.proj", "S CrossCovarianceAttn", "attention"),
+            ("layers.0.self_attention.q_proj", "L LightGlueAttention", "attention"),
+            ("encoder.visn_self_att.output.dense", "E LxmertSelfAttentionLayer LxmertAttentionOutput", "attention"),
+            ("layer.0.lang_output.dense", "L LxmertOutput", "mlp"),
+            ("layer.0.layout_intermediate.dense", "L LiltIntermediate", "mlp"),
+            ("blocks.0.channel_mixer.conv1.c", "B RepVitMlp ConvNorm", "mlp"),
+            # Not what a whole block or a head is called.
+            ("resblocks.0.mlp.c_fc", "ResidualAttentionBlock Sequential", "mlp"),
+            ("stages.0.conv1_1x1.conv", "SelfAttnBlock ConvNormAct", "other"),
+            ("decoder.bbox_embed.layers.0", "D DetrMLPPredictionHead ModuleList", "other"),
+            ("mask_decoder.iou_head.proj_in", "M Sam2FeedForward", "other"),
+            ("layers.0.fc1", "MaskedAttentionDecoderLayer", "mlp"),
+            # Weights of channels and tables of positions, wherever they stand.
+            ("stages.0.se.fc1", "S SEModule", "other"),
+            ("stages.0.attention.fc", "S EffectiveSEModule", "other"),
+            ("layer.1.attention.0", "RegNetSELayer Sequential", "other"),
+            ("blocks.0.conv.fc1", "B SplitAttn", "other"),
+            ("blocks.0.attn.rel_pos.mlp.fc1", "B AttentionRel RelPosMlp Mlp", "other"),
+            ("blocks.0.attn.cpb_mlp.fc1", "B WindowAttention Mlp", "other"),
+            # A state-space layer and a short convolution have an out_proj too.
+            ("layers.0.mixer.out_proj", "L NemotronHMamba2Mixer", "other"),
+            ("layers.0.conv.out_proj", "L Lfm3ShortConv", "other"),
+            ("layers.0.linear_attn.out_proj", "L Qwen3NextGatedDeltaNet", "attention"),
+        ],
+    )
+    def test_groups_by_class(self, path, classes, group):
+        names = classes.split()
+        hosts = [nn.Module() for _ in path.split(".")[:-1]]
+        for host, name in zip(hosts[len(hosts) - len(names) :], names, strict=True):
+            host.__class__ = type(name, (nn.Module,), {})
+        assert group_of(path, hosts) == group
+
+    @pytest.mark.parametrize(
         ("given", "hint"),
         [
             ({"r": 8}, "no argument 'r'; here it is rank"),
