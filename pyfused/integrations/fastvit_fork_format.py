@@ -92,7 +92,7 @@ def write(caller: str, tuned: Tuned, target: Path, like: Path) -> list[str]:
         ValueError: what the fork has no form for, by name, or what ``like`` has no place for.
     """
     state = dict(_state(caller, like))
-    net_of = {stage: net for net, stage in _starts(caller, state, like).items() if f"network.{net}.0" in _blocks(state)}
+    net_of = {stage: net for net, stage in _starts(caller, state, like).items()}
     given: dict[str, Tensor] = {}
     for path, own in tuned.modules.items():
         adapter = re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.adapter(?:_([12]))?", path)
