@@ -212,6 +212,23 @@ class TestRoundTrips:
         theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
         close(model, theirs, x, 1e-6 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_peft_pyfused_peft_in_16_bits(self, base, dtype, tmp_path):
+        base.to(dtype)
+        theirs = peft_of(base)
+        for name, parameter in theirs.named_parameters():
+            if "lora" in name:
+                parameter.data = parameter.data.to(dtype)
+        theirs.save_pretrained(tmp_path / "theirs")
+        model = copy.deepcopy(base)
+        load_lora(model, tmp_path / "theirs")
+        assert model.first.lora_a.dtype == torch.float32
+        close(model, theirs, X.to(dtype), 8 * torch.finfo(dtype).eps)
+        save_lora(model, tmp_path / "ours")
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+        expected = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+        assert torch.equal(again(X.to(dtype)), expected(X.to(dtype)))
+
     def test_conv1d(self, tmp_path):
         transformers = pytest.importorskip("transformers")
         config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=8)
@@ -292,6 +309,14 @@ class TestRoundTrips:
         again = copy.deepcopy(base)
         load_lora(again, tmp_path)
         assert (again.proj.rank, again.inner["proj"].rank) == (2, 3)
+        # PEFT's own patterns may mean the end of a name.
+        settings = {"rank_pattern": {"^proj": 2, "proj": 3}, "alpha_pattern": {"proj": 5}}
+        theirs = peft_of(base, ["proj"], **settings)
+        theirs.save_pretrained(tmp_path / "theirs")
+        again = copy.deepcopy(base)
+        load_lora(again, tmp_path / "theirs")
+        assert [(m.rank, m.alpha) for m in (again.proj, again.inner["proj"])] == [(2, 5.0), (3, 5.0)]
+        close(again, theirs, x)
 
     def test_a_pickle_of_peft_is_read_without_running_it(self, base, tmp_path):
         theirs = peft_of(base)
