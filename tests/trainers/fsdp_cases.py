@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): a changed model is sharded, trains as in one process, and gives its checkpoints."""
+"""Cases of FSDP2 (`fully_shard`): a changed model is sharded, trains as in one process, and gives its checkpoints."""
 
 from __future__ import annotations
 
@@ -267,19 +267,3 @@ CASES: dict[str, Any] = (
         )
     }
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_fsdp(case, outcomes):
-    assert not outcomes[case], outcomes[case]
-
-
-def test_one_process_loads_what_two_have_saved(folder, outcomes):
-    assert not outcomes["saved"], outcomes["saved"]
-    alone = trained.made("everything")
-    trained.train(alone, *trained.data(), steps=1)
-    model = trained.made("everything", seed=9)
-    state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=folder / "checkpoint")
-    set_model_state_dict(model, state["model"])
-    trained.assert_equal(trained.trainable(model), trained.trainable(alone))

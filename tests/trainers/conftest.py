@@ -1,3 +1,0 @@
-"""Fixtures of this folder."""
-
-from pair import folder, outcomes  # noqa: F401
