@@ -16,7 +16,8 @@ peft = pytest.importorskip("peft")
 # One of each kind of host: what calls its layers, what reads them, what is no nn.Linear.
 TIMM = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256", "convnext_atto", "fastvit_mci0")
 TRANSFORMERS = ("llama, tied", "gpt2", "mixtral", "bert", "t5", "clip", "siglip")
-# PEFT has no form for an attention whose keys have another width, and none that open_clip's own or timm's pool calls.
+# PEFT adapts no attention whose keys have another width, and none of open_clip's own; SigLIP's text tower multiplies by
+# its projection, which PEFT's layer cannot stand for.
 WITHOUT = ("attentional pool", "SigLIP", "block_type custom")
 OPEN_CLIP = tuple(name for name in zoo.OPEN_CLIP if name not in WITHOUT)
 
