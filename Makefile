@@ -6,19 +6,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test bench bench-compare document check audit gpu gpu-kit clean
+.PHONY: test peft-tests bench bench-compare document check audit gpu gpu-kit clean
 .DELETE_ON_ERROR:
 
+# The last step, which may fail, gets PEFT's tests: the test that runs some of them is skipped without them, and says so.
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
 # torch comes first: the CUDA C++ kernels are compiled against it.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	-$(BIN)/python tests/integrations/peft_suite.py --fetch
 	touch $@
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --timeout 600 --benchmark-disable $(ARGS)
+
+# PEFT's own tests of LoRA, plain and fused. CorDA of PEFT imports attrs, which it does not declare.
+peft-tests: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt attrs
+	$(BIN)/python tests/integrations/peft_suite.py $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/pyfused bench $(ARGS)
@@ -49,4 +56,4 @@ gpu-kit: $(STAMP)
 	$(BIN)/python -m pyfused.bench.gpu.kit --arch $(or $(ARCH),90) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .peft build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
