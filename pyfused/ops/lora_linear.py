@@ -150,7 +150,7 @@ class _LoRALinear(torch.autograd.Function):
             dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
         return (
             dx if need_x else None, dw, da if need_a else None, db if need_b else None, dbias,
-            None, None, None, None, None, None, None, *[None] * len((*index, *ctx.adapters)),
+            None, None, None, None, None, None, None, *(None,) * (len(index) + len(ctx.adapters)),
         )  # fmt: skip
 
 
