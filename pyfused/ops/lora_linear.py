@@ -189,7 +189,9 @@ def lora_linear(
     Args:
         x: (..., K); with ``channel_dim=1`` (B, K, ...), as a 1x1 convolution sees it. float32, float16, bfloat16, and
             float64 on the portable backend. Any strides.
-        weight: (N, K), x's dtype. Under autocast any floating dtype: each call casts it.
+        weight: (N, K), x's dtype. Under autocast any floating dtype: each call casts it. Where it is a DTensor all
+            tensors must be, on its mesh, and y is one: split by rows or columns, as RowwiseParallel and ColwiseParallel
+            of torch do, or replicated. Then ``channel_dim`` is -1, and dropout is refused.
         lora_a: (R, K), 1 <= R <= 256; x's dtype or float32. A float32 parameter is cast to x's dtype for the products;
             its gradient is accumulated and returned in float32. (PEFT computes that branch in float32 instead; dA and
             dB then differ by about 2e-3 relative in bfloat16.)
