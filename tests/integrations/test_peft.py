@@ -559,6 +559,19 @@ def test_layers_that_come_later_are_fused_by_another_call():
     assert all(type(layer) is made.Linear for layer in layers(model))
 
 
+def test_a_layer_unfused_by_hand_is_named():
+    model = pair()
+    fuse(model)
+    unfuse(model.base_model.model[2])
+    explained = explain(model, X)
+    assert [call.module for call in explained.calls] == ["base_model.model.0"]
+    assert [(part.module, part.why) for part in explained.plain] == [
+        ("base_model.model.2", "not fused: see pyfused.fuse")
+    ]
+    assert fuse(model).notes == ("1 layers were fused before",)
+    assert told(model, X) == (2, [])
+
+
 def test_fuse_a_part_a_layer_and_injected_adapters():
     model = pair()
     fuse(model.base_model.model[0])
