@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import LoRAModule, LoRASettings, check_adapter_name
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.pairs import LoRASettings, check_adapter_name
 from pyfused.lora.report import LoRAReport, lora_report
 from pyfused.lora.state import adapters_of, known_adapter, lora_modules
 from pyfused.lora.targets import lora_places

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings
+from pyfused.lora.base import LoRAModule
 from pyfused.lora.called_attention import CalledAttention, projection
 from pyfused.lora.linear import LoRALinear
+from pyfused.lora.pairs import DEFAULT, LoRASettings
 from pyfused.ops.contract import checks
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import LoRAModule, LoRASettings
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.pairs import LoRASettings
 
 
 class LoRAConv2d(LoRAModule, nn.Conv2d):

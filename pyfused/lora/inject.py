@@ -11,8 +11,9 @@ from torch import nn
 
 from pyfused.lora import third_party
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings, check_adapter_name, check_lora_settings
+from pyfused.lora.base import LoRAModule
 from pyfused.lora.linear import LoRALinear
+from pyfused.lora.pairs import DEFAULT, LoRASettings, check_adapter_name, check_lora_settings
 from pyfused.lora.report import LoRAReport, lora_report
 from pyfused.lora.shared_input import share_inputs
 from pyfused.lora.state import lora_modules

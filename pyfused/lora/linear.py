@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyfused.lora.base import DEFAULT, LoRAModule, LoRASettings, check_lora_settings
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.pairs import DEFAULT, LoRASettings, check_lora_settings
 from pyfused.ops.lora_linear import lora_linear
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import DEFAULT, LoRAModule
+from pyfused.lora.base import LoRAModule
 from pyfused.lora.linear import LoRALinear
+from pyfused.lora.pairs import DEFAULT
 from pyfused.lora.targets import group_of, hosts_of, kind_of, lora_places
 from pyfused.surgery.report import Counts, LeftAlone, count, elements, folded, left_lines, table_of_alike
 

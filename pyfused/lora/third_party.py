@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import LoRAModule, LoRASettings
+from pyfused.lora.base import LoRAModule
+from pyfused.lora.pairs import LoRASettings
 from pyfused.surgery.bytecode import is_one_of, reads_weight
 from pyfused.surgery.variants import Variant
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.lora.attention import LoRAProjections
-from pyfused.lora.base import DEFAULT, LoRAModule
+from pyfused.lora.base import LoRAModule
 from pyfused.lora.conv import LoRAConv2d
 from pyfused.lora.inject import inject_lora
 from pyfused.lora.linear import LoRALinear
+from pyfused.lora.pairs import DEFAULT
 from pyfused.lora.state import SETTINGS, adapters_of, lora_state_dict
 from pyfused.lora.targets import layers_of
 from pyfused.methods import virtual_tokens

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pyfused.lora.base import check_lora_settings
+from pyfused.lora.pairs import check_lora_settings
 from pyfused.models.fastvit_blocks import (
     AttentionBlock,
     AttentionBlockAdapter,

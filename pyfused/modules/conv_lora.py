@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfused.lora.base import check_lora_settings
+from pyfused.lora.pairs import check_lora_settings
 from pyfused.ops.contract import checks
 from pyfused.surgery.added import KeepsWide, draw, kaiming
 
