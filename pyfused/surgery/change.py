@@ -46,15 +46,19 @@ class Change:
 
     def keep(self, module: nn.Module) -> None:
         """Let ``module`` get back its attributes, parameters and submodules of now, and which parameters train."""
-        held = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-        trains = {
-            parameter: parameter.requires_grad for parameter in module._parameters.values() if parameter is not None
-        }
+        held = dict(module.__dict__)
+        inside = {name: dict(value) for name, value in held.items() if isinstance(value, dict)}
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        trains = [parameter.requires_grad for parameter in own]
 
         def restore() -> None:
             module.__dict__.clear()
             module.__dict__.update(held)
-            for parameter, before in trains.items():
+            # The same dictionaries: the way back of another change may hold one.
+            for name, value in inside.items():
+                held[name].clear()
+                held[name].update(value)
+            for parameter, before in zip(own, trains, strict=True):
                 parameter.requires_grad_(before)
 
         self._undo.callback(restore)
