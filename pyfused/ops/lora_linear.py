@@ -260,7 +260,7 @@ def lora_linear(
         )
     forward, backward = plans[chosen]
     if decision.observers:
-        decision.notify(_decided(kernels, x, sizes, chosen, forward, backward, limits, cast))
+        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, cast, kernels))
     seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
     (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
     raw: Callable[..., tuple[Tensor, Tensor]] = _fwd[chosen]
@@ -302,7 +302,7 @@ def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[
     return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
 
 
-def _decided(kernels, x, sizes, backend, forward, backward, limits, cast) -> decision.Decision:
+def _decided(x, sizes, backend, forward, backward, limits, cast, kernels=_NAME) -> decision.Decision:
     (plan, reason), (backward_plan, backward_reason) = forward, backward
     reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")

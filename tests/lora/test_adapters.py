@@ -553,6 +553,23 @@ def test_refusals_leave_the_model_as_it_was(case):
     assert {name: trains for name, (_, trains) in before[0].items()} == {n: t for n, (_, t) in after[0].items()}
 
 
+@pytest.mark.parametrize("first", ["in_proj", "out_proj", "attn"])
+def test_an_attention_that_fails_to_get_a_further_adapter_is_as_it_was(first):
+    """Either part of it may be there, or not yet."""
+    model = Two()
+    inject_lora(model, first, rank=2, adapter="a")
+    before, attention, out = _state(model), model.attn, model.attn.out_proj
+    qkv, names = attention.qkv, list(model.state_dict())
+    with pytest.raises(ValueError, match="width 8"):
+        inject_lora(model, "attn", rank=3, adapter="b", example_inputs=torch.randn(2, 3, 5))
+    assert _state(model)[1:] == before[1:]
+    assert (model.attn, model.attn.out_proj, model.attn.qkv) == (attention, out, qkv)
+    assert list(model.state_dict()) == names
+    assert {name: trains for name, (_, trains) in _state(model)[0].items()} == {
+        name: trains for name, (_, trains) in before[0].items()
+    }
+
+
 BUSY = {
     "inject_lora": lambda m: inject_lora(m, "down", adapter="d"),
     "set_adapter": lambda m: set_adapter(m, "a"),
