@@ -166,7 +166,7 @@ def _fused(layer: Any, active: list[str], x: Tensor) -> Tensor:
     channel_dim = 1 if form == "conv1x1" else -1
     magnitude = _magnitude(layer, active)
     if magnitude is not None:
-        y = lora_linear(x, weight, lora_a, lora_b, scaling=scaling, channel_dim=channel_dim)
+        y = lora_linear(x, weight, lora_a, lora_b, bias, scaling=scaling, channel_dim=channel_dim)
         return _scaled(y, magnitude.weight.flatten() / _norm(weight, lora_a, lora_b, scaling), bias, channel_dim)
     dropout = layer.lora_dropout[active[0]]
     p = dropout.p if len(active) == 1 and type(dropout) is nn.Dropout else 0.0
@@ -177,10 +177,10 @@ def _fused(layer: Any, active: list[str], x: Tensor) -> Tensor:
 
 
 def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
-    """``y * scale + bias``, both (N,), in y's dtype."""
+    """``scale * (y - bias) + bias``, both (N,), in y's dtype; where the scale is 1, y itself."""
     shape = (-1, *(1,) * (y.dim() - 2)) if channel_dim == 1 else (-1,)
-    scaled = y * scale.view(shape)
-    return (scaled if bias is None else scaled + bias.view(shape)).to(y.dtype)
+    own = y if bias is None else y - bias.view(shape)
+    return (y + (scale - 1.0).view(shape) * own).to(y.dtype)
 
 
 @torch.no_grad()
@@ -189,7 +189,9 @@ def _norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Ten
     with checks.without_autocast(weight):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_a.dtype), torch.float32)
         weight, a, b = weight.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
-        squares = torch.linalg.vector_norm(weight, dim=1).square()
+        lengths = torch.linalg.vector_norm(weight, dim=1)
         update = 2.0 * scaling * (weight @ a.t()) + scaling * scaling * (b @ (a @ a.t()))
-        # A row that its update takes away has a square of about zero, on either side.
-        return (squares + (update * b).sum(1)).clamp_min(0.0).sqrt()
+        more = (update * b).sum(1)
+        # Of a row that its update takes away the square is about zero, on either side. Where there is no update, not a
+        # bit may change: DoRA starts as the base.
+        return torch.where(more == 0.0, lengths, (lengths.square() + more).clamp_min(0.0).sqrt())

@@ -130,6 +130,17 @@ def test_the_norm_is_held_constant():
         assert (error < 1e-5) == alike
 
 
+def test_what_has_not_trained_yet_is_the_base_bit_for_bit():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(1000, 64))
+    x = torch.randn(10, 1000)
+    expected = base(x)
+    model = get_peft_model(base, config("0", use_dora=True))
+    fuse(model)
+    assert told(model, x) == (1, [])
+    assert torch.equal(model(x), expected)
+
+
 def test_dropout_is_pefts_where_it_acts():
     model = dora(lora_dropout=0.5)
     fuse(model)
