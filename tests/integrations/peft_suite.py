@@ -22,8 +22,7 @@ ROOT = HERE.parents[1]
 # Those of PEFT's tests that are about LoRA and run without network and without more packages.
 FILES = (
     "test_custom_models", "test_initialization", "test_lora_ga", "test_lora_variants", "test_low_level_api",
-"test_loraplus", "test_lorafa", "test_mapping", "test_bdlora",
-    "test_riemannian_lora",
+    "test_loraplus", "test_lorafa", "test_mapping", "test_bdlora", "test_riemannian_lora",
 )  # fmt: skip
 LEAST_CALLS = 800
 
