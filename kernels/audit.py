@@ -108,13 +108,16 @@ def _lora_linear_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         ("K no multiple of 16,", rows, 776, 768, 16, torch.bfloat16, 0.0, "one_launch"),
         ("56x56 images,", images, 64, 64, 16, torch.bfloat16, 0.0, "one_launch"),
         ("float32 weight,", rows, 1024, 512, 64, torch.bfloat16, 0.0, "one_launch"),
+        ("4 adapters,", rows, 1024, 1024, 64, torch.bfloat16, 0.1, "one_launch"),
+        ("4 adapters,", rows, 1024, 1024, 256, torch.bfloat16, 0.1, "shrink_expand"),
     ):
         weight = torch.float32 if label.startswith("float32") else dtype
-        call = _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, batch > 1, weight)
+        adapters = 4 if label.startswith("4") else None
+        call = _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, batch > 1, weight, adapters)
         yield f"{label} {plan}", call
 
 
-def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first, weight_dtype=None):
+def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first, weight_dtype=None, adapters=None):
     def call() -> None:
         def rows(width):
             if channels_first:
@@ -127,11 +130,12 @@ def _lora_linear_call(batch, length, k, n, rank, dtype, p, plan, channels_first,
         x, dy, weight = rows(k), rows(n), parameter(n, k, dtype=weight_dtype or dtype)
         lora_a, lora_b = parameter(rank, k, dtype=torch.float32), parameter(n, rank, dtype=torch.float32)
         seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0.0 else None
+        mixed = () if adapters is None else (torch.empty(batch * length, dtype=torch.int64, device="meta"), adapters)
         _, saved = lora_linear.lora_linear_fwd(
-            x, weight, lora_a, lora_b, parameter(n), seed, 2.0, p, channels_first, plan, True
+            x, weight, lora_a, lora_b, parameter(n), seed, 2.0, p, channels_first, plan, True, *mixed
         )
         lora_linear.lora_linear_bwd(
-            dy, x, weight, lora_a, lora_b, saved, seed, 2.0, p, channels_first, plan, True, True, True
+            dy, x, weight, lora_a, lora_b, saved, seed, 2.0, p, channels_first, plan, True, True, True, *mixed
         )
 
     return call

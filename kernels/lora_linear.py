@@ -279,7 +279,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
-        **row_length(length, x, y), n=n, k=k, rank=rank, **mixed,
+        **row_length(length, x, y), n=n, k=k, rank=rank, **(mixed if own_p else _UNMIXED),
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
@@ -334,7 +334,8 @@ def _wgrad(
     launch(
         _lora_wgrad_kernel, (tiles_c, splits),
         t=mat(t), p_ptr=p, g_ptr=parts, f_ptr=factor, q_ptr=q_parts,
-        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank, **mixed,
+        **row_length(length, t), rows_total=batch * length, columns=columns, rank=rank,
+        **(_UNMIXED if factor is None else mixed),
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,

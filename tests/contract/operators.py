@@ -101,13 +101,9 @@ OPERATORS = {
         plans={backend: LORA_PLANS[backend] for backend in ("portable", "triton")},
         options={"scaling": 0.5, "adapter_index": _index(1, -1, 0)},
         variants={
-            "no bias, dropout": (
-                _lora(2, 4, 6, bias=False, mixed=3),
-                {"dropout_p": 0.3, "seed": 5, "adapter_index": _index(2, 0, ones=1)},
-            ),
-            "NCHW, dropout": (
-                _lora(2, 6, 2, 2, channel_dim=1, mixed=2),
-                {"dropout_p": 0.3, "seed": 5, "channel_dim": 1, "adapter_index": _index(1, 0, ones=2)},
+            "NCHW, no bias, dropout": (
+                _lora(2, 6, 2, 2, channel_dim=1, bias=False, mixed=3),
+                {"dropout_p": 0.3, "seed": 5, "channel_dim": 1, "adapter_index": _index(2, 0, ones=2)},
             ),
             "float32 adapters": (
                 _lora(2, 4, 6, adapters=torch.float32, mixed=2),

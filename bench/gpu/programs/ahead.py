@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyfused.kernels import audit
 from pyfused.kernels.launch import Mat
 from pyfused.kernels.recording import Launch, Target, record
+from pyfused.ops.contract import registry
 from pyfused.ops.lora_linear import choose_plan
 
 Key = tuple[str, ...]
@@ -53,8 +54,9 @@ class _Launching(TorchDispatchMode):
                 rank, k = given["lora_a"].shape
                 width = k if name.endswith("_bwd") else given["lora_b"].shape[0]
                 given["plan"], _ = choose_plan(width, rank, given["dropout_p"], args[0].dtype, "cuda")
-        home = importlib.import_module(f"pyfused.kernels.{name.rpartition('_')[0]}")
-        return getattr(home, name)(**given)
+        home = registry.homes[name]
+        launcher = getattr(importlib.import_module(f"pyfused.kernels.{home}"), f"{home}_{name.rpartition('_')[2]}")
+        return launcher(**given)
 
 
 def launching(call: Callable[[], object], plan: str = "auto") -> Callable[[], object]:

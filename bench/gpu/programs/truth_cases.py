@@ -60,17 +60,22 @@ def _dropout(p: float, device: torch.device) -> dict[str, Any]:
 def _lora(
     draw: Draw, layout: str, dtype: torch.dtype, device: torch.device, *,
     rank: int = 16, adapters: torch.dtype | None = FP32, bias: bool = True, dropout_p: float = 0.0,
-    size: tuple[int, int, int, int, int] = (2, 7, 29, 144, 208),
+    size: tuple[int, int, int, int, int] = (2, 7, 29, 144, 208), mixed: int = 0,
 ) -> Drawn:  # fmt: skip
+    """``mixed``: how many adapters of this rank the rows choose from, some of them none."""
     batch, height, width, k, n = size
     tensors = {
         "x": _laid_out(draw, layout, batch, height, width, k, dtype),
         "weight": draw((n, k), k**-0.5, dtype),
-        "lora_a": draw((rank, k), k**-0.5, adapters or dtype),
-        "lora_b": draw((n, rank), rank**-0.5, adapters or dtype),
+        "lora_a": draw((mixed, rank, k) if mixed else (rank, k), k**-0.5, adapters or dtype),
+        "lora_b": draw((n, mixed, rank) if mixed else (n, rank), rank**-0.5, adapters or dtype),
         "bias": draw((n,), 0.5, dtype) if bias else None,
     }
-    return tensors, {"scaling": -1.5, **_channel_dim(layout), **_dropout(dropout_p, device)}
+    options: dict[str, Any] = {"scaling": -1.5, **_channel_dim(layout), **_dropout(dropout_p, device)}
+    if mixed:
+        positions = (height * width,) if layout == ROWS else (height, width)
+        options["adapter_index"] = torch.arange(height * width, device=device).view(positions) % (mixed + 1) - 1
+    return tensors, options
 
 
 def _adapter(
@@ -315,6 +320,8 @@ def further(backend: str) -> Iterator[Call]:
     for plan in plans("lora_linear", backend):
         if plan != "blas":
             yield Call("lora_linear", backend, plan, BF16, ROWS, settings=_LARGE)
+        if backend != "cuda" and plan != "shrink_expand":
+            yield Call("lora_linear", backend, plan, BF16, ROWS, settings={"mixed": 3, "rank": 5})
 
 
 def calls() -> list[Call]:

@@ -35,6 +35,8 @@ _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for ba
 _derived: dict[torch._ops.OpOverload, Callable[..., tuple[Tensor, Tensor]]] = {}
 
 Raw = dict[str, torch._ops.OpOverload]
+# Raw operator -> the operator in whose files its implementations are, by name.
+homes: dict[str, str] = {}
 
 
 def define(operator: str, direction: str, schema: str, fake: Callable, served_by: str | None = None) -> Raw:
@@ -44,6 +46,7 @@ def define(operator: str, direction: str, schema: str, fake: Callable, served_by
     another operator whose implementations serve this one too: its schema goes on where theirs ends.
     """
     name, home = f"{operator}_{direction}", served_by or operator
+    homes[name] = home
     overloads = {}
     for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -169,7 +169,7 @@ MIXED_PLANS = {backend: PLANS[backend] for backend in ("portable", "triton")}
 
 
 @pytest.mark.sanitize
-@rotated(MIXED_PLANS, groups=((1, 3, 0.3), (3, 5, 0.0), (4, 8, 0.3), (7, 9, 0.0), (8, 16, 0.3)), dtype=KERNEL_DTYPES)
+@rotated(MIXED_PLANS, groups=((3, 5, 0.0), (7, 9, 0.0), (8, 16, 0.3)), dtype=KERNEL_DTYPES)
 def test_mixed_adapters(backend, plan, groups, dtype):
     """Several tiles and a tail; blocks of the rank that are no power of two, and more than a tile of them."""
     adapters, r, p = groups
@@ -214,11 +214,11 @@ def test_a_row_without_an_adapter_is_the_base_layers(backend, plan):
     assert not torch.equal(y, pyfused.lora_linear(**tensors, backend=backend, plan=plan, adapter_index=none + 1))
 
 
-@pytest.mark.parametrize("index", [2**32, -(2**32), 2**63 - 1, 2], ids=str)
 @planned(MIXED_PLANS)
-def test_an_index_out_of_range_is_no_adapter(backend, plan, index):
+def test_an_index_out_of_range_is_no_adapter(backend, plan):
     tensors = draw((6, 20), 34, 3, mixed=2)
-    indices = [torch.full((6,), value, device=DEVICE) for value in (index, -1)]
+    beyond = torch.tensor([2**32, -(2**32), 2**63 - 1, 2, -2, 3], device=DEVICE)
+    indices = beyond, torch.full((6,), -1, device=DEVICE)
     ys = [pyfused.lora_linear(**tensors, backend=backend, plan=plan, adapter_index=each) for each in indices]
     assert torch.equal(*ys)
 
