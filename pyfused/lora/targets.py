@@ -51,10 +51,10 @@ _TABLE = re.compile("pos|embed|token|query|latent|prefix|class|table|bias|gamma|
 _HEADS = ("head", "classifier", "score", "qa_outputs", "fc")
 
 
-def group_of(path: str, hosts: Sequence[nn.Module] = ()) -> str:
+def group_of(path: str, hosts: Sequence[nn.Module | None] = ()) -> str:
     """ "attention", "mlp" or "other", by the dotted path of a layer and the modules on it, the outermost first."""
     *blocks, layer = path.split(".")
-    classes = [plain_class(type(host))[0].__name__ for host in hosts] or [""] * len(blocks)
+    classes = ["" if host is None else plain_class(type(host))[0].__name__ for host in hosts] or [""] * len(blocks)
     if any(_ASIDE.search(name) for name in (*blocks, *classes)):
         return "other"
     for name, kind in zip(reversed(blocks), reversed(classes), strict=True):
@@ -74,12 +74,17 @@ def group_of(path: str, hosts: Sequence[nn.Module] = ()) -> str:
     return next((group for group, pattern in _BLOCKS.items() if pattern.search(layer.lower())), "other")
 
 
-def hosts_of(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules on the way from ``model`` to ``path``, without both."""
-    hosts = [model]
-    for name in path.split(".")[:-1]:
-        hosts.append(hosts[-1].get_submodule(name))
-    return hosts[1:]
+def hosts_of(model: nn.Module, path: str) -> list[nn.Module | None]:
+    """The modules on the way from ``model`` to ``path``, without both; None for a part of a name with a dot in it."""
+    hosts: list[nn.Module | None] = []
+    host, name = model, ""
+    for component in path.split(".")[:-1]:
+        name = f"{name}.{component}" if name else component
+        child = host._modules.get(name)
+        hosts.append(child)
+        if child is not None:
+            host, name = child, ""
+    return hosts
 
 
 def wrapper_of(module: nn.Module) -> Any:

@@ -220,7 +220,7 @@ def fused_later(rank: int, folder: Path) -> None:
     trained.assert_trained_alike(model, gradients, alone, expected)
     told = pyfused.explain(model, mine(rank)[0])
     assert [call.operator for call in told.calls] == ["lora_linear"] * 4
-    assert "head: PEFT's FSDPLinear: no linear layer and no 1x1 convolution of PEFT's own" in str(told)
+    assert "head: PEFT's FSDPLinear: no linear layer, no 1x1 convolution and no attention of PEFT's own" in str(told)
     pyfused.unfuse(model)
     assert not any(call.operator for call in pyfused.explain(model, mine(rank)[0]).calls)
 
