@@ -240,6 +240,26 @@ def test_copies_and_casts_share_again():
     assert_alike(plain, grouped, inputs())
 
 
+def test_a_cast_model_shares_again():
+    plain, grouped, _ = pair(Blocks, inputs(), **SETTINGS)
+    assert calls(grouped, inputs()) == 5
+    assert calls(grouped.double().float(), inputs()) == 5
+    assert_alike(plain, grouped, inputs())
+
+
+def test_layers_of_several_modules_share_nothing():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Sequential(nn.Linear(20, 8)), nn.Sequential(nn.Linear(20, 8))
+
+        def forward(self, x):
+            return self.left(x) + self.right(x)
+
+    report = pyfused.inject_lora(Beside(), rank=2, example_inputs=inputs(), group=True)
+    assert report.notes == ("group: no two adapted linear layers of one module read one x",)
+
+
 def test_a_parameter_stays_the_one_that_others_hold():
     model = Blocks()
     held = dict(model.named_parameters())
@@ -377,6 +397,13 @@ def test_what_changed_since_the_call_is_computed_anew():
     assert both(trained).requires_grad
     assert both(lambda layer: torch.enable_grad()).requires_grad
     assert both(lambda layer: torch.autocast("cpu", torch.bfloat16)).dtype == torch.bfloat16
+    with torch.no_grad():
+        # In the same state of torch.
+        both(trained)
+        both(lambda layer: contextlib.nullcontext(layer.merge()))
+        for model in (plain, grouped):
+            model[0].k.unmerge()
+            model[0].q(x)
     # Nothing is held longer than until the next call.
     assert grouped[0].q._shared_input._held is not None
     with torch.no_grad():
