@@ -150,10 +150,10 @@ def _moment(x: Tensor) -> tuple[object, ...]:
 
 
 def _versions(layer: LoRALinear) -> tuple[object, ...]:
+    # A merged layer has another weight.
     own = (layer.lora_a, layer.lora_b, layer.weight, layer.bias)
     return (
         layer.training,
-        layer.merged,
         layer.active_adapters,
         *((id(tensor), tensor._version) for tensor in own if tensor is not None),
     )

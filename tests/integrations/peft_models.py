@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -100,6 +102,20 @@ def check_parity(model, *inputs, served, tolerance=3e-6, attention=False, **kwar
     unfuse(model)
     again = results(model, *inputs, **kwargs)
     assert all(value is None or torch.equal(again[name], value) for name, value in theirs.items())
+
+
+def check_16_bits(model):
+    """Of a bfloat16 `pair`: fused it is at most twice as far from float64 as PEFT is, or near it."""
+    exact = results(copy.deepcopy(model).double(), X.bfloat16().double())
+    theirs = results(model, X.bfloat16())
+    fuse(model)
+    ours = results(model, X.bfloat16())
+    assert told(model, X.bfloat16()) == (2, [])
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        scale = value.abs().max()
+        error, limit = (((found[name].double() - value).abs().max() / scale) for found in (ours, theirs))
+        assert error <= max(2 * limit, 0.012), name
 
 
 def gpt2(**settings):

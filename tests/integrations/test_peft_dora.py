@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from peft_models import (  # noqa: E402
     Pair,
     X,
     assert_same,
+    check_16_bits,
     check_parity,
     config,
     fill,
@@ -90,16 +89,7 @@ def test_16_bits_err_as_peft_does(wide):
         for name, parameter in layer.named_parameters():
             if "lora_" in name and wide:
                 parameter.data = parameter.data.float()
-    exact = results(copy.deepcopy(model).double(), X.bfloat16().double())
-    theirs = results(model, X.bfloat16())
-    fuse(model)
-    ours = results(model, X.bfloat16())
-    assert told(model, X.bfloat16()) == (2, [])
-    for name, value in exact.items():
-        assert ours[name].dtype == theirs[name].dtype
-        scale = value.abs().max()
-        error, limit = (((found[name].double() - value).abs().max() / scale) for found in (ours, theirs))
-        assert error <= max(2 * limit, 0.012), name
+    check_16_bits(model)
 
 
 def test_autocast():
