@@ -78,7 +78,7 @@ class SharedInput:
         first, weights = self.layers[0], [layer.weight for layer in self.layers]
         if any(layer.merged for layer in self.layers):
             return "LoRA is merged"
-        if any(layer.active_adapters != layer.adapters[:1] for layer in self.layers):
+        if any(layer._chosen is not None for layer in self.layers):
             return "not the first adapter alone acts"
         if any(type(weight) is not nn.Parameter for weight in weights):
             return "a weight is sharded, or of another kind"
@@ -154,7 +154,7 @@ def _versions(layer: LoRALinear) -> tuple[object, ...]:
     own = (layer.lora_a, layer.lora_b, layer.weight, layer.bias)
     return (
         layer.training,
-        layer.active_adapters,
+        layer._chosen,
         *((id(tensor), tensor._version) for tensor in own if tensor is not None),
     )
 

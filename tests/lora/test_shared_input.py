@@ -240,6 +240,36 @@ def test_copies_and_casts_share_again():
     assert_alike(plain, grouped, inputs())
 
 
+def test_several_adapters():
+    plain, grouped, _ = pair(Blocks, inputs(), **SETTINGS)
+    for model in (plain, grouped):
+        torch.manual_seed(5)
+        pyfused.inject_lora(model, rank=5, adapter="b")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("adapter_b_lora_b"):
+                    parameter.fill_(0.1)
+    assert calls(grouped, inputs()) == 5
+
+    def results(model):
+        with torch.no_grad():
+            yield model(inputs())
+            for names in (["default", None, "default"], ["b", "default", None], [None, None, None]):
+                with pyfused.adapter_batch(model, names):
+                    yield model(inputs())
+            with pyfused.adapters_off(model):
+                yield model(inputs())
+            for names in ("b", ["default", "b"], "default"):
+                pyfused.set_adapter(model, names)
+                yield model(inputs())
+
+    found = [list(results(model)) for model in (plain, grouped)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
+    assert not torch.allclose(found[0][0], found[0][1])
+    assert calls(grouped, inputs()) == 5
+
+
 def test_a_cast_model_shares_again():
     plain, grouped, _ = pair(Blocks, inputs(), **SETTINGS)
     assert calls(grouped, inputs()) == 5
