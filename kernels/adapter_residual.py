@@ -31,6 +31,7 @@ from pyfused.kernels.launch import (
     rows_like,
     vectorised,
 )
+from pyfused.kernels.program import per_signature
 from pyfused.kernels.sums import SLOTS_PER_GROUP, load_part, sums_slots
 from pyfused.kernels.tiles import (
     copy_rows,
@@ -350,6 +351,7 @@ def _write_gradients(
         tl.store(d_gamma_ptr + offs_c, d_gamma, mask=ok_c)
 
 
+@per_signature
 def adapter_residual_fwd(
     z: torch.Tensor,
     down_weight: torch.Tensor,
@@ -394,6 +396,7 @@ def adapter_residual_fwd(
     return y, hidden
 
 
+@per_signature
 def adapter_residual_bwd(
     dy: torch.Tensor,
     z: torch.Tensor | None,

@@ -30,6 +30,7 @@ from pyfused.kernels.launch import (
     row_length,
     vectorised,
 )
+from pyfused.kernels.program import per_signature
 from pyfused.kernels.sums import SLOTS_PER_GROUP, sums_slots
 from pyfused.kernels.tiles import (
     gate_root,
@@ -362,6 +363,7 @@ def _cross_attention_bwd_weights_kernel(
     sums_slots(parts_ptr, slot_size, counter_ptr + sums * (groups + 1), split, splits, tiles_j, GROUP)
 
 
+@per_signature
 def cross_attention_residual_fwd(
     x: torch.Tensor,
     e: torch.Tensor,
@@ -403,6 +405,7 @@ def cross_attention_residual_fwd(
     return y, p
 
 
+@per_signature
 def cross_attention_residual_bwd(
     dy: torch.Tensor,
     x: torch.Tensor | None,

@@ -24,8 +24,12 @@ def launch(
     """``maxnreg``: registers a thread may have; None lets the compiler spill a few of them for another block."""
     if recording.current is not None:
         recording.current[1].append(Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    if recording.watches.current is not None:
+        recording.watches.current.launch(kernel, grid, arguments, options)
     else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+        kernel[grid](**arguments, **options)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from pyfused.kernels.launch import (
     vectorised,
 )
 from pyfused.kernels.lora_linear_config import EXPAND_BLOCK_R, gemm_config, shares_pass, shrink_config, wgrad_config
+from pyfused.kernels.program import per_signature
 from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.sums import sum_partials
 from pyfused.kernels.tiles import (
@@ -352,6 +353,7 @@ def _wgrad(
     return q
 
 
+@per_signature
 def lora_linear_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -387,9 +389,10 @@ def lora_linear_fwd(
                 x, weight, lora_a, lora_b, bias, p, seed, scaling, dropout_p, channels_first,
                 own_p=own, save_p=own and save, drop_x=own and dropout_p > 0.0, mixed=mixed,
             )  # fmt: skip
-    return y, p[:, :rank].contiguous() if save else x.new_empty((0, rank))
+    return y, _narrower(p, rank) if save else x.new_empty((0, rank))
 
 
+@per_signature
 def lora_linear_bwd(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -444,7 +447,7 @@ def lora_linear_bwd(
             )  # fmt: skip
         if need_da:
             _wgrad(x, q, da, seed, 1.0, dropout_p, transposed=True)
-    return dx, da[:rank], db[:, :rank].contiguous() if need_db else db
+    return dx, da if wide == rank else da[:rank], _narrower(db, rank) if need_db else db
 
 
 def _mixed(adapter_index: torch.Tensor | None, rank: int, adapters: int) -> dict:
@@ -459,6 +462,11 @@ def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
     return tensor.contiguous()
+
+
+def _narrower(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Dense, without the columns that `_wider` added."""
+    return tensor if tensor.shape[1] == rank else tensor[:, :rank].contiguous()
 
 
 def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:

@@ -21,6 +21,7 @@ from pyfused.kernels.launch import (
     vectorised,
 )
 from pyfused.kernels.lora_linear_config import gemm_config
+from pyfused.kernels.program import per_signature
 from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.tiles import (
     load_tile,
@@ -170,6 +171,7 @@ def _projection_bwd_kernel(
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
+@per_signature
 def projection_residual_fwd(
     o: torch.Tensor,
     weight: torch.Tensor,
@@ -220,6 +222,7 @@ def projection_residual_fwd(
     return y, pre if save else o.new_empty(0)
 
 
+@per_signature
 def projection_residual_bwd(
     dy: torch.Tensor,
     o: torch.Tensor | None,

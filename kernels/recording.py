@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyfused.choice import measured
+from pyfused.choice import backends, measured
 
 _Config = TypeVar("_Config")
 
@@ -88,6 +89,15 @@ class Launch:
 current: tuple[Target, list[Launch]] | None = None
 
 
+class _Watches(threading.local):
+    """What a thread tells of each launch that it makes; see `program`."""
+
+    current: Any = None
+
+
+watches = _Watches()
+
+
 @functools.lru_cache(4096)
 def measured_or_own(chosen: Chosen) -> Any:
     """The configuration of a row measured on this GPU, or else the function's own."""
@@ -102,6 +112,7 @@ def measured_or_own(chosen: Chosen) -> Any:
 def forget() -> None:
     """To be called after `measured.TABLE` has changed."""
     measured_or_own.cache_clear()
+    backends.changed()
 
 
 def measured_for(arguments: Mapping[str, Any]) -> tuple[str, str, int, dict[str, object]]:

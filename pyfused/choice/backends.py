@@ -63,6 +63,13 @@ def load_cuda(library: str | os.PathLike[str]) -> None:
     torch.ops.load_library(os.fspath(library))
     CUDA_REFUSAL = None
     CUDA_OPERATORS.update(_registered())
+    changed()
+
+
+def changed() -> None:
+    """To be called after what choices depend on has changed: nothing chosen before holds any more."""
+    global generation
+    generation += 1
 
 
 def _registered() -> dict[str, frozenset[str]]:
@@ -84,6 +91,8 @@ def _default_backend() -> str:
     return name
 
 
+# How often what choices depend on has changed.
+generation = 0
 # Read once: none of these changes under a running program but by `load_cuda`, and traced code must see constants.
 TRITON_REFUSAL = _triton_refusal()
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
