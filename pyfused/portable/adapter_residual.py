@@ -14,28 +14,34 @@ import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import add_outer_, add_product_, product
+from pyfused.portable.gemm import add_outer_, add_product_, cast, product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 # Elements of z in a block: products want many rows, copies in float32 of what comes in 16 bits want few.
 _CPU_BLOCK, _CPU_WIDENED, _BLOCK = 1 << 22, 1 << 20, 1 << 26
 # Rows that are added up one after another.
 _CHAIN = 512
+# Up to as many rows two calls take less time than the one pass, which is seven.
+_FEW = 64
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
 
 class _Block(NamedTuple):
-    """Rows of one image, or several whole images; ``first`` is their first row of all. ``live``: not dropped."""
+    """Rows of one image, or several whole images; ``first`` is their first row of all. ``live``: not dropped.
+
+    ``whole``: all rows there are.
+    """
 
     images: slice
     rows: slice
     first: int
     live: bool
+    whole: bool
 
     def of(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> its part (images, rows, C), a view."""
-        return x[self.images, self.rows]
+        return x if self.whole else x[self.images, self.rows]
 
     def scale(self, sample_scale: Tensor | None) -> Tensor | None:
         """k (images, 1, 1)."""
@@ -62,12 +68,12 @@ def adapter_residual_fwd(
     """y (B, L, C) in the residual's dtype, h in z's; see `pyfused.ops.adapter_residual` for the contract."""
     wide = torch.promote_types(z.dtype, torch.float32)
     down, d_bias, up, u_bias = _rounded(wide, z.dtype, down_weight, down_bias, up_weight, up_bias)
-    gamma = None if layer_scale is None else layer_scale.to(wide)
+    gamma = None if layer_scale is None else cast(layer_scale, wide)
     if gamma is not None:
         up, u_bias = up * gamma[:, None], None if u_bias is None else u_bias * gamma
     y = _rows_like(z if residual is None else residual, z.shape[2], channels_first)
     hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else None
-    scale = None if sample_scale is None else sample_scale.to(wide)
+    scale = None if sample_scale is None else cast(sample_scale, wide)
     pre = None if hidden is None else _rows_of(hidden, z, z_channels_first)
     by_sample = _by_sample(sample_scale, z, z if residual is None else residual, y, pre)
     for block in _blocks(by_sample[0], sample_scale):
@@ -79,7 +85,7 @@ def adapter_residual_fwd(
             continue
         k = block.scale(scale)
         dead = _dead(k)
-        x = _alive(x, dead).to(wide)
+        x = cast(_alive(x, dead), wide)
         h = product(x, down, z_channels_first, d_bias, out=None if pre is None else _computed(pre, wide))
         if pre is not None:
             _store(h, pre)
@@ -120,15 +126,13 @@ def adapter_residual_bwd(
     dtype = hidden.dtype if z is None else z.dtype
     wide = torch.promote_types(dtype, torch.float32)
     down, d_bias, up, u_bias = _rounded(wide, dtype, down_weight, down_bias, up_weight, up_bias)
-    gamma = None if layer_scale is None else layer_scale.to(wide)
+    gamma = None if layer_scale is None else cast(layer_scale, wide)
     gated_up = up if gamma is None else up * gamma[:, None]
-    channels, width = up.shape
-    dz = _rows_like(dy, channels, channels_first, dtype) if need_dz else None
+    dz = _rows_like(dy, len(up), channels_first, dtype) if need_dz else None
     if hidden is not None:
         hidden = _rows_of(hidden, dy, channels_first)
-    sums = {name: up.new_zeros((width, channels)) for name in ("down", "outer")}
-    sums |= {"down_bias": up.new_zeros(width)} | {name: up.new_zeros(channels) for name in ("dy", "dy z")}
-    scale = None if sample_scale is None else sample_scale.to(wide)
+    sums = _Sums()
+    scale = None if sample_scale is None else cast(sample_scale, wide)
     by_sample = _by_sample(sample_scale, dy, z, hidden, dz)
     for block in _blocks(by_sample[0], sample_scale):
         g, x, h, out = (None if tensor is None else block.of(tensor) for tensor in by_sample)
@@ -139,9 +143,9 @@ def adapter_residual_bwd(
             continue
         k = block.scale(scale)
         dead = _dead(k)
-        g = _alive(g, dead).to(wide)
-        x = None if x is None else _alive(x, dead).to(wide)
-        h = product(x, down, channels_first, d_bias) if h is None else h.to(wide)
+        g = cast(_alive(g, dead), wide)
+        x = None if x is None else cast(_alive(x, dead), wide)
+        h = product(x, down, channels_first, d_bias) if h is None else cast(h, wide)
         t = _dropped(product(g, gated_up.t(), channels_first), seed, dropout_p, block.first)
         if k is not None:
             t.mul_(k)
@@ -152,43 +156,70 @@ def adapter_residual_bwd(
             add_product_(total, dh, down.t())
             _store(total, out)
         if need_down:
-            sums["down_bias"].add_(dh.sum((0, 1)))
+            if d_bias is not None:
+                sums.add("down_bias", dh.sum((0, 1)))
             if x is not None:
-                add_outer_(sums["down"], dh, x)
+                sums.add_outer("down", dh, x)
         if need_up:
             a = _activated(h, activation, seed, dropout_p, block.first)
-            add_outer_(sums["outer"], a if k is None else a.mul_(k), g)
+            sums.add_outer("outer", a if k is None else a.mul_(k), g)
             g = g if k is None else g * k
             if skip != 0.0 and x is not None:
                 dot, total = _sum_rows_with(g, x)
-                sums["dy z"].add_(dot, alpha=skip)
-                sums["dy"].add_(total)
+                sums.add("dy z", dot if skip == 1.0 else dot.mul_(skip))
+                sums.add("dy", total)
             elif u_bias is not None:
-                sums["dy"].add_(g.sum((0, 1)))
+                sums.add("dy", g.sum((0, 1)))
     del gated_up
-    parameters = _gradients(sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
+    parameters = _gradients(sums.of, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
     return dy.new_empty(0, dtype=dtype) if dz is None else dz, *parameters
+
+
+class _Sums:
+    """Sums over blocks, by name."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Tensor] = {}
+
+    def add(self, name: str, part: Tensor) -> None:
+        """``part``, which is the caller's no longer."""
+        self.of[name] = part if name not in self.of else self.of[name].add_(part)
+
+    def add_outer(self, name: str, left: Tensor, right: Tensor) -> None:
+        """The sum over rows of left^T right."""
+        if name in self.of:
+            add_outer_(self.of[name], left, right)
+        else:
+            self.of[name] = sum_over_rows(left, right, left.dtype)
 
 
 def _gradients(
     sums, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dD, dd, dU, du and dgamma from the sums over rows."""
-    nothing = up_weight.new_empty
-    d_down = sums["down"].to(down_weight.dtype) if need_down else nothing(0)
-    d_down_bias = sums["down_bias"].to(down_bias.dtype) if need_down and down_bias is not None else nothing(0)
+    """dD, dd, dU, du and dgamma from the sums over rows; a sum of no rows is not there."""
+
+    def total(name: str, *shape: int) -> Tensor:
+        return sums[name] if name in sums else up.new_zeros(shape)
+
+    (channels, width), nothing = up.shape, up_weight.new_empty
+    d_down = cast(total("down", width, channels), down_weight.dtype) if need_down else nothing(0)
+    d_down_bias = nothing(0)
+    if need_down and down_bias is not None:
+        d_down_bias = cast(total("down_bias", width), down_bias.dtype)
     if not need_up:
-        return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=sums["dy"].dtype)
-    upstream = sums["dy"]
-    d_up = torch.empty_like(up, memory_format=torch.contiguous_format).copy_(sums.pop("outer").t())
-    d_gamma = (d_up * up).sum(1).add_(sums["dy z"])
+        return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=up.dtype)
+    upstream = total("dy", channels)
+    d_up = torch.empty_like(up, memory_format=torch.contiguous_format).copy_(total("outer", width, channels).t())
+    d_gamma = (d_up * up).sum(1)
+    if "dy z" in sums:
+        d_gamma.add_(sums["dy z"])
     if u_bias is not None:
         d_gamma.addcmul_(upstream, u_bias)
     if gamma is not None:
         d_up.mul_(gamma[:, None])
         upstream = upstream * gamma
-    d_up_bias = nothing(0) if up_bias is None else upstream.to(up_bias.dtype)
-    return d_down, d_down_bias, d_up.to(up_weight.dtype), d_up_bias, d_gamma
+    d_up_bias = nothing(0) if up_bias is None else cast(upstream, up_bias.dtype)
+    return d_down, d_down_bias, cast(d_up, up_weight.dtype), d_up_bias, d_gamma
 
 
 def _rows_of(hidden: Tensor, x: Tensor, channels_first: bool) -> Tensor:
@@ -228,8 +259,9 @@ def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
     for count, live in runs:
         end, together = image + count, max(1, most // length)
         for first, start in itertools.product(range(image, end, together), range(0, length, most)):
-            images = slice(first, min(first + together, end))
-            yield _Block(images, slice(start, min(start + most, length)), first * length + start, live)
+            images, rows = slice(first, min(first + together, end)), slice(start, min(start + most, length))
+            whole = (images, rows) == (slice(0, batch), slice(0, length))
+            yield _Block(images, rows, first * length + start, live, whole)
         image = end
 
 
@@ -257,9 +289,12 @@ def _dropped(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor
 def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """sum over rows of g x and of g: (images, rows, C) -> (C,), (C,).
 
-    In one pass where it can be: they are the gradients of batch normalisation with mean 0 and variance 1, of its weight
-    and bias. torch's returns wrong sums where its two tensors do not lie alike, and adds rows up in one long chain.
+    Of many rows in one pass where it can be: they are the gradients of batch normalisation with mean 0 and variance 1,
+    of its weight and bias. torch's returns wrong sums where its two tensors do not lie alike, and adds rows up in one
+    long chain.
     """
+    if g.shape[0] * g.shape[1] <= _FEW:
+        return (g * x).sum((0, 1)), g.sum((0, 1))
     if g.is_contiguous() and x.is_contiguous():
         chains = [tensor.view(-1, tensor.shape[2]).split(_CHAIN) for tensor in (g, x)]
         parts = [[rows.t()[None, :, :, None] for rows in pair] for pair in zip(*chains, strict=True)]
@@ -294,16 +329,16 @@ def _scaled(x: Tensor, skip: float, gamma: Tensor | None, k: Tensor | None, out:
         return out.zero_() if plus is None else out.copy_(plus)
     gates = [gate for gate in (gamma, k) if gate is not None]
     if not gates:
-        return torch.mul(x, skip, out=out) if plus is None else torch.add(plus.to(x.dtype), x, alpha=skip, out=out)
+        return torch.mul(x, skip, out=out) if plus is None else torch.add(cast(plus, x.dtype), x, alpha=skip, out=out)
     gate = gates[0] if len(gates) == 1 else gates[0] * gates[1]
     if plus is None:
         return torch.mul(x, gate * skip, out=out)
-    return torch.addcmul(plus.to(x.dtype), x, gate, value=skip, out=out)
+    return torch.addcmul(cast(plus, x.dtype), x, gate, value=skip, out=out)
 
 
 def _rounded(wide: torch.dtype, dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
     """The parameters as z's dtype holds them, widened."""
-    return [None if parameter is None else parameter.to(dtype).to(wide) for parameter in parameters]
+    return [None if parameter is None else cast(cast(parameter, dtype), wide) for parameter in parameters]
 
 
 def _rows_like(x: Tensor, width: int, channels_first: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -40,6 +40,11 @@ _NARROW = 32
 _SHORT = 32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a dtype: to ask whether it has that takes a third of what `Tensor.to` takes to find out."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _takes_onednn(x: Tensor) -> bool:
     return (
         _onednn is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused.portable.gemm import add_product_, product, sum_over_rows
+from pyfused.portable.gemm import add_product_, cast, product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 
@@ -27,11 +27,11 @@ def lora_linear_fwd(
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     (batch, length, _), dtype = x.shape, x.dtype
     rows = x if channels_first else x.reshape(-1, x.shape[2])
-    p = product(_dropped(rows, seed, dropout_p), _cast(lora_a, dtype), channels_first)
+    p = product(_dropped(rows, seed, dropout_p), cast(lora_a, dtype), channels_first)
     if adapter_index is not None:
         _keep_own_(p, adapter_index, adapters)
-    y = product(rows, _cast(weight, dtype), channels_first, None if bias is None else _cast(bias, dtype))
-    add_product_(y, p, _cast(lora_b, dtype), scaling)
+    y = product(rows, cast(weight, dtype), channels_first, None if bias is None else cast(bias, dtype))
+    add_product_(y, p, cast(lora_b, dtype), scaling)
     if not channels_first:
         y = y.view(batch, length, weight.shape[0])
     elif save:
@@ -65,12 +65,12 @@ def lora_linear_bwd(
     elif need_db:
         p = p.view(batch, length, p.shape[1])
     if need_dx or need_da:
-        q = product(dy, _cast(lora_b, dtype).t(), channels_first, alpha=scaling)
+        q = product(dy, cast(lora_b, dtype).t(), channels_first, alpha=scaling)
         if adapter_index is not None:
             _keep_own_(q, adapter_index, adapters)
     if need_dx:
-        dx = product(dy, _cast(weight, dtype).t(), channels_first)
-        a = _cast(lora_a, dtype).t()
+        dx = product(dy, cast(weight, dtype).t(), channels_first)
+        a = cast(lora_a, dtype).t()
         if dropout_p > 0.0:
             low_rank = product(q, a)
             dropout_(low_rank.view(-1, low_rank.shape[-1]), seed, dropout_p)
@@ -95,10 +95,6 @@ def _keep_own_(p: Tensor, adapter_index: Tensor, adapters: int) -> None:
     blocks = p.unflatten(-1, (adapters, -1))
     others = adapter_index.view(*p.shape[:-1], 1) != torch.arange(adapters, device=p.device)
     blocks.masked_fill_(others.unsqueeze(-1), 0.0)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
