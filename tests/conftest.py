@@ -117,6 +117,12 @@ def _same_seed():
 
 
 @pytest.fixture(autouse=True)
+def _nothing_known():
+    """Of other tests' calls, which may have been decided where something was replaced."""
+    backends.changed()
+
+
+@pytest.fixture(autouse=True)
 def _poisoned_allocations(pytestconfig):
     """Uninitialised tensors hold NaN (integers: their largest value), so that reading one shows."""
     if pytestconfig.getoption("--unpoisoned"):

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pyfused.ops.contract import checks
-from pyfused.ops.cross_attention_residual import PLANS, attend, cross_attention_residual, resolve_plan
+from pyfused.ops.cross_attention_residual import PLANS, attend, choose_backend, cross_attention_residual, resolve_plan
 from pyfused.ops.prepared_context import PROJECTIONS, PreparedContext, Projections, check_context, prepare_context
 from pyfused.ops.projection_residual import check_eps
 from pyfused.surgery.added import KeepsWide, draw
@@ -285,10 +285,8 @@ class ScaledCrossAttention(KeepsWide):
             if key_padding_mask is not None:
                 raise ValueError(f"{_NAME}: key_padding_mask must be None beside prepared, got one: prepare() takes it")
             projections = self._check_prepared(x, prepared)
-            y = attend(
-                x, prepared.context, projections, weight, self.norm_match, self.eps, dropout_p, seed=None,
-                backend="auto",
-            )  # fmt: skip
+            backend = choose_backend(x, prepared.context, projections, weight, self.norm_match, dropout_p, "auto")
+            y = attend(x, prepared.context, projections, weight, self.norm_match, self.eps, dropout_p, None, backend)
         else:
             y = cross_attention_residual(
                 x,

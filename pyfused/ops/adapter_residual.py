@@ -17,12 +17,15 @@ the same k. ``channels_first`` is about the memory of what is made: y, or dz; ``
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pyfused.choice import backends
 from pyfused.ops import decision
-from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 
 _NAME = "adapter_residual"
@@ -40,15 +43,15 @@ def choose_plan(hidden: int, channels: int) -> tuple[str, str]:
     return "recompute", f"h = {hidden} > C / 2 = {channels / 2:g}: it is computed again from z"
 
 
-def _limits(z: Tensor, hidden: int, channels: int) -> tuple[dict[str, str], int]:
+def _limits(z: Tensor, dtype: torch.dtype, hidden: int, channels: int) -> tuple[dict[str, str], int]:
     """Backend -> why its kernels do not take these sizes, and the rows of a tile of the CUDA C++ kernels."""
     limits: dict[str, str] = {}
     rows, cuda = 0, backends.has_cuda_kernels(_NAME, z.device)
     if cuda:
         limits |= cuda_row_limit(_NAME, z.numel() // channels)
-    for backend, most in (("triton", MAX_KERNEL_HIDDEN.get(z.itemsize, hidden)), ("cuda", MAX_CUDA_HIDDEN)):
+    for backend, most in (("triton", MAX_KERNEL_HIDDEN.get(dtype.itemsize, hidden)), ("cuda", MAX_CUDA_HIDDEN)):
         if hidden > most:
-            limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {z.dtype}, got h = {hidden}"
+            limits[backend] = f"{_NAME}: down_weight (h, C) must have h <= {most} there for {dtype}, got h = {hidden}"
     if cuda and "cuda" not in limits:
         rows = cuda_rows(hidden, channels, z.device, rows=(64, 32), float_middle=False)
         if not rows:
@@ -119,9 +122,9 @@ class _AdapterResidual(torch.autograd.Function):
         need_z, need_d, need_d_bias, need_u, need_u_bias, _, need_scale = ctx.needs_input_grad[:7]
         ctx.need_down, ctx.need_up = need_d or need_d_bias, need_u or need_u_bias or need_scale
         needed = need_z or ctx.need_down or ctx.need_up
-        y, hidden = _fwd[backend](
-            z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed, skip,
-            activation, dropout_p, channels_first, z_channels_first, needed and plan == "save",
+        y, hidden, ctx.shape = _through_rows(
+            _fwd[backend], z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, seed,
+            skip, activation, dropout_p, channels_first, z_channels_first, needed and plan == "save",
         )  # fmt: skip
         keep_z = plan == "recompute" or need_d or (need_scale and skip != 0.0)
         if needed:
@@ -142,14 +145,19 @@ class _AdapterResidual(torch.autograd.Function):
         need_z, need_d, need_d_bias, need_u, need_u_bias, need_residual, need_scale = ctx.needs_input_grad[:7]
         gradients = [None] * 6
         if ctx.needed:
-            gradients = _bwd[ctx.backend](dy, *saved, *ctx.settings, need_z, ctx.need_down, ctx.need_up)
+            z, *parameters, layer_scale, sample_scale, hidden, seed = saved
+            rows, z = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, z))
+            gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
+                rows, z, *parameters, _vector(layer_scale), sample_scale, hidden, seed, *ctx.settings, need_z,
+                ctx.need_down, ctx.need_up,
+            )  # fmt: skip
         dz, d_down, d_down_bias, d_up, d_up_bias, d_scale = gradients
         if need_scale:
             layer_scale = saved[5]
             d_scale = (d_scale if layer_scale.numel() > 1 else d_scale.sum()).reshape(layer_scale.shape)
             d_scale = d_scale.to(layer_scale.dtype)
         return (
-            dz if need_z else None,
+            layout.from_rows(dz, dy) if need_z else None,
             d_down if need_d else None,
             d_down_bias if need_d_bias else None,
             d_up if need_u else None,
@@ -158,6 +166,19 @@ class _AdapterResidual(torch.autograd.Function):
             d_scale if need_scale else None,
             None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _through_rows(raw, z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, *others):
+    """y in z's shape, h, and the (B, L) of the rows that ``raw`` saw."""
+    z_rows, *stream = layout.to_rows(*((z,) if residual is None else (z, residual)))
+    y, hidden = raw(
+        z_rows, down_weight, down_bias, up_weight, up_bias, *(stream or [None]), _vector(layer_scale), *others
+    )
+    return layout.from_rows(y, z), hidden, z_rows.shape[:2]
+
+
+def _vector(layer_scale: Tensor | None) -> Tensor | None:
+    return None if layer_scale is None else layer_scale.reshape(-1)
 
 
 def _derived(backend, *arguments):
@@ -236,6 +257,52 @@ def adapter_residual(
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019 (adapter); Touvron et al., "Going
     deeper with Image Transformers", 2021 (layer-scale); Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
+    tensors = (down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale)
+    settings = (skip, activation, dropout_p, training, channel_dim, plan, backend)
+    key = known.signature(z, tensors, settings)
+    decided = _known.get(key)
+    if decided is None:
+        decided = _decide(z, *tensors, *settings)
+        _known.keep(key, decided)
+    if decided.cast is not None:
+        residual = z if residual is None else residual
+        z = z.to(decided.cast)
+    seed = checks.seed(_NAME, seed, z.device) if decided.dropout_p > 0.0 else None
+    rows, stream, channels_first = z, residual, [False]
+    if channel_dim == 1:
+        # y is laid out as the residual stream, dz as z.
+        (rows, *others), channels_first = layout.as_rows(1, *((z,) if residual is None else (z, residual)))
+        stream = others[0] if others else None
+    way = decided.backend if key is None else registry.DIRECTLY[decided.backend]
+    y = registry.run(
+        _NAME,
+        _AdapterResidual,
+        functools.partial(_through_rows, _fwd[way]),
+        (rows, down_weight, down_bias, up_weight, up_bias, stream, layer_scale),
+        (sample_scale, seed, decided.skip, activation, decided.dropout_p, channels_first[-1], channels_first[0]),
+        (decided.plan, way),
+        key is not None,
+    )
+    return y if channel_dim == -1 else layout.as_channels(y, z, channels_first[-1])
+
+
+class _Decided(NamedTuple):
+    """What a call is, once it is checked; ``cast``: what autocast makes of z, None where it does nothing."""
+
+    backend: str
+    plan: str
+    cast: torch.dtype | None
+    skip: float
+    dropout_p: float
+
+
+_known: known.Known[_Decided] = known.Known()
+
+
+def _decide(
+    z, down_weight, down_bias, up_weight, up_bias, residual, layer_scale, sample_scale, skip, activation, dropout_p,
+    training, channel_dim, plan, backend,
+) -> _Decided:  # fmt: skip
     name = _NAME
     weights = {"down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias}
     _check(name, z, weights, residual, layer_scale, sample_scale, channel_dim)
@@ -244,43 +311,28 @@ def adapter_residual(
     checks.one_of(name, "activation", activation, ACTIVATIONS)
     checks.one_of(name, "plan", plan, ("auto", *PLANS))
     checks.flag(name, "training", training)
-    dtype = checks.autocast_dtype(z)
-    cast = dtype is not None and dtype != z.dtype
-    if cast:
-        residual = z if residual is None else residual
-        z = z.to(dtype)
+    autocast = checks.autocast_dtype(z)
+    dtype = z.dtype if autocast is None else autocast
     hidden, channels = down_weight.shape
     dropout_p = float(dropout_p) if training else 0.0
-    limits, tile_rows = _limits(z, hidden, channels)
+    limits, tile_rows = _limits(z, dtype, hidden, channels)
     sizes = {
         "M": z.numel() // channels, "C": channels, "h": hidden, "dropout_p": dropout_p, "cuda_rows": tile_rows,
     }  # fmt: skip
-    chosen = backends.choose(backend, z.device, z.dtype, name, sizes, limits)
+    chosen = backends.choose(backend, z.device, dtype, name, sizes, limits)
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     if decision.observers:
-        decision.notify(_decided(z, sizes, chosen, resolved, reason, limits, cast))
-    seed = checks.seed(name, seed, z.device) if dropout_p > 0.0 else None
-    # y is laid out as the residual stream, dz as z.
-    rows, channels_first = layout.as_rows(channel_dim, *((z,) if residual is None else (z, residual)))
-    scale = None if layer_scale is None else layer_scale.reshape(-1)
-    y = registry.run(
-        name,
-        _AdapterResidual,
-        _fwd[chosen],
-        (rows[0], *weights.values(), None if residual is None else rows[1], scale),
-        (sample_scale, seed, float(skip), activation, dropout_p, channels_first[-1], channels_first[0]),
-        (resolved, chosen),
-    )
-    return y.view(z.shape) if channel_dim == -1 else layout.as_channels(y, z, channels_first[-1])
+        decision.notify(_decided(z, dtype, sizes, chosen, resolved, reason, limits))
+    return _Decided(chosen, resolved, None if dtype == z.dtype else dtype, float(skip), dropout_p)
 
 
-def _decided(z, sizes, backend, plan, reason, limits, cast) -> decision.Decision:
+def _decided(z, dtype, sizes, backend, plan, reason, limits) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in ("M", "C", "h"))
     m, channels, hidden = (size for _, size in shapes)
     # What autocast made of z is no input of the call, and kept too.
-    saved = m * (hidden * (plan == "save") + channels * cast) * z.element_size()
+    saved = m * (hidden * (plan == "save") + channels * (dtype != z.dtype)) * dtype.itemsize
     return decision.Decision(
-        _NAME, _NAME, shapes, sizes, z.dtype, z.device, backend, plan, plan, (reason,), saved, limits
+        _NAME, _NAME, shapes, sizes, dtype, z.device, backend, plan, plan, (reason,), saved, limits
     )
 
 

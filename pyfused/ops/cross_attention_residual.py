@@ -29,13 +29,14 @@ the products have. Dropout's mask has row m and column h T' + t, T' the power of
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfused.choice import backends
 from pyfused.ops import decision
-from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
 from pyfused.ops.prepared_context import (
     PROJECTIONS,
@@ -160,9 +161,19 @@ _bwd = registry.define(
 )
 
 
-def _rounded_fwd(dtype, backend, x, e, c, f, *arguments):
-    """The raw operator on E and F in the dtype of the products."""
-    return _fwd[backend](x, e.to(dtype), c, f.to(dtype), *arguments)
+def _through_rows(raw, dtype, x, e, c, f, bias, gate, *others):
+    """y in x's shape, p, and the (B, L) of the rows that ``raw`` saw, in one image where one context serves all.
+
+    E and F meet them in the dtype of the products.
+    """
+    together = len(e) == 1 and (c is None or len(c) == 1)
+    (rows,) = layout.to_rows(x) if together else (x,)
+    y, p = raw(rows, e.to(dtype), c, f.to(dtype), bias, _vector(gate), *others)
+    return layout.from_rows(y, x), p, rows.shape[:2]
+
+
+def _vector(gate: Tensor | None) -> Tensor | None:
+    return None if gate is None else gate.reshape(-1)
 
 
 class _CrossAttentionResidual(torch.autograd.Function):
@@ -175,7 +186,7 @@ class _CrossAttentionResidual(torch.autograd.Function):
         save = plan == "absorbed"
         settings = weight, norm_match, eps, dropout_p
         e, f = e.to(dtype), f.to(dtype)
-        y, p = _fwd[backend](x, e, c, f, bias, gate, seed, *settings, save)
+        y, p, ctx.shape = _through_rows(_fwd[backend], dtype, x, e, c, f, bias, gate, seed, *settings, save)
         keep_x = not save or need_e or norm_match
         ctx.save_for_backward(x if keep_x else None, e, c, f, bias, gate, p if save else None, seed)
         ctx.settings = settings
@@ -188,14 +199,15 @@ class _CrossAttentionResidual(torch.autograd.Function):
         need_x, need_e, need_c, need_f, need_bias, need_gate = ctx.needs_input_grad[:6]
         # Read once: activation checkpointing hands them out once.
         saved = ctx.saved_tensors
-        dx, de, dc, df, d_bias, d_gate = _bwd[ctx.backend](
-            dy, *saved, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
+        x, e, c, f, bias, gate, p, seed = saved
+        rows, x = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, x))
+        dx, de, dc, df, d_bias, d_gate = _bwd[registry.way_back(ctx.backend, dy, *saved)](
+            rows, x, e, c, f, bias, _vector(gate), p, seed, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
         )
         if need_gate:
-            gate = saved[5]
             d_gate = (d_gate if gate.numel() > 1 else d_gate.sum()).reshape(gate.shape).to(gate.dtype)
         return (
-            dx if need_x else None,
+            layout.from_rows(dx, dy) if need_x else None,
             de if need_e else None,
             dc if need_c else None,
             df if need_f else None,
@@ -214,18 +226,16 @@ def _derived(backend, *arguments):
 registry.derive(_fwd, _derived)
 
 
-def attend(
+def choose_backend(
     x: Tensor,
     prepared: PreparedContext,
     projections: Projections,
     weight: float | Tensor,
     norm_match: bool,
-    eps: float,
     dropout_p: float,
-    seed: Tensor | int | None,
     backend: str,
-) -> Tensor:
-    """`cross_attention_residual` of checked tensors."""
+) -> str:
+    """Which backend serves a call that is checked; tells the observers."""
     dtype, channels = prepared.dtype, x.shape[-1]
     rows = x.numel() // channels
     limits, tile_rows = _limits(prepared, projections, norm_match, rows)
@@ -237,33 +247,48 @@ def attend(
         columns = projections.num_heads * prepared.tokens
         operator, sizes = _NAME, sizes | {"J": columns, "dropout_p": dropout_p, "cuda_rows": tile_rows}
     chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits)
-    gate, factor = (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
-    out_bias = None if projections.out_bias is None else projections.out_bias.to(dtype)
     if decision.observers:
-        saved = _saved_bytes(x, prepared, projections, norm_match, gate is not None and gate.requires_grad)
+        need_gate = isinstance(weight, Tensor) and weight.requires_grad
+        saved = _saved_bytes(x, prepared, projections, norm_match, need_gate)
         decision.notify(_decided(x, prepared, projections, sizes, chosen, limits, operator, saved))
+    return chosen
+
+
+def attend(
+    x: Tensor,
+    prepared: PreparedContext,
+    projections: Projections,
+    weight: float | Tensor,
+    norm_match: bool,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    backend: str,
+    directly: bool = False,
+) -> Tensor:
+    """`cross_attention_residual` of checked tensors on one backend; ``directly`` as `registry.run`'s."""
+    dtype = prepared.dtype
+    gate, factor = (weight, 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+    out_bias = None if projections.out_bias is None else projections.out_bias.to(dtype)
     if prepared.plan == "standard":
         # torch's attention would be the first to meet a tangent, and refuse it in its own name.
         registry.refuse_tangents(_NAME, {"x": x, "context": prepared.keys})
         attended = attend_standard(x.to(dtype), prepared, projections, dropout_p)
         return project_residual(
             _NAME, attended, projections.out_weight.to(dtype), out_bias, x, weight, 1.0, "identity", norm_match, eps,
-            chosen,
+            backend, directly,
         )  # fmt: skip
-    e, c, f = prepared.keys, prepared.logits, prepared.values
     seed = checks.seed(_NAME, seed, x.device) if dropout_p > 0.0 else None
-    stream = x
-    if len(e) == 1 and (c is None or len(c) == 1):
-        (stream,), _ = layout.as_rows(-1, x)
-    y = registry.run(
+    way = registry.DIRECTLY[backend] if directly else backend
+    return registry.run(
         _NAME,
         _CrossAttentionResidual,
-        functools.partial(_rounded_fwd, dtype, chosen),
-        (stream, e, c, f, out_bias, gate),
+        functools.partial(_through_rows, _fwd[way], dtype),
+        (x, prepared.keys, prepared.logits, prepared.values, out_bias, gate),
         (seed, factor, norm_match, eps, dropout_p),
-        (prepared.plan, dtype, chosen),
+        (prepared.plan, dtype, way),
+        directly,
     )
-    return y.view(x.shape)
 
 
 def _decided(x, prepared, projections, sizes, backend, limits, kernels, saved) -> decision.Decision:
@@ -426,6 +451,57 @@ def cross_attention_residual(
     projections = Projections(
         q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, num_heads
     )  # fmt: skip
+    gate = weight if isinstance(weight, Tensor) else None
+    tensors = (
+        context, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, gate, key_padding_mask,
+    )  # fmt: skip
+    settings = (
+        num_heads, weight if gate is None else None, norm_match, eps, normalize_context, dropout_p, training,
+        seed is None, plan, backend,
+    )  # fmt: skip
+    key = known.signature(x, tensors, settings)
+    decided = _known.get(key)
+    if decided is None:
+        asked = weight, norm_match, eps, normalize_context, key_padding_mask, dropout_p, training, seed, plan
+        resolved = _resolve(x, context, projections, *asked)
+    else:
+        resolved = decided.resolved
+    prepared = prepare_context(
+        context.to(resolved.dtype), projections, key_padding_mask, normalize_context, resolved.plan, resolved.reason
+    )
+    if decided is None:
+        chosen = choose_backend(x, prepared, projections, weight, norm_match, resolved.dropout_p, backend)
+        _known.keep(key, _Decided(resolved, chosen))
+    else:
+        chosen = decided.backend
+    return attend(
+        x, prepared, projections, weight, norm_match, float(eps), resolved.dropout_p, seed, chosen, key is not None
+    )
+
+
+class _Resolved(NamedTuple):
+    """A checked call's plan and why, the dtype of the products, and the dropout that acts."""
+
+    plan: str
+    reason: str
+    dtype: torch.dtype
+    dropout_p: float
+
+
+class _Decided(NamedTuple):
+    """What a call is, once it is checked."""
+
+    resolved: _Resolved
+    backend: str
+
+
+_known: known.Known[_Decided] = known.Known()
+
+
+def _resolve(
+    x, context, projections, weight, norm_match, eps, normalize_context, key_padding_mask, dropout_p, training, seed,
+    plan,
+) -> _Resolved:  # fmt: skip
     check_projections(_NAME, projections)
     _check_rows(x, projections)
     check_context(_NAME, context, key_padding_mask, projections, x)
@@ -443,8 +519,7 @@ def cross_attention_residual(
     plan, reason = resolve_plan(
         projections, rows, context.shape[1], norm_match, dtype, x.device, plan, dropout_p > 0.0 and seed is not None
     )
-    prepared = prepare_context(context.to(dtype), projections, key_padding_mask, normalize_context, plan, reason)
-    return attend(x, prepared, projections, weight, norm_match, float(eps), dropout_p, seed, backend)
+    return _Resolved(plan, reason, dtype, dropout_p)
 
 
 def resolve_plan(

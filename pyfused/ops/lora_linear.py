@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfused.choice import backends
 from pyfused.ops import decision
-from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit
 
 _NAME = "lora_linear"
@@ -111,8 +112,9 @@ class _LoRALinear(torch.autograd.Function):
     ):  # fmt: skip
         need_x, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
         raw = _mixed_fwd if mixed else _fwd
+        (rows,) = layout.to_rows(x)
         y, p = raw[backend](
-            x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b, *mixed
+            rows, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, need_b, *mixed
         )  # fmt: skip
         ctx.save_for_backward(
             x if need_a or need_weight else None,
@@ -126,28 +128,34 @@ class _LoRALinear(torch.autograd.Function):
         ctx.adapters = mixed[1:]
         ctx.settings = scaling, dropout_p, channels_first, plan_bwd
         ctx.backend = backend
+        ctx.shape = rows.shape[:2]
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return layout.from_rows(y, x)
 
     @staticmethod
     @registry.differentiable_once
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, p, seed, *index = ctx.saved_tensors
+        # Read once: activation checkpointing hands them out once.
+        saved = ctx.saved_tensors
+        x, weight, lora_a, lora_b, p, seed, *index = saved
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         dx = da = db = dw = dbias = None
+        rows, x_rows = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, x))
         if need_x or need_a or need_b:
             raw = _mixed_bwd if index else _bwd
-            dx, da, db = raw[ctx.backend](
-                dy, x, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b, *index, *ctx.adapters
-            )
+            dx, da, db = raw[registry.way_back(ctx.backend, dy, *saved)](
+                rows, x_rows, weight, lora_a, lora_b, p, seed, *ctx.settings, need_x, need_a, need_b, *index,
+                *ctx.adapters,
+            )  # fmt: skip
+            if need_x:
+                dx = layout.from_rows(dx, dy)
         if need_weight:
             with checks.without_autocast(dy):
                 # Not einsum, which has no batching rule for is_grads_batched.
-                rows = dy.reshape(-1, dy.shape[-1]).t()
-                dw = torch.mm(rows, x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+                dw = torch.mm(rows.flatten(0, 1).t(), x_rows.flatten(0, 1)).to(ctx.weight_dtype)
         if need_bias:
-            dbias = dy.sum((0, 1), dtype=ctx.bias_dtype)
+            dbias = rows.sum((0, 1), dtype=ctx.bias_dtype)
         return (
             dx if need_x else None, dw, da if need_a else None, db if need_b else None, dbias,
             None, None, None, None, None, None, None, *(None,) * (len(index) + len(ctx.adapters)),
@@ -228,27 +236,75 @@ def lora_linear(
     if type(weight).__name__ == "DTensor":
         settings = (scaling, dropout_p, training, channel_dim, adapter_index, plan, backend)
         return _on_shards(x, weight, lora_a, lora_b, bias, *settings)
+    tensors = (weight, lora_a, lora_b, bias, adapter_index)
+    options = (scaling, dropout_p, training, channel_dim, plan, backend)
+    key = known.signature(x, tensors, options)
+    decided = _known.get(key)
+    if decided is None:
+        decided = _decide(x, *tensors, *options)
+        _known.keep(key, decided)
+    way = decided.backend if key is None else registry.DIRECTLY[decided.backend]
+    raw: Callable[..., tuple[Tensor, Tensor]] = _fwd[way]
+    mixed: tuple[Tensor, int] | tuple[()] = ()
+    if adapter_index is not None:
+        index, lora_a, lora_b = _flattened(x, lora_a, lora_b, channel_dim, adapter_index)
+        mixed = index, decided.adapters
+        raw = _with_index(way, *mixed)
+    if decided.cast is not None:
+        x = x.to(decided.cast)
+    seed = checks.seed(name, seed, x.device) if decided.dropout_p > 0.0 else None
+    rows, channels_first = x, False
+    if channel_dim == 1:
+        (rows,), (channels_first,) = layout.as_rows(1, x)
+    y = registry.run(
+        name,
+        _LoRALinear,
+        functools.partial(_without_gradient, raw),
+        (rows, weight, lora_a, lora_b, bias),
+        (seed, decided.scaling, decided.dropout_p, channels_first, decided.plan),
+        (decided.backward_plan, way, *mixed),
+        key is not None,
+    )
+    return y if channel_dim == -1 else layout.as_channels(y, x, channels_first)
+
+
+class _Decided(NamedTuple):
+    """What a call is, once it is checked; ``cast``: what autocast makes of x, None where it does nothing."""
+
+    backend: str
+    plan: str
+    backward_plan: str
+    cast: torch.dtype | None
+    scaling: float
+    dropout_p: float
+    adapters: int
+
+
+_known: known.Known[_Decided] = known.Known()
+
+
+def _decide(
+    x, weight, lora_a, lora_b, bias, adapter_index, scaling, dropout_p, training, channel_dim, plan, backend
+) -> _Decided:  # fmt: skip
+    name = _NAME
     adapters = 0
     if adapter_index is None:
         _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
     else:
         others = (bias, scaling, dropout_p, channel_dim)
-        adapter_index, lora_a, lora_b, adapters = _flattened(name, x, weight, lora_a, lora_b, others, adapter_index)
+        adapters = _check_mixed(name, x, weight, lora_a, lora_b, others, adapter_index)
     checks.flag(name, "training", training)
-    dtype = checks.autocast_dtype(x)
-    cast = dtype is not None and dtype != x.dtype
-    if dtype is None:
-        dtype = x.dtype
+    autocast = checks.autocast_dtype(x)
+    dtype = x.dtype if autocast is None else autocast
+    if autocast is None:
         checks.dtype(name, "weight", weight, (dtype,))
         if bias is not None:
             checks.dtype(name, "bias", bias, (dtype,))
-    elif cast:
-        x = x.to(dtype)
     dropout_p = float(dropout_p) if training else 0.0
-    (n, k), rank = weight.shape, lora_a.shape[0]
+    (n, k), rank = weight.shape, lora_a.shape[-2] * max(1, adapters)
     sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
     plans = resolve_plans(plan, n, k, rank, dropout_p, dtype, x.device.type)
-    limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
+    limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"], rank)
     kernels = name
     if adapter_index is not None:
         kernels, limits["cuda"] = _MIXED, f"{name}: adapter_index must be None there"
@@ -259,24 +315,15 @@ def lora_linear(
             f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
         )
     forward, backward = plans[chosen]
+    cast = dtype != x.dtype
     if decision.observers:
-        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, cast, kernels))
-    seed = checks.seed(name, seed, x.device) if dropout_p > 0.0 else None
-    (rows,), (channels_first,) = layout.as_rows(channel_dim, x)
-    raw: Callable[..., tuple[Tensor, Tensor]] = _fwd[chosen]
-    mixed: tuple[Tensor, int] | tuple[()] = ()
-    if adapter_index is not None:
-        mixed = adapter_index, adapters
-        raw = _with_index(chosen, *mixed)
-    y = registry.run(
-        name,
-        _LoRALinear,
-        raw,
-        (rows, weight, lora_a, lora_b, bias),
-        (seed, float(scaling), dropout_p, channels_first, forward[0]),
-        (backward[0], chosen, *mixed),
-    )
-    return y.view(*x.shape[:-1], n) if channel_dim == -1 else layout.as_channels(y, x, channels_first)
+        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, dtype, kernels))
+    return _Decided(chosen, forward[0], backward[0], dtype if cast else None, float(scaling), dropout_p, adapters)
+
+
+def _without_gradient(raw, x, *arguments) -> tuple[Tensor, Tensor]:
+    y, p = raw(*layout.to_rows(x), *arguments)
+    return layout.from_rows(y, x), p
 
 
 def _on_shards(
@@ -302,21 +349,20 @@ def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[
     return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
 
 
-def _decided(x, sizes, backend, forward, backward, limits, cast, kernels=_NAME) -> decision.Decision:
+def _decided(x, sizes, backend, forward, backward, limits, dtype, kernels=_NAME) -> decision.Decision:
     (plan, reason), (backward_plan, backward_reason) = forward, backward
     reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")
     # P, and what autocast made of x.
-    saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * cast)) * x.element_size()
+    saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * (dtype != x.dtype))) * dtype.itemsize
     return decision.Decision(
-        _NAME, kernels, shapes, sizes, x.dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
+        _NAME, kernels, shapes, sizes, dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
     )
 
 
-def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[str, str]:
+def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows, rank) -> dict[str, str]:
     """Backend -> why its kernels do not take this call."""
     limits: dict[str, str] = {}
-    rank = lora_a.shape[0]
     if backends.has_cuda_kernels(name, x.device):
         limits |= cuda_row_limit(name, rows)
         for parameter, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
@@ -334,10 +380,10 @@ def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[st
     return limits
 
 
-def _flattened(
+def _check_mixed(
     name: str, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, others: tuple, adapter_index: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """An index for each row (M,), A (G R, K), B (N, G R), and G, all checked; ``others`` are `_check`'s."""
+) -> int:
+    """G; ``others`` are `_check`'s."""
     checks.tensor(name, "lora_a", lora_a)
     checks.tensor(name, "lora_b", lora_b)
     adapters, rank = lora_a.shape[:2] if lora_a.dim() == 3 else (0, 0)
@@ -355,14 +401,27 @@ def _flattened(
     checks.tensor(name, "adapter_index", adapter_index)
     checks.dtype(name, "adapter_index", adapter_index, (torch.int64,))
     checks.same_device(name, "adapter_index", adapter_index, x.device)
-    rows, given = x.shape[:-1] if others[-1] == -1 else (*x.shape[:1], *x.shape[2:]), adapter_index.shape
+    rows, given = _leading(x, others[-1]), adapter_index.shape
     fits = all(size in (1, row) for size, row in zip(given[::-1], rows[::-1], strict=False))
     if not fits or len(given) > len(rows):
         raise ValueError(
             f"{name}: adapter_index must be broadcastable to x's shape without its channels, {tuple(rows)}, "
             f"got {tuple(given)}"
         )
-    return adapter_index.expand(rows).reshape(-1), lora_a.flatten(0, 1), lora_b.flatten(1), adapters
+    return adapters
+
+
+def _leading(x: Tensor, channel_dim: int) -> tuple[int, ...]:
+    """x's shape without its channels."""
+    return x.shape[:-1] if channel_dim == -1 else (*x.shape[:1], *x.shape[2:])
+
+
+def _flattened(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, channel_dim: int, adapter_index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An index for each row (M,), A (G R, K) and B (N, G R)."""
+    index = adapter_index.expand(_leading(x, channel_dim)).reshape(-1)
+    return index, lora_a.flatten(0, 1), lora_b.flatten(1)
 
 
 def _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim) -> None:

@@ -16,13 +16,16 @@ and h is kept. y has x's dtype.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pyfused.choice import backends
 from pyfused.ops import decision
 from pyfused.ops.adapter_residual import ACTIVATIONS
-from pyfused.ops.contract import checks, layout, registry
+from pyfused.ops.contract import checks, known, layout, registry
 
 _NAME = "projection_residual"
 
@@ -74,7 +77,9 @@ class _ProjectionResidual(torch.autograd.Function):
         save = keeps_projection(activation, norm_match, need_gate) and (
             branch or need_gate or (need_residual and norm_match)
         )
-        y, pre = _fwd[backend](o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, save)
+        y, pre, ctx.shape = _through_rows(
+            _fwd[backend], o, weight, bias, residual, gate, factor, skip, activation, norm_match, eps, save
+        )
         ctx.save_for_backward(
             o if need_weight else None, weight, bias, residual if norm_match else None, gate, pre if save else None
         )
@@ -86,27 +91,43 @@ class _ProjectionResidual(torch.autograd.Function):
     @registry.differentiable_once
     def backward(ctx, dy):
         need_o, need_weight, need_bias, need_residual, need_gate = ctx.needs_input_grad[:5]
-        o, weight, bias, residual, gate, pre = ctx.saved_tensors
+        # Read once: activation checkpointing hands them out once.
+        saved = ctx.saved_tensors
+        o, weight, bias, residual, gate, pre = saved
         _, skip, _, norm_match, _ = ctx.settings
         gradients = [None] * 5
         if need_o or need_weight or need_bias or need_gate or (need_residual and norm_match):
-            gradients = _bwd[ctx.backend](
-                dy, o, weight, bias, residual, gate, pre, *ctx.settings,
+            rows, o, residual = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, o, residual))
+            gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
+                rows, o, weight, bias, residual, _vector(gate), pre, *ctx.settings,
                 need_o, need_weight or need_bias, need_residual and norm_match, need_gate,
             )  # fmt: skip
         d_o, d_weight, d_bias, d_residual, d_gate = gradients
         if need_residual and not norm_match:
             d_residual = dy if skip == 1.0 else dy * skip
+        elif need_residual:
+            d_residual = layout.from_rows(d_residual, dy)
         if need_gate:
             d_gate = (d_gate if gate.numel() > 1 else d_gate.sum()).reshape(gate.shape).to(gate.dtype)
         return (
-            d_o if need_o else None,
+            layout.from_rows(d_o, dy) if need_o else None,
             d_weight if need_weight else None,
             d_bias if need_bias else None,
             d_residual if need_residual else None,
             d_gate if need_gate else None,
             None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _through_rows(raw, o, weight, bias, residual, gate, *others):
+    """y in the residual's shape, h, and the (B, L) of the rows that ``raw`` saw."""
+    rows, stream = layout.to_rows(o, residual)
+    y, pre = raw(rows, weight, bias, stream, _vector(gate), *others)
+    return layout.from_rows(y, residual), pre, rows.shape[:2]
+
+
+def _vector(gate: Tensor | None) -> Tensor | None:
+    return None if gate is None else gate.reshape(-1)
 
 
 def _derived(backend, *arguments):
@@ -165,6 +186,32 @@ def projection_residual(
     Source: the adapters of AA-CLIP (Ma et al., 2025), ``(1 - w) x + w |x| / |a| a`` with ``a = LeakyReLU(W x)``, are
     ``projection_residual(x, W, residual=x, gate=w, skip=1 - w, activation="leaky_relu", norm_match=True, eps=0.0)``.
     """
+    per_channel = gate if isinstance(gate, Tensor) else None
+    settings = (gate if per_channel is None else None, skip, activation, norm_match, eps, backend)
+    key = known.signature(o, (weight, bias, residual, per_channel), settings)
+    decided = _known.get(key)
+    if decided is None:
+        decided = _decide(o, weight, bias, residual, gate, *settings[1:])
+        _known.keep(key, decided)
+    dtype = decided.dtype
+    o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return project_residual(
+        _NAME, o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), decided.backend,
+        key is not None,
+    )  # fmt: skip
+
+
+class _Decided(NamedTuple):
+    """What a call is, once it is checked; ``dtype``: of the product."""
+
+    backend: str
+    dtype: torch.dtype
+
+
+_known: known.Known[_Decided] = known.Known()
+
+
+def _decide(o, weight, bias, residual, gate, skip, activation, norm_match, eps, backend) -> _Decided:
     _check(o, weight, bias, residual)
     check_gate(_NAME, "gate", gate, weight.shape[0], o.device)
     checks.finite(_NAME, "skip", skip)
@@ -172,24 +219,21 @@ def projection_residual(
     check_eps(_NAME, eps)
     checks.flag(_NAME, "norm_match", norm_match)
     dtype = checks.autocast_dtype(o) or o.dtype
-    o, weight, bias = o.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     channels, k = weight.shape
     sizes = {"M": o.numel() // max(1, k), "K": k, "C": channels, "norm_match": norm_match}
-    chosen = backends.choose(backend, o.device, o.dtype, _NAME, sizes)
+    chosen = backends.choose(backend, o.device, dtype, _NAME, sizes)
     if decision.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
-        decision.notify(_decided(o, sizes, chosen, keeps))
-    return project_residual(
-        _NAME, o, weight, bias, residual, gate, float(skip), activation, norm_match, float(eps), chosen
-    )  # fmt: skip
+        decision.notify(_decided(o, dtype, sizes, chosen, keeps))
+    return _Decided(chosen, dtype)
 
 
-def _decided(o, sizes, backend, keeps) -> decision.Decision:
+def _decided(o, dtype, sizes, backend, keeps) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKC")
     plan, reason = ("save", "the projection") if keeps else ("-", "nothing of y's size")
-    saved = int(sizes["M"] * sizes["C"]) * o.element_size() * keeps
+    saved = int(sizes["M"] * sizes["C"]) * dtype.itemsize * keeps
     reasons = (f"backward needs {reason}",)
-    return decision.Decision(_NAME, _NAME, shapes, sizes, o.dtype, o.device, backend, plan, plan, reasons, saved, {})
+    return decision.Decision(_NAME, _NAME, shapes, sizes, dtype, o.device, backend, plan, plan, reasons, saved, {})
 
 
 def project_residual(
@@ -204,19 +248,23 @@ def project_residual(
     norm_match: bool,
     eps: float,
     backend: str,
+    directly: bool = False,
 ) -> Tensor:
-    """`projection_residual` of checked tensors, weight and bias in o's dtype, on one backend; errors name ``name``."""
-    factor, per_channel = (1.0, gate.reshape(-1)) if isinstance(gate, Tensor) else (float(gate), None)
-    (rows, stream), _ = layout.as_rows(-1, o, residual)
-    y = registry.run(
+    """`projection_residual` of checked tensors, weight and bias in o's dtype, on one backend; errors name ``name``.
+
+    ``directly`` as `registry.run`'s.
+    """
+    factor, per_channel = (1.0, gate) if isinstance(gate, Tensor) else (float(gate), None)
+    way = registry.DIRECTLY[backend] if directly else backend
+    return registry.run(
         name,
         _ProjectionResidual,
-        _fwd[backend],
-        (rows, weight, bias, stream, per_channel),
+        functools.partial(_through_rows, _fwd[way]),
+        (o, weight, bias, residual, per_channel),
         (factor, skip, activation, norm_match, eps),
-        (backend,),
+        (way,),
+        directly,
     )
-    return y.view(residual.shape)
 
 
 def check_gate(name: str, argument: str, gate: float | Tensor, channels: int, device: torch.device) -> None:

@@ -39,16 +39,18 @@ def test_lora_linear_goes_from_its_module_to_its_backend(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     found = walk.walks("lora_linear", backend)
-    room = "kernels/lora_linear.py" if backend == "triton" else "portable/lora_linear.py"
     for way, suffix in (("forward", "_fwd"), ("backward", "_bwd")):
-        assert (room, f"lora_linear{suffix}") in found[way].calls
+        # In Triton a program does what its implementation did the first time.
+        programs = ("kernels/program.py", "__call__")
+        last = programs if backend == "triton" else ("portable/lora_linear.py", f"lora_linear{suffix}")
+        assert last in found[way].calls
         # Neither device functions nor what interprets them.
         assert not any(name.endswith("_kernel") for _, name in found[way].calls)
     assert any(name == "forward" and "linear" in room for room, name in found["forward"].calls)
     if backend == "triton":
         # A detour that comes back is seen here.
-        assert found["forward"].moves <= 12
-        assert found["backward"].moves <= 9
+        assert found["forward"].moves <= 10
+        assert found["backward"].moves <= 7
 
 
 def test_the_table_has_a_line_for_each_direction():

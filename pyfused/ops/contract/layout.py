@@ -22,6 +22,19 @@ def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool
     return [tensor.flatten(1, -2) for tensor in rows], channels_first
 
 
+def to_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors (..., C), of one leading shape, as (1, M, C), or as (B, L, C) where strides do not allow that."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [x if x.dim() == 3 and x.shape[0] == 1 else x.view(1, -1, x.shape[-1]) for x in tensors]
+    return as_rows(-1, *tensors)[0]
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y, rows of x, in x's leading shape, and for autograd no view: it may be changed in place."""
+    shape = (*x.shape[:-1], y.shape[-1])
+    return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
+
+
 def as_channels(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
     """(B, L, N) -> x's shape (B, ...) with N channels in dimension 1, a view of y."""
     if channels_first:

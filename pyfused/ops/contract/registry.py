@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyfused.choice.backends import BACKENDS
+from pyfused.ops.contract import known
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 # The compiled library of "cuda" registers its own.
@@ -27,14 +29,20 @@ _AUTOCAST_KEYS = functools.reduce(
 # View tracking must not act inside an implementation: backends build y from views of it, and what follows could not
 # change it in place.
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# What the dispatcher comes by before a backend: autograd, of strided tensors, too.
+_BELOW = _VIEWS | _AUTOCAST_KEYS | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 # What is left of the dispatch keys below autograd when nothing stands between it and a backend's implementation: no
 # fake tensors, no mode, no trace.
 _PLAIN = [torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)]
 _libraries = {backend: torch.library.Library(f"pyfused_{backend}", "DEF") for backend in BACKENDS}
 # Raw forward operator -> what makes its outputs with a derivative.
-_derived: dict[torch._ops.OpOverload, Callable[..., tuple[Tensor, Tensor]]] = {}
+_derived: dict[Callable[..., Any], Callable[..., tuple[Tensor, Tensor]]] = {}
 
-Raw = dict[str, torch._ops.OpOverload]
+# A backend's implementation, reached without the dispatcher: where nothing stands between, see `known`.
+DIRECTLY = {backend: f"{backend}, directly" for backend in BACKENDS}
+_BY_DISPATCH = {way: backend for backend, way in DIRECTLY.items()}
+# Backend, or one of `DIRECTLY` -> what runs it.
+Raw = dict[str, Callable[..., Any]]
 # Raw operator -> the operator in whose files its implementations are, by name.
 homes: dict[str, str] = {}
 
@@ -47,7 +55,7 @@ def define(operator: str, direction: str, schema: str, fake: Callable, served_by
     """
     name, home = f"{operator}_{direction}", served_by or operator
     homes[name] = home
-    overloads = {}
+    overloads: Raw = {}
     for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         implementation = None
@@ -61,7 +69,15 @@ def define(operator: str, direction: str, schema: str, fake: Callable, served_by
             library.impl(name, functools.partial(_without_autocast, overload), key)
         library.impl(name, functools.partial(_with_autograd, overload, implementation), "Autograd", with_keyset=True)
         overloads[backend] = overload
+        overloads[DIRECTLY[backend]] = functools.partial(_directly, implementation or overload)
     return overloads
+
+
+def way_back(way: str, *tensors: Tensor | None) -> str:
+    """How backward reaches the backend that forward reached by ``way``; ``tensors`` are what it will give it."""
+    if way in _BY_DISPATCH and not (known.undisturbed() and known.plain(tensors)):
+        return _BY_DISPATCH[way]
+    return way
 
 
 def derive(forward: Raw, apply: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -69,8 +85,8 @@ def derive(forward: Raw, apply: Callable[..., tuple[Tensor, Tensor]]) -> None:
 
     So that an exported or traced program, which holds raw operators alone, has its gradients.
     """
-    for backend, overload in forward.items():
-        _derived[overload] = functools.partial(apply, backend)
+    for backend in BACKENDS:
+        _derived[forward[backend]] = functools.partial(apply, backend)
 
 
 def run(
@@ -80,15 +96,22 @@ def run(
     tensors: Sequence[Tensor | None],
     constants: Sequence[object],
     choices: Sequence[object],
+    directly: bool = False,
 ) -> Tensor:
     """y, with a derivative where grad mode is on and one of ``tensors`` requires grad.
 
     ``function`` takes tensors, constants and choices, ``raw`` tensors, constants and whether to save for backward.
+    ``directly``: nothing stands between the call and its tensors.
 
     Raises:
         RuntimeError: inside an export to ONNX, or where a transform of torch.func wants a gradient.
     """
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if directly:
+        if not wanted:
+            return raw(*tensors, *constants, False)[0]
+        # What torch puts before it looks for wrapped tensors, and there are none.
+        return super(torch.autograd.Function, function).apply(*tensors, *constants, *choices)  # type: ignore[misc]
     if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
@@ -161,6 +184,11 @@ def _lazy(module: str, name: str) -> Callable:
         return getattr(home, name)(*args, **kwargs)
 
     return implementation
+
+
+def _directly(implementation, *arguments):
+    with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+        return implementation(*arguments)
 
 
 def _without_autocast(overload, *args, **kwargs):
