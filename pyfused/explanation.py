@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfused.choice import backends
-from pyfused.choice.order import preference
+from pyfused.choice import backends, order
 from pyfused.integrations.peft import left_to_peft
 from pyfused.ops import decision
 from pyfused.ops.decision import Decision, LeftToTorch, OneCall, Told
@@ -217,19 +216,29 @@ def _drop_last(path: list[str]) -> None:
 
 
 def _not_taken(decided: Decision) -> list[str]:
-    """Why the backends have their order on a GPU, and for each that is preferred to the chosen one, why it did not
-    serve the call."""
-    device, chosen = decided.device, decided.backend
-    order, why = preference(decided.kernels, device, decided.dtype, decided.sizes)
-    reasons = [why()] if device.type == "cuda" and chosen != "portable" else []
-    for name in order[: order.index(chosen)]:
-        reason = backends.refusal(name, device, decided.dtype, decided.kernels) or decided.limits.get(name)
-        if reason is None:
-            # Interpreter and emulator serve a CPU tensor only on request; elsewhere somebody asked for another backend.
-            how = {"triton": "interpreted", "cuda": "emulated"}[name]
-            reason = f"on a CPU it is {how}, and used only by name" if device.type == "cpu" else "not asked for"
-        reasons.append(f"not {name}: {reason}")
+    """On a GPU the times between which was chosen; then for each backend that did not serve the call, but for those
+    that would have taken longer, why."""
+    device, chosen, kernels = decided.device, decided.backend, decided.kernels
+    found = backends.available(device, decided.dtype, kernels, decided.limits, decided.plans)
+    reasons: list[str] = []
+    best = chosen
+    if set(found) != {"portable"}:
+        call = kernels, device, decided.dtype, decided.sizes, found
+        reasons += order.reasons(*call, decided.choice)
+        best = order.choose(*call).backend
+    for name in ("cuda", "triton", "portable"):
+        reason = backends.refusal(name, device, decided.dtype, kernels) or decided.limits.get(name)
+        if reason is None and device.type == "cpu" and name != "portable":
+            # Interpreter and emulator serve a CPU tensor only on request.
+            reason = f"on a CPU it is {_ON_A_CPU[name]}, and used only by name"
+        if reason is None and name == best:
+            reason = "not asked for"
+        if name != chosen and reason is not None:
+            reasons.append(f"not {name}: {reason}")
     return reasons
+
+
+_ON_A_CPU = {"triton": "interpreted", "cuda": "emulated"}
 
 
 def _bytes(count: int) -> str:

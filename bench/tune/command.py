@@ -26,8 +26,7 @@ from pyfused.bench.measure import timing
 from pyfused.bench.record import rows as row_format
 from pyfused.bench.tune import search
 from pyfused.bench.tune.search import Direction, Peaks
-from pyfused.choice import backends, measured
-from pyfused.choice import order as preference
+from pyfused.choice import backends, measured, order
 from pyfused.kernels import audit, launch, recording
 from pyfused.kernels.recording import Chosen, Target
 
@@ -80,7 +79,7 @@ class Tuner:
 
     def tune(self, case: Case) -> None:
         """Rows for the kernels of one case, then for its backends."""
-        for direction in search.directions(case) if refusal(case, self.device, "triton") is None else ():
+        for direction in search.directions(case, self.target) if refusal(case, self.device, "triton") is None else ():
             for chosen in search.chosen_by(direction, self.target):
                 if self.out_of_time:
                     return
@@ -141,7 +140,7 @@ class Tuner:
         seconds = self.measure(calls)
         found = {name: round(1e6 * seconds[name], 2) for name in sorted(names, key=seconds.__getitem__)}
         dtype = str(case.dtype).removeprefix("torch.")
-        self._add(operator, dtype, int(sizes["M"]), preference.others(sizes), found)
+        self._add(operator, dtype, int(sizes["M"]), order.others(sizes), found)
 
     def _add(self, subject, dtype, rows, sizes, found, **source) -> None:
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -218,9 +217,10 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
 
 
 def _cases(device: torch.device, select: str) -> list[Case]:
-    """With adapters of the products' dtype: a measured row is found without that of the adapters."""
-    found = operators.timed_cases(device)
-    return [case for case in found if case.parameter_dtype == case.dtype and select in case.name]
+    """One of those that the same row is found for: not every operator's kernels see what dtype the parameters have."""
+    cases = [case for case in operators.timed_cases(device) if select in case.name]
+    meta = torch.device("meta")
+    return list({repr(search.kernels_and_sizes(case, case.tensors(meta))): case for case in cases[::-1]}.values())[::-1]
 
 
 def summary(rows: list[measured.Row]) -> Iterator[str]:
@@ -240,7 +240,7 @@ def show(capability: tuple[int, int], select: str) -> int:
     peaks, jobs = Peaks(float("inf"), float("inf")), os.cpu_count() or 1
     cases = _cases(torch.device("cuda"), select)
     for case in cases:
-        for direction in search.directions(case):
+        for direction in search.directions(case, target):
             for chosen in search.chosen_by(direction, target):
                 own = chosen.config()
                 found = search.sound(direction, chosen, target, peaks, float("inf"), jobs)

@@ -20,7 +20,7 @@ import pyfused
 from pyfused.bench.cases.case import Case, decided
 from pyfused.kernels import audit, bottleneck_config, lora_linear_config, recording
 from pyfused.kernels.recording import Chosen, LaunchWork, Target
-from pyfused.ops.lora_linear import choose_plan
+from pyfused.ops.lora_linear import triton_plan
 
 # Function of a configuration -> what a launch in it does at least.
 _WORK: dict[Callable[..., Any], Callable[..., LaunchWork]] = {
@@ -70,19 +70,18 @@ def _like(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class _RawCalls(TorchDispatchMode):
-    """Notes the arguments of the raw operators inside, with the plan that Triton's kernels have on a GPU."""
+    """Notes the arguments of the raw operators inside, with the plan that Triton's kernels have on such a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
+        self._capability = capability
         self.found: list[Direction] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "pyfused_portable":
             name, given = func._schema.name.rpartition("::")[2], dict(zip(_names(func), args, strict=True))
             if "plan" in given:
-                rank, k = given["lora_a"].shape
-                width = k if name.endswith("_bwd") else given["weight"].shape[0]
-                given["plan"], _ = choose_plan(width, rank, given["dropout_p"], args[0].dtype, "cuda")
+                given["plan"] = triton_plan(name, given, self._capability)
             self.found.append(Direction(name, tuple(given.values())))
         return func(*args, **(kwargs or {}))
 
@@ -91,12 +90,12 @@ def _names(func: torch._ops.OpOverload) -> list[str]:
     return [argument.name for argument in func._schema.arguments]
 
 
-def directions(case: Case) -> list[Direction]:
-    """Forward and backward of the case's kernels."""
+def directions(case: Case, target: Target) -> list[Direction]:
+    """Forward and backward of the case's kernels, as they would be on such a GPU."""
     tensors = case.tensors(torch.device("meta"))
     for name in (*case.inputs, *case.trained):
         tensors[name].requires_grad_()
-    with _RawCalls() as calls:
+    with _RawCalls(target.capability) as calls:
         y = case.call(functools.partial(getattr(pyfused, case.operator), backend="portable"), tensors)
         leaves = [tensors[name] for name in (*case.inputs, *case.trained)]
         torch.autograd.grad(y, leaves, torch.empty_like(y))
@@ -104,7 +103,7 @@ def directions(case: Case) -> list[Direction]:
 
 
 def kernels_and_sizes(case: Case, tensors: Mapping[str, Tensor]) -> tuple[str, Mapping[str, float]]:
-    """(the operator whose kernels serve the case, `preference`'s sizes), which depend on where ``tensors`` are."""
+    """(the operator whose kernels serve the case, `order.choose`'s sizes), which depend on where ``tensors`` are."""
     made = decided(case, getattr(pyfused, case.operator), tensors)
     return made.kernels, made.sizes
 

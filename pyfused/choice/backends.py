@@ -1,8 +1,8 @@
 """Which backends exist here, and which one serves a call.
 
 A backend is a namespace of raw operators: ``portable`` (plain torch), ``triton`` and ``cuda`` (a compiled library).
-``auto`` takes the first one of `preference` that does not refuse; a backend named explicitly is used or the call is an
-error.
+``auto`` asks `order` which of those that do not refuse a call is to serve it; a backend named explicitly is used or the
+call is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pyfused.choice.order import preference
+from pyfused.choice import order
+from pyfused.choice.order import Candidates, Choice
 
 BACKENDS = ("portable", "triton", "cuda")
 MIN_TRITON = (3, 6)
@@ -233,9 +234,13 @@ def choose(
     operator: str,
     sizes: Mapping[str, float],
     limits: Mapping[str, str] | None = None,
-) -> str:
-    """The backend that serves this call; ``sizes`` are `preference`'s, and ``limits`` says for each backend that the
-    call itself is beyond, why.
+    plans: Candidates | None = None,
+) -> Choice:
+    """The backend that serves this call, and the plan of each direction.
+
+    ``sizes`` are `order.choose`'s, and ``limits`` says for each backend that the call itself is beyond, why. ``plans``:
+    backend -> the plans that may serve the call there, none where it lacks the one asked for; None (the default) for an
+    operator whose plans do not differ in time.
 
     Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,
     when an explicitly named one cannot serve such tensors: a request never falls back.
@@ -253,15 +258,40 @@ def choose(
             raise RuntimeError(f"backend {wanted!r} cannot serve {dtype} tensors on {device}: {reasons}")
         if wanted in limits:
             raise ValueError(f"backend {wanted!r} cannot serve this call: {limits[wanted]}")
-        return wanted
+        candidates: Candidates = {wanted: (plans or NO_PLANS)[wanted]}
+    else:
+        candidates = available(device, dtype, operator, limits, plans)
+    first, *more = candidates
+    given = candidates[first] or ("",)
+    if device.type == "cpu" or (not more and len(given) == 1):
+        # Nothing to choose; or interpreted, where the plan that is given first is the cheapest to interpret.
+        return Choice(first, given[0], given[0])
+    return order.choose(operator, device, dtype, sizes, candidates)
+
+
+# Of an operator whose plans do not differ in time.
+NO_PLANS: Candidates = dict.fromkeys(BACKENDS, ("",))
+
+
+def available(
+    device: torch.device,
+    dtype: torch.dtype,
+    operator: str,
+    limits: Mapping[str, str],
+    plans: Candidates | None = None,
+) -> Candidates:
+    """The backends that "auto" chooses from for this call, and their plans; arguments as `choose` has them."""
+    plans = plans or NO_PLANS
     # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name. Fake
     # tensors can be on a GPU where there is none.
     if device.type != "cuda" or _absence(device) is not None:
-        return "portable"
-    for backend in preference(operator, device, dtype, sizes)[0]:
-        if backend not in limits and refusal(backend, device, dtype, operator) is None:
-            return backend
-    raise AssertionError("portable refuses nothing")
+        return {"portable": plans["portable"]}
+    found = {
+        name: plans[name] for name in ("cuda", "triton", "portable")
+        if plans[name] and name not in limits and refusal(name, device, dtype, operator) is None
+    }  # fmt: skip
+    # Where no backend has the plan asked for, the operator says so of the one that refuses no other.
+    return found or {"portable": plans["portable"]}
 
 
 def _refusals(device: torch.device, dtype: torch.dtype, operator: str) -> str:

@@ -1,70 +1,316 @@
-"""What a call costs with the CUDA C++ and with the Triton kernels, by arithmetic.
+"""The work of an operator in each backend and plan, and of the eager formula, by sizes: a model, in microseconds.
 
-Three things count: which instruction multiplies, what one backend computes twice, and how many bytes the kernels read
-and write through the second-level cache. Each operator has its own unit: its two costs are compared with each other.
+Every tensor as large as x or y costs its bytes at the memory's rate each time that a kernel reads or writes it; what is
+as narrow as the rank is left out where something wide stands beside it. Products cost their multiply-adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
-# The costs with cuda and with triton, infinite where there are no kernels, and a function that explains them: traced
-# code cannot make text of sizes.
-Costs = tuple[float, float, Callable[[], str]]
-
-# Operators whose tiles of rows keep a narrow middle on chip -> what the middle's width is called in their sizes.
-_NARROW = {"adapter_residual": "h", "cross_attention_residual": "J"}
-
-# An A100: multiplications in one microsecond (312 TFLOP/s).
-_PER_MICROSECOND = 156e6
-# The time that one element of x takes, counted in multiplications. To load it from memory: 2 bytes at 1.7 TB/s beside
-# 312 TFLOP/s, an A100; other GPUs take between 0.5 and 1.5 of it. To draw its dropout mask: a quarter of Philox's 80
-# integer instructions, at 16 multiplications each.
-_FROM_MEMORY, _MASK = 184, 320
-# Triton's products use wgmma (9.x) or tcgen05 (10.x); mma.sync, cuda's, has about 0.62 of wgmma's rate (Luo et al.,
-# "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024).
-_FASTER_PRODUCTS, _MMA_SYNC = (9, 10), 1.6
+from pyfused.choice.rates import CALL, LAUNCH, MASK, OWN_LAUNCH, TORCH_OPERATION, Gpu, band, gpu
 
 
-def costs(operator: str, capability: tuple[int, int], sizes: Mapping[str, float]) -> Costs:
-    """Of forward; backward is alike. ``sizes`` as `preference`'s."""
-    if operator in ("projection_residual", "mixed_lora_linear"):
-        return float("inf"), 1.0, lambda: "no other backend has kernels for it"
-    if operator == "lora_linear":
-        return _lora_linear(capability, sizes)
-    return _bottleneck(capability, sizes["C"], sizes[_NARROW[operator]], sizes["cuda_rows"])
+class Work(NamedTuple):
+    """One direction of a call.
+
+    Attributes:
+        fixed: microseconds of the GPU in the library's products and in passes over memory.
+        own: microseconds of the GPU that one kernel of pyfused would take at an efficiency of 1.
+        kernel: which, by its name in the table of bands; None where ``own`` is 0.
+        launches, operations: of pyfused's kernels, and of torch's.
+        call: microseconds of the host beside them.
+    """
+
+    fixed: float
+    own: float = 0.0
+    kernel: str | None = None
+    launches: int = 0
+    operations: int = 0
+    call: float = CALL
+
+    def on_gpu(self, efficiency: float) -> float:
+        """Microseconds where nobody waits for the host, as in the replay of a CUDA graph."""
+        return self.fixed + self.own / efficiency + LAUNCH * (self.launches + self.operations)
+
+    def microseconds(self, efficiency: float) -> float:
+        """The GPU's time or the host's, whichever is longer."""
+        return max(self.on_gpu(efficiency), self.call + OWN_LAUNCH * self.launches + TORCH_OPERATION * self.operations)
 
 
-def _lora_linear(capability: tuple[int, int], sizes: Mapping[str, float]) -> Costs:
-    n, rank = sizes["N"], 16 * -(-sizes["R"] // 16)
-    # The CUDA C++ kernels make P, and draw the mask, anew for each column of tiles.
-    columns = n / (256 if rank == 16 else 128)
-    cuda, triton = n + rank * columns, n + _FROM_MEMORY
-    if capability[0] in _FASTER_PRODUCTS:
-        cuda *= _MMA_SYNC
-    if sizes["dropout_p"]:
-        cuda, triton = cuda + _MASK * columns, triton + _MASK
-    elif rank * columns < _FROM_MEMORY:
-        # So do Triton's, rather than read x once more.
-        triton = n + rank * columns
+# Forward and backward.
+Directions = tuple[Work, Work]
+# (backend, plan) -> its work; an operator whose plans differ in memory alone has the plan "" here.
+Plans = dict[tuple[str, str], Directions]
 
-    def why() -> str:
-        by_cuda, by_triton = (sizes["M"] * sizes["K"] * cost / _PER_MICROSECOND for cost in (cuda, triton))
-        return f"forward takes {by_cuda:.1f} us with cuda, {by_triton:.1f} us with triton (model, an A100)"
+# The plans that make the products by the library, as the eager formula does, and less of everything else.
+LIBRARY = {("portable", "blas"), ("triton", "blas"), ("portable", "")}
 
-    return cuda, triton, why
+# What the portable backend's mask moves for each element, in bytes, and its operations: Philox in 64-bit integers.
+_MASK_BYTES, _MASK_OPERATIONS = 1200, 350
+# An eager dropout reads and writes an element of 2 bytes and writes a byte of mask: in passes over such a tensor.
+_EAGER_DROPOUT = 2.5
+# Instructions of a warp for 64 rows, 64 channels and 64 of h in Triton's sums over rows, which make the activation anew
+# for every tile of channels; read from the machine code for 9.0. A multiprocessor issues for 128 lanes.
+_ISSUED, _LANES = 1803 / 64**3, 128
 
 
-def _bottleneck(capability: tuple[int, int], channels: float, narrow: float, cuda_rows: float) -> Costs:
-    """Each tile of rows reads both weights whole; triton reads the rows themselves twice, cuda once."""
+def works(
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float]
+) -> tuple[Directions, Plans]:
+    """(the eager formula, backend and plan -> work).
+
+    Args:
+        operator: whose kernels serve the call.
+        capability: of the GPU.
+        itemsize: bytes of an element of what is multiplied.
+        sizes: as `order.choose` has them.
+    """
+    there = gpu(capability)
+    if operator in ("lora_linear", "mixed_lora_linear"):
+        return _lora_linear(capability, there, itemsize, sizes)
+    if operator == "projection_residual":
+        return _projection(there, itemsize, sizes)
+    if operator == "adapter_residual":
+        return _adapter(capability, there, itemsize, sizes)
+    return _attention(capability, there, itemsize, sizes)
+
+
+def _rate(there: Gpu, itemsize: int) -> float:
+    return there.narrow if itemsize == 2 else there.wide
+
+
+class _Gemm(NamedTuple):
+    """y (M, N) = x (M, K) W^T: its three sizes and the bytes of an element, on a GPU."""
+
+    there: Gpu
+    itemsize: int
+    m: float
+    n: float
+    k: float
+
+    @property
+    def products(self) -> float:
+        return self.m * self.n * self.k / _rate(self.there, self.itemsize)
+
+    @property
+    def memory(self) -> float:
+        return (self.m * self.k + self.m * self.n + self.n * self.k) * self.itemsize / self.there.memory
+
+    def library(self) -> float:
+        """Microseconds: the library cuts tiles, and K, so that every multiprocessor works."""
+        return max(self.products, self.memory)
+
+    def own(self, tile_n: int, beside: float = 0.0) -> float:
+        """Microseconds of tiles of 128 rows: in the last wave not every multiprocessor has one.
+
+        ``beside``: columns that each tile makes beside its own.
+        """
+        tiles = -(-self.m // 128) * -(-self.n // tile_n)
+        waves = -(-tiles // self.there.multiprocessors)
+        idle = waves * self.there.multiprocessors / tiles
+        return max(self.products * idle * (1 + beside / tile_n), self.memory)
+
+
+def _lora_linear(
+    capability: tuple[int, int], there: Gpu, itemsize: int, sizes: Mapping[str, float]
+) -> tuple[Directions, Plans]:
+    m, n, k, drops = sizes["M"], sizes["N"], sizes["K"], bool(sizes["dropout_p"])
+    rank = max(16, sizes["R"])
+    x, y = m * k * itemsize / there.memory, m * n * itemsize / there.memory
+    forward, backward = _Gemm(there, itemsize, m, n, k), _Gemm(there, itemsize, m, k, n)
+    gemm = forward.library()
+    converts, adapters = sizes["weight_bytes"] > itemsize, int(sizes["adapter_bytes"] > itemsize)
+    cast = converts * n * k * (sizes["weight_bytes"] + itemsize) / there.memory
+    mask = drops * MASK * m * k / there.wide
+    masking = drops * _MASK_BYTES * m * k / there.memory
+    dropped = _EAGER_DROPOUT * x * drops
+    eager = (
+        Work(gemm + cast + x + 6 * y + dropped, operations=5 + drops + converts + 2 * adapters, call=0.0),
+        Work(gemm + 4 * y + 5 * x + dropped, operations=7 + drops + 2 * adapters, call=0.0),
+    )
+    operations = converts + 2 * adapters + _MASK_OPERATIONS * drops
+    portable = (
+        Work(gemm + cast + x + 2 * y + masking, operations=3 + operations),
+        Work(gemm + cast + 2 * y + 3 * x + 2 * masking, operations=5 + operations + _MASK_OPERATIONS * drops),
+    )
+    # Both of dy's products from one pass, which writes parts of Q for each tile of 128 columns; or a pass for each.
+    sums = x + y + mask + (8 * rank * m * n / 128 / there.memory if rank <= 16 else y)
+    blas = (
+        Work(gemm + cast + x + mask + 2 * y, launches=2, operations=2 + converts + adapters),
+        Work(gemm + cast + sums + 2 * x + mask, launches=5 + drops, operations=2 + converts),
+    )
+    plain, own_p, dx, dx_own_q = _kernels(capability, itemsize, bool(converts), bool(adapters), drops)
+    wide = 256 if capability[0] == 9 else 128
+    narrow = 128 if drops else wide
+    shrink_expand = (
+        Work(x + mask, forward.own(wide), plain, launches=3),
+        Work(sums + mask, backward.own(narrow), dx, launches=6),
+    )
+
+    def one_launch(tile: int, dx_tile: int, kernels: tuple[str, str], launches: int) -> Directions:
+        return (
+            # Every column of tiles draws the mask anew.
+            Work(0.0, forward.own(tile, rank) + mask * -(-n // tile), kernels[0], 1),
+            Work(x + y + 2 * mask, backward.own(dx_tile, rank), kernels[1], launches),
+        )
+
+    cuda_tile = 256 if rank <= 16 else 128
+    return eager, {
+        ("portable", "blas"): portable,
+        ("triton", "blas"): blas,
+        ("triton", "shrink_expand"): shrink_expand,
+        ("triton", "one_launch"): one_launch(wide, narrow, (own_p, dx_own_q), 5),
+        ("cuda", "one_launch"): one_launch(cuda_tile, cuda_tile, ("cuda gemm", "cuda gemm"), 3),
+    }
+
+
+def _kernels(
+    capability: tuple[int, int], itemsize: int, converts: bool, adapters: bool, drops: bool
+) -> tuple[str, str, str, str]:
+    """Triton's GEMM by its name in the table of bands: for y where P is given, and where tiles make their own; for dx
+    where Q is given, and where tiles make their own."""
+    if itemsize != 2:
+        return ("triton gemm, float32",) * 4
+    if converts:
+        return ("triton gemm, weight converted",) * 4
+    own = "triton gemm, adapters converted" if adapters else "triton gemm"
+    dx = "triton gemm, masked" if drops else "triton gemm"
+    # Of what slows the same loop down the worse.
+    return "triton gemm", own, dx, min((own, dx), key=lambda name: band(capability, name))
+
+
+def _adapter(
+    capability: tuple[int, int], there: Gpu, itemsize: int, sizes: Mapping[str, float]
+) -> tuple[Directions, Plans]:
+    m, channels, width, drops = sizes["M"], sizes["C"], sizes["h"], bool(sizes["dropout_p"])
+    row, middle = m * channels * itemsize / there.memory, m * width * itemsize / there.memory
+    product, dropped = m * channels * width, _EAGER_DROPOUT * middle * drops
+    rate = _rate(there, itemsize)
+    eager = (
+        Work(max(9 * row + 4 * middle + dropped, 2 * product / rate), operations=7 + drops, call=0.0),
+        Work(max(15 * row + 8 * middle + dropped, 4 * product / rate), operations=14 + drops, call=0.0),
+    )
+    # Float32 throughout: bytes of each element of z, then of h.
+    masking = drops * _MASK_BYTES * m * width
+    widened = m * channels * 6 * (itemsize == 2)
+    portable = (
+        Work(
+            (40 * m * channels + widened + 32 * m * width + masking) / there.memory + 2 * product / there.wide,
+            operations=14 + _MASK_OPERATIONS * drops,
+        ),
+        Work(
+            (72 * m * channels + 3 * widened + 60 * m * width + masking) / there.memory + 5 * product / there.wide,
+            operations=25 + _MASK_OPERATIONS * drops,
+        ),
+    )
+    mask = drops * MASK * m * width / there.wide
+    fused = _bottleneck(capability, there, itemsize, sizes, width, (2, 5), sizes["weight_bytes"], mask)
+    return eager, {("portable", ""): portable, **fused}
+
+
+def _attention(
+    capability: tuple[int, int], there: Gpu, itemsize: int, sizes: Mapping[str, float]
+) -> tuple[Directions, Plans]:
+    """The core of the absorbed plans."""
+    m, channels, width, drops = sizes["M"], sizes["C"], sizes["J"], bool(sizes["dropout_p"])
+    norms = int(sizes["norm_match"])
+    row, middle = m * channels * itemsize / there.memory, m * width * itemsize / there.memory
+    product, dropped = m * channels * width, _EAGER_DROPOUT * middle * drops
+    rate = _rate(there, itemsize)
+    eager = (
+        Work(
+            max((7 + 6 * norms) * row + 5 * middle + dropped, 2 * product / rate),
+            operations=9 + 5 * norms + drops,
+            call=0.0,
+        ),
+        Work(
+            max((9 + 12 * norms) * row + 8 * middle + dropped, 4 * product / rate),
+            operations=14 + 8 * norms + drops,
+            call=0.0,
+        ),
+    )
+    masking = drops * _MASK_BYTES * m * width
+    widened = m * channels * 6 * (itemsize == 2)
+    portable = (
+        Work(
+            ((16 + 40 * norms) * m * channels + 2 * widened + 24 * m * width + masking) / there.memory
+            + 2 * product / there.wide,
+            operations=10 + 5 * norms + _MASK_OPERATIONS * drops,
+        ),
+        Work(
+            ((20 + 60 * norms) * m * channels + 3 * widened + 44 * m * width + masking) / there.memory
+            + (4 + norms) * product / there.wide,
+            operations=20 + 10 * norms + _MASK_OPERATIONS * drops,
+        ),
+    )
+    mask = drops * MASK * m * width / there.wide
+    fused = _bottleneck(capability, there, itemsize, sizes, width, (2 + norms, 4 + 2 * norms), itemsize, mask)
+    return eager, {("portable", ""): portable, **fused}
+
+
+def _bottleneck(
+    capability: tuple[int, int],
+    there: Gpu,
+    itemsize: int,
+    sizes: Mapping[str, float],
+    width: float,
+    products: tuple[int, int],
+    weight_bytes: float,
+    mask: float,
+) -> Plans:
+    """Each tile of rows reads both weights whole; Triton's kernels read the rows themselves twice, cuda's once.
+
+    Args:
+        width: of the narrow middle.
+        products: of the rows, the channels and the middle, forward and backward.
+        mask: microseconds that drawing the middle's takes.
+    """
+    m, channels, cuda_rows = sizes["M"], sizes["C"], sizes["cuda_rows"]
+    narrow = max(16, width)
+    row, middle = m * channels * itemsize / there.memory, m * width * itemsize / there.memory
+    product = m * channels * narrow / _rate(there, itemsize)
     triton_rows = max(64 if capability[0] == 9 else 32, min(128, 8192 // max(64, narrow)))
+    sums = itemsize * m * (2 * channels * max(1, width / 64) + 2 * width * max(1, channels / 64)) / there.cache
 
-    def bytes_moved(streams: int, rows: float) -> float:
-        # Each weight has C x narrow elements; forward also reads the residual and writes y, all of 2 bytes.
-        return 2 * channels * (streams + 2 * narrow / rows)
+    def moved(streams: int, rows: float) -> float:
+        return m * channels * (streams * itemsize + 2 * weight_bytes * width / rows) / there.cache
 
-    triton = bytes_moved(4, triton_rows)
-    if not cuda_rows:
-        return float("inf"), triton, lambda: "a tile of rows does not fit beside cuda's weights on chip"
-    cuda = bytes_moved(3, cuda_rows)
-    return cuda, triton, lambda: f"forward moves {cuda:.0f} bytes a row on chip with cuda, {triton:.0f} with triton"
+    def directions(kernel: str, streams: int, rows: float, slower: float, issued: float, launches: int) -> Directions:
+        # Forward: z, the residual, y. Backward: dy and dz in one pass, dy and z in the other.
+        forward = max(3 * row + middle, moved(streams, rows), products[0] * product / slower) + mask
+        backward = max(4 * row + 4 * middle, moved(streams, rows) + sums, products[1] * product / slower, issued) + mask
+        return Work(0.0, forward, kernel, 1), Work(0.0, backward, kernel, launches)
+
+    issued = _ISSUED * m * channels * width / (there.wide / _LANES)
+    kernel = "triton bottleneck" if itemsize == 2 else "triton bottleneck, float32"
+    found: Plans = {("triton", ""): directions(kernel, 4, triton_rows, 1.0, issued, 2)}
+    if cuda_rows:
+        # Its products are made by the instruction that its GEMM has.
+        _, best = band(capability, "cuda gemm")
+        found["cuda", ""] = directions("cuda bottleneck", 3, cuda_rows, best, 0.0, 3)
+    return found
+
+
+def _projection(there: Gpu, itemsize: int, sizes: Mapping[str, float]) -> tuple[Directions, Plans]:
+    m, k, channels, norms = sizes["M"], sizes["K"], sizes["C"], int(sizes["norm_match"])
+    product = _Gemm(there, itemsize, m, channels, k)
+    gemm = product.library()
+    row, elements = m * channels * itemsize / there.memory, m * channels / there.memory
+    widened = 12 * (itemsize == 2)
+    eager = (
+        Work(gemm + (7 + 6 * norms) * row, operations=5 + 5 * norms, call=0.0),
+        Work(2 * gemm + (8 + 12 * norms) * row, operations=9 + 8 * norms, call=0.0),
+    )
+    portable = (
+        Work(gemm + (34 + widened + 24 * norms) * elements, operations=9 + 5 * norms),
+        Work(2 * gemm + (40 + widened + 60 * norms) * elements, operations=12 + 10 * norms),
+    )
+    kernel = "triton gemm" if itemsize == 2 else "triton gemm, float32"
+    triton = (
+        # With norms a second pass reads what the first has written.
+        Work((1 + 2 * norms) * row, product.own(128), kernel, launches=1 + norms),
+        Work(2 * gemm, 5 * row, "triton rows", launches=1, operations=6),
+    )
+    return eager, {("portable", ""): portable, ("triton", ""): triton}

@@ -1,43 +1,95 @@
-"""The order in which backend "auto" takes the backends for a call: measured, or else by what they cost."""
+"""Which backend "auto" takes for a call, and which plan each direction has: measured, or else by bounded regret.
+
+The choice is a pure function of the operator, the GPU, dtypes and sizes: the same call gets the same plan. Sizes meet
+in buckets, so that traced code compiles again only where the choice changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from pyfused.choice import measured
-from pyfused.choice.costs import costs
-
-_CUDA, _TRITON = ("cuda", "triton", "portable"), ("triton", "cuda", "portable")
-# Backends in their order, and a function that says why: traced code cannot make text of sizes.
-Preference = tuple[tuple[str, ...], Callable[[], str]]
+from pyfused.choice import measured, rule
+from pyfused.choice.costs import LIBRARY, works
+from pyfused.choice.rates import band
+from pyfused.choice.rule import Times
 
 
-def preference(operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float]) -> Preference:
-    """(backends in the order in which "auto" takes them for this call, function that says why in this order).
+class Choice(NamedTuple):
+    """A backend, and the plan of each direction there; "" where the operator's plans do not differ in time."""
 
-    A row measured on this GPU for such sizes decides; else the costs by arithmetic.
+    backend: str
+    forward: str
+    backward: str
+
+
+# Backend -> the plans that may serve the call there, of the backends that can.
+Candidates = Mapping[str, Sequence[str]]
+# The same, and sizes, as constants that a cache takes.
+_Plans = tuple[tuple[str, tuple[str, ...]], ...]
+_Sizes = tuple[tuple[str, float], ...]
+
+# Sizes that kernels pad to powers of two from 16 on, and those that they cut into tiles.
+_PADDED = ("R", "h", "J")
+_WIDE = ("N", "K", "C")
+# Rows are told apart up to here; a program that is exported for any number of rows is planned for `_EXPORTED`.
+_MOST_ROWS, _EXPORTED = 1 << 31, 1 << 13
+
+
+def choose(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], candidates: Candidates
+) -> Choice:
+    """What serves a call on a GPU.
+
+    A row measured on this GPU for such sizes decides between the backends, else the times by arithmetic. Between the
+    plans of a backend these always decide.
 
     Args:
         operator: whose kernels serve the call.
         device, dtype: of the tensors.
-        sizes: M, and all else that the order depends on: N, K, R, dropout_p of "lora_linear"; C, h, dropout_p,
-            cuda_rows of "adapter_residual"; C, J, dropout_p, norm_match, cuda_rows of "cross_attention_residual"; K, C,
-            norm_match of "projection_residual". ``cuda_rows`` is `cuda_limits.cuda_rows`.
+        sizes: M, and all else that the choice depends on: N, K, R, dropout_p, weight_bytes, adapter_bytes of
+            "lora_linear" and "mixed_lora_linear"; C, h, dropout_p, weight_bytes, cuda_rows of "adapter_residual"; C, J,
+            dropout_p, norm_match, cuda_rows of "cross_attention_residual"; K, C, norm_match of "projection_residual".
+            ``cuda_rows`` is `cuda_limits.cuda_rows`; ``weight_bytes`` and ``adapter_bytes`` are of one element of the
+            weight, or of a parameter that is trained, as the call has it: a wider one is converted.
+        candidates: the backends that can serve the call, and their plans.
     """
-    if device.type != "cuda":
-        return _CUDA, lambda: "only by name: without a GPU kernels are interpreted or emulated"
-    capability = torch.cuda.get_device_capability(device)
+    row = measured_row(operator, device, dtype, sizes)
+    if row is not None:
+        known = next((name for name in row.found if name in candidates), None)
+        if known is not None:
+            candidates = {known: candidates[known]}
+    return by_times(operator, torch.cuda.get_device_capability(device), dtype, sizes, candidates)
+
+
+def by_times(
+    operator: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: Mapping[str, float],
+    candidates: Candidates,
+) -> Choice:
+    """What serves a call on a GPU of this capability, by arithmetic; arguments as `choose` has them."""
+    rows = _EXPORTED if torch.compiler.is_exporting() else sizes["M"]
+    plans = tuple([(name, tuple(each)) for name, each in candidates.items()])
+    for most, choice in _choices(operator, capability, dtype.itemsize, _bucketed(sizes), plans):
+        if rows <= most:
+            return choice
+    raise AssertionError("the last choice holds for any number of rows")
+
+
+def measured_row(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float]
+) -> measured.Row | None:
+    """The row that decides between the backends of such a call."""
     if not measured.TABLE.rows:
-        return _by_costs(operator, capability, sizes)
+        return None
     gpu = torch.cuda.get_device_properties(device).name
-    row = measured.TABLE.nearest(gpu, operator, str(dtype).removeprefix("torch."), sizes["M"], others(sizes))
-    if row is None:
-        return _by_costs(operator, capability, sizes)
-    order = tuple(row.found)
-    # Portable serves every call and is measured too. A backend without a measurement comes after it.
-    return order + tuple(name for name in _TRITON if name not in order), lambda: _times(row)
+    return measured.TABLE.nearest(gpu, operator, str(dtype).removeprefix("torch."), sizes["M"], others(sizes))
 
 
 def others(sizes: Mapping[str, float]) -> dict[str, object]:
@@ -45,10 +97,154 @@ def others(sizes: Mapping[str, float]) -> dict[str, object]:
     return {name: value for name, value in sizes.items() if name != "M"}
 
 
-def _times(row: measured.Row) -> str:
-    return f"measured at M = {row.rows}: " + ", ".join(f"{name} {time:.1f} us" for name, time in row.found.items())
+def _bucketed(sizes: Mapping[str, float]) -> _Sizes:
+    """All but M, so that sizes near each other are one: not by bits, which a traced size has not."""
+    return tuple([(name, _bucket(name, value)) for name, value in sizes.items() if name != "M"])
 
 
-def _by_costs(operator: str, capability: tuple[int, int], sizes: Mapping[str, float]) -> Preference:
-    cuda, triton, why = costs(operator, capability, sizes)
-    return _CUDA if cuda <= triton else _TRITON, lambda: f"{why()} (not measured)"
+def _bucket(name: str, size: float) -> float:
+    """A wide size rounded up to a sixteenth of a power of two, any other to a power of two, as kernels pad narrow ones;
+    dropout as acting or not."""
+    if size <= 0:
+        return 0.0
+    if name == "dropout_p":
+        return 1.0
+    power = 16 if name in _PADDED else 1
+    while power < size:
+        power *= 2
+    if name in _WIDE and power >= 16:
+        for part in range(9, 16):
+            if 16 * size <= part * power:
+                return float(part * power // 16)
+    return float(power)
+
+
+def _choices(
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: _Sizes, candidates: _Plans
+) -> tuple[tuple[int, Choice], ...]:
+    """(the most rows, the choice up to there), in order; a power of two each, and the last for all rows beyond."""
+    return _all_choices(operator, capability, itemsize, sizes, candidates)
+
+
+# A constant to traced code, which computes none of it and is guarded by its bounds alone. This is all that
+# torch.compiler.assume_constant_result does, but that loads the compiler.
+vars(_choices)["_dynamo_marked_constant"] = True
+
+
+@functools.lru_cache(4096)
+def _all_choices(
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: _Sizes, candidates: _Plans
+) -> tuple[tuple[int, Choice], ...]:
+    found: list[tuple[int, Choice]] = []
+    most = 1
+    while most <= _MOST_ROWS:
+        choice = _decided(operator, capability, itemsize, dict(sizes) | {"M": _stands_for(most)}, dict(candidates))
+        if found and found[-1][1] == choice:
+            found.pop()
+        found.append((most, choice))
+        most *= 2
+    found[-1] = sys.maxsize, found[-1][1]
+    return tuple(found)
+
+
+def _stands_for(rows: float) -> float:
+    """The middle of the numbers of rows between two powers of two."""
+    power = 1
+    while power < rows:
+        power *= 2
+    return 0.75 * power if power > 1 else 1.0
+
+
+def _decided(
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float], candidates: Candidates
+) -> Choice:
+    """First the plan of each direction in each backend, then the backend: what forward saves is the backend's own."""
+    found = times(operator, capability, itemsize, sizes, candidates)
+    chosen: dict[str, tuple[str, str]] = {}
+    both: dict[str, Times] = {}
+    bounded = set(candidates)
+    for backend, plans in candidates.items():
+        picked = []
+        for direction in found:
+            own = {plan: direction.candidates[backend, plan] for plan in plans}
+            allowed = {plan for plan in plans if (backend, plan) in direction.feasible}
+            best = rule.ranked(own, allowed, together=True)[0]
+            if best not in allowed:
+                bounded.discard(backend)
+            picked.append(best)
+        chosen[backend] = picked[0], picked[1]
+        each = [direction.candidates[backend, plan] for direction, plan in zip(found, picked, strict=True)]
+        both[backend] = Times(sum(one.slow for one in each), sum(one.fast for one in each))
+    best = rule.ranked(both, bounded, together=False)[0]
+    return Choice(best, *chosen[best])
+
+
+class Direction(NamedTuple):
+    """The times of one direction of a call, in microseconds.
+
+    Attributes:
+        eager: of the eager formula.
+        candidates: (backend, plan) -> times.
+        feasible: those that the rule may take.
+    """
+
+    eager: float
+    candidates: dict[tuple[str, str], Times]
+    feasible: set[tuple[str, str]]
+
+
+def times(
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float], candidates: Candidates
+) -> tuple[Direction, Direction]:
+    """Forward's and backward's, by the model."""
+    eager, plans = works(operator, capability, itemsize, sizes)
+    wanted = {(backend, plan): plans[backend, plan] for backend, each in candidates.items() for plan in each}
+
+    def direction(index: int) -> Direction:
+        known: dict[tuple[str, str], Times] = {}
+        on_gpu: dict[tuple[str, str], Times] = {}
+        for name, both in wanted.items():
+            work = both[index]
+            low, high = band(capability, work.kernel)
+            known[name] = Times(work.microseconds(low), work.microseconds(high))
+            on_gpu[name] = Times(work.on_gpu(low), work.on_gpu(high))
+        formula = eager[index]
+        least = formula.microseconds(1.0)
+        library: set[tuple[str, str]] = LIBRARY & known.keys()
+        # Not slower where the host is waited for, nor where a graph is replayed.
+        waiting = rule.feasible(known, least, library)
+        replayed = rule.feasible(on_gpu, formula.on_gpu(1.0), library)
+        return Direction(least, known, waiting & replayed)
+
+    return direction(0), direction(1)
+
+
+def reasons(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Mapping[str, float],
+    candidates: Candidates,
+    chosen: Choice,
+) -> Iterator[str]:
+    """Why a call on a GPU is served so: what was measured, then for each direction the time of what serves it, of the
+    runner-up and of the eager formula."""
+    row = measured_row(operator, device, dtype, sizes)
+    if row is not None:
+        yield f"measured at M = {row.rows}: " + ", ".join(f"{name} {time:.1f} us" for name, time in row.found.items())
+    capability = torch.cuda.get_device_capability(device)
+    like = dict(_bucketed(sizes)) | {"M": _stands_for(sizes["M"])}
+    # What was asked for by name is no candidate of "auto"'s.
+    known = dict(candidates) | {chosen.backend: tuple({*candidates.get(chosen.backend, ()), *chosen[1:]})}
+    found = times(operator, capability, dtype.itemsize, like, known)
+    for name, direction, plan in zip(("forward", "backward"), found, chosen[1:], strict=True):
+        own = chosen.backend, plan
+        told = [_told(own, direction.candidates[own])]
+        rest = {other: each for other, each in direction.candidates.items() if other != own}
+        told += [_told(other, rest[other]) for other in sorted(rest, key=rest.__getitem__)[:1]]
+        yield f"{name} takes {', '.join(told)}, eager {direction.eager:.1f} us (model)"
+
+
+def _told(name: tuple[str, str], times: Times) -> str:
+    spread = f"{times.fast:.1f} to " if f"{times.fast:.1f}" != f"{times.slow:.1f}" else ""
+    return f"{' '.join(name).strip()} {spread}{times.slow:.1f} us"

@@ -318,8 +318,9 @@ def _decide(
     limits, tile_rows = _limits(z, dtype, hidden, channels)
     sizes = {
         "M": z.numel() // channels, "C": channels, "h": hidden, "dropout_p": dropout_p, "cuda_rows": tile_rows,
+        "weight_bytes": max(down_weight.itemsize, up_weight.itemsize),
     }  # fmt: skip
-    chosen = backends.choose(backend, z.device, dtype, name, sizes, limits)
+    chosen = backends.choose(backend, z.device, dtype, name, sizes, limits).backend
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     if decision.observers:
         decision.notify(_decided(z, dtype, sizes, chosen, resolved, reason, limits))

@@ -246,7 +246,7 @@ def choose_backend(
     else:
         columns = projections.num_heads * prepared.tokens
         operator, sizes = _NAME, sizes | {"J": columns, "dropout_p": dropout_p, "cuda_rows": tile_rows}
-    chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits)
+    chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits).backend
     if decision.observers:
         need_gate = isinstance(weight, Tensor) and weight.requires_grad
         saved = _saved_bytes(x, prepared, projections, norm_match, need_gate)

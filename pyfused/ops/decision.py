@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from pyfused.choice.backends import NO_PLANS
+from pyfused.choice.order import Candidates, Choice
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,10 @@ class Decision:
         operator, shapes, dtype, device, backend, plan, backward_plan, saved_bytes: as `explain` shows them, see
             `pyfused.explanation.OperatorCall`.
         kernels: the operator whose kernels serve the call: "projection_residual" for attention in plan "standard".
-        sizes: letters and sizes by which the order of the backends is chosen, see `preference`.
+        sizes: letters and sizes by which the backend is chosen, see `pyfused.choice.order.choose`.
         reasons: why these plans.
         limits: backend -> why its kernels do not take this call.
+        plans: backend -> the plans between which times decide, see `pyfused.choice.backends.choose`.
     """
 
     operator: str
@@ -34,6 +38,14 @@ class Decision:
     reasons: tuple[str, ...]
     saved_bytes: int
     limits: Mapping[str, str]
+    plans: Candidates = field(default_factory=lambda: NO_PLANS)
+
+    @property
+    def choice(self) -> Choice:
+        """As `pyfused.choice` has it, to which plans that differ in memory alone are one."""
+        known = self.plans[self.backend]
+        forward, backward = (plan if plan in known else "" for plan in (self.plan, self.backward_plan))
+        return Choice(self.backend, forward, backward)
 
 
 @dataclass(frozen=True)

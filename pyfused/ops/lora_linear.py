@@ -14,13 +14,13 @@ of m's own adapter. Nothing else changes: each product then sums over those colu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyfused.choice import backends
+from pyfused.choice import backends, order
 from pyfused.ops import decision
 from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit
@@ -34,43 +34,34 @@ MAX_RANK_ONE_LAUNCH = 64
 PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas"), "cuda": ("one_launch",)}
 
 
-def choose_plan(n: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str) -> tuple[str, str]:
-    """(plan, reason) of Triton's kernels for y (M, N) = x (M, K) W^T and its low-rank term.
-
-    Backward's dx (M, K) = dy (M, N) W is the same with K in the place of N.
-    """
-    if device_type == "cpu" and rank <= MAX_RANK_ONE_LAUNCH:
-        return "one_launch", "interpreter: one launch is the cheapest to interpret"
-    if dtype == torch.float32:
-        return "blas", "float32: the library's GEMM has no peer in Triton"
-    if rank > MAX_RANK_ONE_LAUNCH:
-        return "shrink_expand", f"rank {rank} > {MAX_RANK_ONE_LAUNCH}: P does not fit beside a tile's accumulator"
-    if dropout_p > 0.0:
-        return "shrink_expand", "dropout: the mask is drawn once, not once per column of tiles"
-    # Every tile computes its own P, r / BLOCK_N extra work; a separate pass reads x once more. Equal near this line
-    # by arithmetic at 790 TFLOP/s and 4.3 TB/s with BLOCK_N = 256 and the rank padded to a power of two from 16 on.
-    limit = 184 * 256 // max(16, 1 << (rank - 1).bit_length())
-    if n < limit:
-        return "one_launch", f"N = {n} < {limit}: recomputing P costs less than another pass over x"
-    return "shrink_expand", f"N = {n} >= {limit}: another pass over x costs less than recomputing P"
-
-
-_Plans = tuple[tuple[str, str], tuple[str, str]]
-_ONLY_PLANS: dict[str, _Plans] = {
-    backend: ((plans[0], f"the only plan of backend {backend!r}"),) * 2
-    for backend, plans in PLANS.items()
-    if len(plans) == 1
-}
-
-
-def resolve_plans(
-    plan: str, n: int, k: int, rank: int, dropout_p: float, dtype: torch.dtype, device_type: str
-) -> dict[str, _Plans]:
-    """Backend -> (plan, reason) of forward, then of backward."""
+def candidates(plan: str, rank: int) -> dict[str, tuple[str, ...]]:
+    """Backend -> the plans that may serve a call of this rank, which asks for ``plan``; what is cheapest to interpret
+    comes first."""
     if plan != "auto":
-        return dict.fromkeys(PLANS, ((plan, "plan asked for by name"),) * 2)
-    forward = choose_plan(n, rank, dropout_p, dtype, device_type)
-    return {**_ONLY_PLANS, "triton": (forward, choose_plan(k, rank, dropout_p, dtype, device_type))}
+        return {backend: (plan,) if plan in plans else () for backend, plans in PLANS.items()}
+    if rank <= MAX_RANK_ONE_LAUNCH:
+        return PLANS
+    return PLANS | {"triton": tuple(name for name in PLANS["triton"] if name != "one_launch")}
+
+
+def sizes_of(rows: int, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> dict[str, float]:
+    """By which the backend and the plans are chosen, see `pyfused.choice.order.choose`."""
+    n, rank = lora_b.shape
+    return {
+        "M": rows, "N": n, "K": lora_a.shape[1], "R": rank, "dropout_p": dropout_p,
+        "weight_bytes": weight.itemsize, "adapter_bytes": max(lora_a.itemsize, lora_b.itemsize),
+    }  # fmt: skip
+
+
+def triton_plan(raw: str, arguments: Mapping[str, Any], capability: tuple[int, int]) -> str:
+    """The plan that a raw call, such as "lora_linear_bwd", has with Triton's kernels on a GPU of this capability."""
+    first, lora_a, weight = next(iter(arguments.values())), arguments["lora_a"], arguments["weight"]
+    rows = first.shape[0] * first.shape[1]
+    # Backward has no weight where x needs no gradient.
+    sizes = sizes_of(rows, first if weight is None else weight, lora_a, arguments["lora_b"], arguments["dropout_p"])
+    plans = {"triton": candidates("auto", lora_a.shape[0])["triton"]}
+    chosen = order.by_times(_NAME, capability, first.dtype, sizes, plans)
+    return chosen.backward if raw.endswith("_bwd") else chosen.forward
 
 
 def _fake_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
@@ -163,13 +154,15 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
-    (n, k), rank = weight.shape, lora_a.shape[0]
     # Of a program that was traced for one direction, the other is planned where it runs.
-    _, (backward, _) = resolve_plans("auto", n, k, rank, dropout_p, x.dtype, x.device.type)[backend]
+    sizes = sizes_of(x.shape[0] * x.shape[1], weight, lora_a, lora_b, dropout_p)
+    plans = candidates("auto", lora_a.shape[0])
+    kernels = _MIXED if mixed else _NAME
+    backward = backends.choose(backend, x.device, x.dtype, kernels, sizes, None, plans).backward
     y = _LoRALinear.apply(
         x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend, *mixed
     )  # fmt: skip
-    return y, x.new_empty((0, rank))
+    return y, x.new_empty((0, lora_a.shape[0]))
 
 
 registry.derive(_fwd, _derived)
@@ -301,24 +294,23 @@ def _decide(
         if bias is not None:
             checks.dtype(name, "bias", bias, (dtype,))
     dropout_p = float(dropout_p) if training else 0.0
-    (n, k), rank = weight.shape, lora_a.shape[-2] * max(1, adapters)
-    sizes = {"M": x.numel() // max(1, k), "N": n, "K": k, "R": rank, "dropout_p": dropout_p}
-    plans = resolve_plans(plan, n, k, rank, dropout_p, dtype, x.device.type)
-    limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"], rank)
+    if adapters:
+        lora_a, lora_b = lora_a.flatten(0, 1), lora_b.flatten(1)
+    rank = lora_a.shape[0]
+    sizes, plans = sizes_of(x.numel() // weight.shape[1], weight, lora_a, lora_b, dropout_p), candidates(plan, rank)
+    limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
     kernels = name
     if adapter_index is not None:
         kernels, limits["cuda"] = _MIXED, f"{name}: adapter_index must be None there"
-    chosen = backends.choose(backend, x.device, dtype, kernels, sizes, limits)
+    chosen, forward, backward = backends.choose(backend, x.device, dtype, kernels, sizes, limits, plans)
     if plan not in ("auto", *PLANS[chosen]):
         beyond = "".join(f"; {other}: {reason}" for other, reason in limits.items() if plan in PLANS[other])
         raise ValueError(
             f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
         )
-    forward, backward = plans[chosen]
-    cast = dtype != x.dtype
     if decision.observers:
-        decision.notify(_decided(x, sizes, chosen, forward, backward, limits, dtype, kernels))
-    return _Decided(chosen, forward[0], backward[0], dtype if cast else None, float(scaling), dropout_p, adapters)
+        decision.notify(_decided(x, dtype, sizes, chosen, plan, forward, backward, limits, kernels))
+    return _Decided(chosen, forward, backward, None if dtype == x.dtype else dtype, float(scaling), dropout_p, adapters)
 
 
 def _without_gradient(raw, x, *arguments) -> tuple[Tensor, Tensor]:
@@ -349,20 +341,27 @@ def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[
     return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
 
 
-def _decided(x, sizes, backend, forward, backward, limits, dtype, kernels=_NAME) -> decision.Decision:
-    (plan, reason), (backward_plan, backward_reason) = forward, backward
-    reasons = (reason,) if reason == backward_reason else (f"forward: {reason}", f"backward: {backward_reason}")
+def _decided(x, dtype, sizes, backend, plan, forward, backward, limits, kernels) -> decision.Decision:
+    plans = candidates(plan, sizes["R"])
+    reason = "the plans of least regret by their modelled times"
+    if plan != "auto":
+        reason = "plan asked for by name"
+    elif len(plans[backend]) == 1:
+        reason = f"the only plan of backend {backend!r}"
+    elif x.device.type == "cpu":
+        reason = f"interpreter: {forward} is the cheapest to interpret"
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")
     # P, and what autocast made of x.
     saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * (dtype != x.dtype))) * dtype.itemsize
     return decision.Decision(
-        _NAME, kernels, shapes, sizes, dtype, x.device, backend, plan, backward_plan, reasons, saved, limits
+        _NAME, kernels, shapes, sizes, dtype, x.device, backend, forward, backward, (reason,), saved, limits, plans
     )
 
 
-def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows, rank) -> dict[str, str]:
+def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[str, str]:
     """Backend -> why its kernels do not take this call."""
     limits: dict[str, str] = {}
+    rank = lora_a.shape[0]
     if backends.has_cuda_kernels(name, x.device):
         limits |= cuda_row_limit(name, rows)
         for parameter, value in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):

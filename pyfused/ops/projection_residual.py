@@ -221,7 +221,7 @@ def _decide(o, weight, bias, residual, gate, skip, activation, norm_match, eps, 
     dtype = checks.autocast_dtype(o) or o.dtype
     channels, k = weight.shape
     sizes = {"M": o.numel() // max(1, k), "K": k, "C": channels, "norm_match": norm_match}
-    chosen = backends.choose(backend, o.device, dtype, _NAME, sizes)
+    chosen = backends.choose(backend, o.device, dtype, _NAME, sizes).backend
     if decision.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
         decision.notify(_decided(o, dtype, sizes, chosen, keeps))

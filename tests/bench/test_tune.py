@@ -37,7 +37,7 @@ def _empty_table(monkeypatch):
 
 
 def direction(case, name):
-    return next(item for item in search.directions(case) if item.name.endswith(name))
+    return next(item for item in search.directions(case, H200) if item.name.endswith(name))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def direction(case, name):
     ids=lambda value: getattr(value, "operator", ""),
 )
 def test_every_choice_of_an_operator_is_found(case, kernels):
-    found = search.directions(case)
+    found = search.directions(case, H200)
     operator, sizes = search.kernels_and_sizes(case, case.tensors(torch.device("cpu")))
     assert [item.name for item in found] == [f"{case.operator}_fwd", f"{case.operator}_bwd"]
     chosen = [one for item in found for one in search.chosen_by(item, H200)]
@@ -227,7 +227,7 @@ from pyfused.bench.tune import command, search
 from pyfused.bench.cases.adapter_residual import AdapterCase
 operators.timed_cases = lambda device: [AdapterCase((1, 64, 64), 16, torch.bfloat16)]
 directions = search.directions
-search.directions = lambda case: directions(case)[:1]
+search.directions = lambda case, target: directions(case, target)[:1]
 search.neighbours = lambda config: [config]
 sys.exit(command.show((9, 0), "adapter_residual"))
 """
@@ -242,9 +242,11 @@ sys.exit(command.show((9, 0), "adapter_residual"))
 def test_what_is_tuned_has_a_row_of_its_own_to_be_found_by():
     found = command._cases(torch.device("cuda"), "")
     assert {case.operator for case in found} == set(operators.OPERATORS)
-    assert {case.parameter_dtype for case in found} == {torch.bfloat16}
+    rows = [repr(search.kernels_and_sizes(case, case.tensors(torch.device("meta")))) for case in found]
+    assert len(rows) == len(set(rows))
     named = command._cases(torch.device("cuda"), "6304x768->3072")
-    assert [case.dropout_p for case in named] == [0.0, 0.1]
+    both = [torch.bfloat16, torch.float32]
+    assert [(case.dropout_p, case.parameter_dtype) for case in named] == [(p, d) for p in (0.0, 0.1) for d in both]
 
 
 def test_a_name_that_no_case_has(capsys):

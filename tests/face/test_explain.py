@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from cross_attention_cases import draw, draw_projection
 from operator_cases import leaves_of
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import pyfused
 from pyfused.choice import backends
@@ -13,7 +16,7 @@ from pyfused.ops import decision
 from pyfused.ops.cross_attention_residual import PLANS as CROSS_ATTENTION_PLANS
 from pyfused.ops.cross_attention_residual import choose_plan as choose_cross_attention_plan
 from pyfused.ops.cross_attention_residual import most_columns
-from pyfused.ops.lora_linear import _decided, resolve_plans
+from pyfused.ops.lora_linear import _decided
 
 
 class Layer(nn.Module):
@@ -328,14 +331,33 @@ def test_plan_asked_for_by_name():
 
 
 def test_the_plans_of_both_directions_are_named():
-    """The low-rank term of a GPU's y (M, 14336) costs less in a pass of its own, that of dx (M, 768) in the GEMM."""
-    plans = resolve_plans("auto", 14336, 768, 16, 0.0, torch.bfloat16, "cuda")["triton"]
-    sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
     x = torch.empty(5, 768, dtype=torch.bfloat16)
-    call = _call("up", _decided(x, sizes, "triton", *plans, {}, False))
+    sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
+    call = _call("up", _decided(x, sizes, "triton", "auto", "shrink_expand", "one_launch", {}, False))
     assert (call.plan, call.backward_plan) == ("shrink_expand", "one_launch")
-    assert call.why[:2] == (f"forward: {plans[0][1]}", f"backward: {plans[1][1]}")
     assert "shrink_expand / one_launch" in str(Explanation([call]))
+
+
+def test_times_are_explained_on_a_gpu(monkeypatch):
+    """Whoever serves the call, and the runner-up, in both directions."""
+    monkeypatch.setattr(backends, "_absence", lambda device: None)
+    monkeypatch.setattr(backends, "_gpu_refusal", lambda *where: None)
+    monkeypatch.setattr(backends, "TRITON_REFUSAL", None)
+    monkeypatch.setattr(backends, "CUDA_OPERATORS", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    sizes = {
+        "M": 8192, "K": 4096, "N": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 4,
+    }  # fmt: skip
+    with FakeTensorMode():
+        x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda")
+    call = _call("up", _decided(x, sizes, "triton", "auto", "blas", "blas", {}, False))
+    assert re.fullmatch(
+        r"forward takes triton blas \d+\.\d us, portable blas \d+\.\d us, eager \d+\.\d us \(model\)", call.why[1]
+    )
+    assert call.why[2].startswith("backward takes triton blas ")
+    assert call.why[3].startswith("not cuda: ")
+    (note,) = [line for line in str(Explanation([call])).splitlines() if line.startswith("[1]")]
+    assert call.why[1] in note
 
 
 def test_empty_input_and_no_operator():

@@ -35,7 +35,7 @@ from pyfused.kernels.recording import (  # noqa: E402
     suits_best,
 )
 from pyfused.ops.adapter_residual import MAX_KERNEL_HIDDEN  # noqa: E402
-from pyfused.ops.lora_linear import MAX_RANK_ONE_LAUNCH, choose_plan  # noqa: E402
+from pyfused.ops.lora_linear import MAX_RANK_ONE_LAUNCH  # noqa: E402
 
 TARGETS = [Target(capability, 100, limit) for capability, limit in SHARED_MEMORY.items()]
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about Triton's interpreter")
@@ -86,22 +86,6 @@ def test_configurations_fit_every_target(device):
 def test_padded_ranks():
     padded = {1: 16, 16: 16, 17: 32, 64: 64, 100: 128, 256: 256}
     assert {rank: block_width(rank) for rank in padded} == padded
-
-
-@pytest.mark.parametrize(
-    ("n", "rank", "p", "dtype", "expected"),
-    [
-        (768, 16, 0.0, torch.bfloat16, "one_launch"),
-        (14336, 16, 0.0, torch.bfloat16, "shrink_expand"),
-        (768, 16, 0.1, torch.bfloat16, "shrink_expand"),
-        (768, 100, 0.0, torch.bfloat16, "shrink_expand"),
-        (768, 16, 0.0, torch.float32, "blas"),
-    ],
-)
-def test_plan_for_a_gpu(n, rank, p, dtype, expected):
-    chosen, reason = choose_plan(n, rank, p, dtype, "cuda")
-    assert chosen == expected
-    assert reason
 
 
 def test_offsets_are_64_bit_only_where_they_must_be():

@@ -26,11 +26,11 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfused.kernels import audit
+from pyfused.kernels import audit, launch
 from pyfused.kernels.launch import Mat
 from pyfused.kernels.recording import Launch, Target, record
 from pyfused.ops.contract import registry
-from pyfused.ops.lora_linear import choose_plan
+from pyfused.ops.lora_linear import triton_plan
 
 Key = tuple[str, ...]
 
@@ -51,9 +51,7 @@ class _Launching(TorchDispatchMode):
             # The portable backend has one plan, and so tells nothing of Triton's.
             given["plan"] = self._plan
             if self._plan == "auto":
-                rank, k = given["lora_a"].shape
-                width = k if name.endswith("_bwd") else given["lora_b"].shape[0]
-                given["plan"], _ = choose_plan(width, rank, given["dropout_p"], args[0].dtype, "cuda")
+                given["plan"] = triton_plan(name, given, launch.target(args[0].device).capability)
         home = registry.homes[name]
         launcher = getattr(importlib.import_module(f"pyfused.kernels.{home}"), f"{home}_{name.rpartition('_')[2]}")
         return launcher(**given)
@@ -90,8 +88,8 @@ def specialisations(calls: Iterable[Callable[[], object]], target: Target) -> di
     for call in calls:
         with record(target) as launches:
             call()
-        for launch in launches:
-            found.setdefault(audit.specialisation(launch, target).key, launch)
+        for made in launches:
+            found.setdefault(audit.specialisation(made, target).key, made)
     return found
 
 
