@@ -6,7 +6,7 @@ as narrow as the rank is left out where something wide stands beside it. Product
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pyfused.choice.rates import CALL, LAUNCH, MASK, OWN_LAUNCH, TORCH_OPERATION, Gpu, band, gpu
@@ -71,7 +71,7 @@ def works(
     if operator in ("lora_linear", "mixed_lora_linear"):
         return _lora_linear(capability, there, itemsize, sizes)
     if operator == "projection_residual":
-        return _projection(there, itemsize, sizes)
+        return _projection(capability, there, itemsize, sizes)
     if operator == "adapter_residual":
         return _adapter(capability, there, itemsize, sizes)
     return _attention(capability, there, itemsize, sizes)
@@ -79,6 +79,11 @@ def works(
 
 def _rate(there: Gpu, itemsize: int) -> float:
     return there.narrow if itemsize == 2 else there.wide
+
+
+Tile = tuple[int, int]
+_SMALL_TILES = ((128, 128), (64, 128), (64, 64))
+_TILES = ((128, 256), *_SMALL_TILES)
 
 
 class _Gemm(NamedTuple):
@@ -102,15 +107,28 @@ class _Gemm(NamedTuple):
         """Microseconds: the library cuts tiles, and K, so that every multiprocessor works."""
         return max(self.products, self.memory)
 
-    def own(self, tile_n: int, beside: float = 0.0) -> float:
-        """Microseconds of tiles of 128 rows: in the last wave not every multiprocessor has one.
+    def own(self, tiles: Sequence[Tile], beside: float = 0.0, best: Sequence[Tile] | None = None) -> float:
+        """Microseconds of the busiest multiprocessor in the tile that suits best, where the efficiency is that of large
+        products in full waves.
 
-        ``beside``: columns that each tile makes beside its own.
+        A tile takes the products, or as long as its operands take from the second-level cache: small ones starve.
+
+        Args:
+            tiles: (rows, columns) of each.
+            beside: columns that each tile makes beside its own.
+            best: those that large products are made in; None (the default) where they are the same.
         """
-        tiles = -(-self.m // 128) * -(-self.n // tile_n)
-        waves = -(-tiles // self.there.multiprocessors)
-        idle = waves * self.there.multiprocessors / tiles
-        return max(self.products * idle * (1 + beside / tile_n), self.memory)
+        operands = 2 * self.there.narrow / self.there.cache
+
+        def taken(tile: Tile, more: float) -> float:
+            return max(tile[0] * (tile[1] + more), operands * sum(tile))
+
+        def busiest(tile: Tile) -> float:
+            waves = -(-(-(-self.m // tile[0]) * -(-self.n // tile[1])) // self.there.multiprocessors)
+            return waves * self.there.multiprocessors * taken(tile, beside)
+
+        full = min(taken(tile, 0.0) / (tile[0] * tile[1]) for tile in best or tiles)
+        return max(self.products * min(map(busiest, tiles)) / (self.m * self.n * full), self.memory)
 
 
 def _lora_linear(
@@ -141,44 +159,41 @@ def _lora_linear(
         Work(gemm + cast + x + mask + 2 * y, launches=2, operations=2 + converts + adapters),
         Work(gemm + cast + sums + 2 * x + mask, launches=5 + drops, operations=2 + converts),
     )
-    plain, own_p, dx, dx_own_q = _kernels(capability, itemsize, bool(converts), bool(adapters), drops)
-    wide = 256 if capability[0] == 9 else 128
-    narrow = 128 if drops else wide
+    plain, own_p = _kernels(itemsize, bool(converts), bool(adapters))
+    # mma.sync has its operands in registers too, which leaves a thread fewer for a tile. So does a masked term in dx.
+    tiles = _TILES if capability[0] == 9 else _SMALL_TILES
+    dx_tiles = _SMALL_TILES if drops else tiles
     shrink_expand = (
-        Work(x + mask, forward.own(wide), plain, launches=3),
-        Work(sums + mask, backward.own(narrow), dx, launches=6),
+        Work(x + mask, forward.own(tiles), plain, launches=3),
+        Work(sums + mask, backward.own(dx_tiles, best=tiles), plain, launches=6),
     )
 
-    def one_launch(tile: int, dx_tile: int, kernels: tuple[str, str], launches: int) -> Directions:
+    def one_launch(
+        tiles: Sequence[Tile], dx_tiles: Sequence[Tile], best: Sequence[Tile], kernel: str, launches: int
+    ) -> Directions:
         return (
             # Every column of tiles draws the mask anew.
-            Work(0.0, forward.own(tile, rank) + mask * -(-n // tile), kernels[0], 1),
-            Work(x + y + 2 * mask, backward.own(dx_tile, rank), kernels[1], launches),
+            Work(0.0, forward.own(tiles, rank, best) + mask * -(-n // tiles[0][1]), kernel, 1),
+            Work(x + y + 2 * mask, backward.own(dx_tiles, rank, best), kernel, launches),
         )
 
-    cuda_tile = 256 if rank <= 16 else 128
+    cuda_tiles = _TILES if rank <= 16 else _SMALL_TILES
     return eager, {
         ("portable", "blas"): portable,
         ("triton", "blas"): blas,
         ("triton", "shrink_expand"): shrink_expand,
-        ("triton", "one_launch"): one_launch(wide, narrow, (own_p, dx_own_q), 5),
-        ("cuda", "one_launch"): one_launch(cuda_tile, cuda_tile, ("cuda gemm", "cuda gemm"), 3),
+        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, own_p, 5),
+        ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, "cuda gemm", 3),
     }
 
 
-def _kernels(
-    capability: tuple[int, int], itemsize: int, converts: bool, adapters: bool, drops: bool
-) -> tuple[str, str, str, str]:
-    """Triton's GEMM by its name in the table of bands: for y where P is given, and where tiles make their own; for dx
-    where Q is given, and where tiles make their own."""
+def _kernels(itemsize: int, converts: bool, adapters: bool) -> tuple[str, str]:
+    """Triton's GEMM by its name in the table of bands: where P or Q is given, and where tiles make their own."""
     if itemsize != 2:
-        return ("triton gemm, float32",) * 4
+        return ("triton gemm, float32",) * 2
     if converts:
-        return ("triton gemm, weight converted",) * 4
-    own = "triton gemm, adapters converted" if adapters else "triton gemm"
-    dx = "triton gemm, masked" if drops else "triton gemm"
-    # Of what slows the same loop down the worse.
-    return "triton gemm", own, dx, min((own, dx), key=lambda name: band(capability, name))
+        return ("triton gemm, weight converted",) * 2
+    return "triton gemm", "triton gemm, adapters converted" if adapters else "triton gemm"
 
 
 def _adapter(
@@ -293,7 +308,9 @@ def _bottleneck(
     return found
 
 
-def _projection(there: Gpu, itemsize: int, sizes: Mapping[str, float]) -> tuple[Directions, Plans]:
+def _projection(
+    capability: tuple[int, int], there: Gpu, itemsize: int, sizes: Mapping[str, float]
+) -> tuple[Directions, Plans]:
     m, k, channels, norms = sizes["M"], sizes["K"], sizes["C"], int(sizes["norm_match"])
     product = _Gemm(there, itemsize, m, channels, k)
     gemm = product.library()
@@ -310,7 +327,12 @@ def _projection(there: Gpu, itemsize: int, sizes: Mapping[str, float]) -> tuple[
     kernel = "triton gemm" if itemsize == 2 else "triton gemm, float32"
     triton = (
         # With norms a second pass reads what the first has written.
-        Work((1 + 2 * norms) * row, product.own(128), kernel, launches=1 + norms),
+        Work(
+            (1 + 2 * norms) * row,
+            product.own(_TILES if capability[0] == 9 else _SMALL_TILES),
+            kernel,
+            launches=1 + norms,
+        ),
         Work(2 * gemm, 5 * row, "triton rows", launches=1, operations=6),
     )
     return eager, {("portable", ""): portable, ("triton", ""): triton}

@@ -77,14 +77,6 @@ _BANDS: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
         (9, 0): (0.36, 0.45),
         _ANY: (0.35, 0.85),
     },
-    # A second accumulator, for a masked term, leaves room for a smaller tile, which the cache feeds more slowly.
-    "triton gemm, masked": {
-        (8, 0): (0.70, 0.95),
-        (8, 6): (0.70, 0.95),
-        (8, 9): (0.70, 0.95),
-        (9, 0): (0.55, 0.73),
-        _ANY: (0.45, 0.95),
-    },
     # Without a matrix instruction.
     "triton gemm, float32": {_ANY: (0.40, 0.85)},
     # mma.sync has at best 0.62 of wgmma's rate (the paper above), and less of tcgen05's; elsewhere it is what there is.
