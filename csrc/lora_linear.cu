@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "gemm_cost.h"
 #include "launch.h"
 
 namespace pyfused {
@@ -25,12 +26,14 @@ void with_type(Number number, const Body& body) {
   return number == Number::kFloat16 ? body(float16{}) : body(bfloat16{});
 }
 
-/// What the busiest multiprocessor does for y (M, N), in products of K: a tile also moves its operands, which small
-/// tiles do more often for each product, and makes its own P.
+/// What the busiest multiprocessor does for y (M, N), whose tiles make their own P.
 template <class G>
-int64_t cost(const LoraGemm& g, const Device& device) {
+double cost(const LoraGemm& g, const Device& device) {
   const int64_t tiles = g.batch * divide_up(g.length, G::kM) * std::max<int64_t>(1, divide_up(g.n, G::kN));
-  return divide_up(tiles, device.multiprocessors) * (G::kM * (G::kN + G::kRank) + 32 * (G::kM + G::kN));
+  const int k = static_cast<int>(divide_up(g.k, G::kK)) * G::kK;
+  const int operand_bytes = sizeof(typename G::T) * (G::kM + G::kN);
+  return gemm_cost(tiles, device.multiprocessors, k, G::kM, G::kN, G::kRank, operand_bytes,
+                   products_of_mma_sync(device.capability));
 }
 
 template <class G>
@@ -50,7 +53,7 @@ void start_best(const LoraGemm& g, void* stream) {
   using Small = GemmTile<T, 64, 64, 2, kRank, kFlipped>;
   const Device& device = current_device();
   struct Choice {
-    int64_t cost;
+    double cost;
     void (*start)(LoraGemm, void*);
   };
   Choice best{cost<Small>(g, device), start<Small>};

@@ -63,6 +63,33 @@ _GEMM_TILES_FLOAT32 = (GemmConfig(64, 64, 16, num_warps=4, num_stages=2),)
 _GEMM_TILES = {9: (_GEMM_TILES_WGMMA, 168), 10: (_GEMM_TILES_TCGEN05, 168)}
 
 
+# Multiply-adds of a multiprocessor in a cycle, in 16 bits, by compute capability (data sheets); of all others the last.
+_PRODUCTS = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096}
+_FEWEST_PRODUCTS = 512
+# Bytes that the second-level cache gives a multiprocessor in a cycle: an H100's 5120 by its 132 multiprocessors, and
+# more by as much as the clock is lower in long products. Cycles of a tile beside its loop over K: a model, fitted to
+# public times of such GEMMs at K from 512 to 4096.
+_CACHE_BYTES, _BESIDE_LOOP = 44, 4000
+
+
+def tile_cost(
+    tiles: int, multiprocessors: int, k: int, block_m: int, block_n: int, narrow: int, operand_bytes: int, products: int
+) -> float:
+    """What the busiest multiprocessor does, in multiply-adds; csrc/gemm_cost.h has the same for the CUDA C++ kernels.
+
+    A step along K takes its products, or as long as its operands take from the second-level cache: small tiles starve.
+
+    Args:
+        tiles: of the whole product, one after another on each of the ``multiprocessors``.
+        k: the length of the sums, in whole steps.
+        narrow: columns of P that a tile makes beside its own ``block_n``.
+        operand_bytes: that a tile reads for each of k.
+        products: multiply-adds of a multiprocessor in a cycle.
+    """
+    step = max(float(block_m * (block_n + narrow)), products * operand_bytes / _CACHE_BYTES)
+    return -(-tiles // multiprocessors) * (k * step + products * _BESIDE_LOOP)
+
+
 def gemm_config(
     batch: int,
     length: int,
@@ -78,12 +105,11 @@ def gemm_config(
     drop_x: bool,
     drop_p: bool,
 ) -> GemmConfig:
-    """The tile whose waves over the multiprocessors waste least at sizes like these, among those that fit, or else the
-    smallest.
+    """The tile with which the busiest multiprocessor has least to do at sizes like these, among those that fit, or else
+    the smallest.
 
-    ``k`` is for rows measured at it: the formula does not depend on it. ``weight_bytes``: of one element of W, which
-    may be wider than x and is staged as it is. ``vectorised``: x can be loaded 16 bytes at a time; if not, more threads
-    share the addresses.
+    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x can be
+    loaded 16 bytes at a time; if not, more threads share the addresses.
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
@@ -108,9 +134,12 @@ def gemm_config(
 
     def cost(tile: GemmConfig, batch: int, length: int) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
-        waves = -(-tiles // target.multiprocessors)
-        # A tile moves (block_m + block_n) operands per block_m * block_n products: small tiles starve.
-        return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
+        operand_bytes = tile.block_m * dtype.itemsize + tile.block_n * weight_bytes
+        whole = -(-k // tile.block_k) * tile.block_k
+        narrow = padded if own_p else 0
+        sides = tile.block_m, tile.block_n, narrow
+        products = _PRODUCTS.get(target.capability, _FEWEST_PRODUCTS)
+        return tile_cost(tiles, target.multiprocessors, whole, *sides, operand_bytes, products)
 
     if not vectorised:
         # Single elements of 2 bytes cannot be copied asynchronously: fewer stages lose nothing.

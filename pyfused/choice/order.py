@@ -76,6 +76,8 @@ def by_times(
     """What serves a call on a GPU of this capability, by arithmetic; arguments as `choose` has them."""
     rows = _EXPORTED if torch.compiler.is_exporting() else sizes["M"]
     plans = tuple([(name, tuple(each)) for name, each in candidates.items()])
+    if not torch.compiler.is_compiling():
+        return _decided(operator, capability, dtype.itemsize, _bucketed(sizes), _stands_for(rows), plans)
     for most, choice in _choices(operator, capability, dtype.itemsize, _bucketed(sizes), plans):
         if rows <= most:
             return choice
@@ -123,22 +125,10 @@ def _choices(
     operator: str, capability: tuple[int, int], itemsize: int, sizes: _Sizes, candidates: _Plans
 ) -> tuple[tuple[int, Choice], ...]:
     """(the most rows, the choice up to there), in order; a power of two each, and the last for all rows beyond."""
-    return _all_choices(operator, capability, itemsize, sizes, candidates)
-
-
-# A constant to traced code, which computes none of it and is guarded by its bounds alone. This is all that
-# torch.compiler.assume_constant_result does, but that loads the compiler.
-vars(_choices)["_dynamo_marked_constant"] = True
-
-
-@functools.lru_cache(4096)
-def _all_choices(
-    operator: str, capability: tuple[int, int], itemsize: int, sizes: _Sizes, candidates: _Plans
-) -> tuple[tuple[int, Choice], ...]:
     found: list[tuple[int, Choice]] = []
     most = 1
     while most <= _MOST_ROWS:
-        choice = _decided(operator, capability, itemsize, dict(sizes) | {"M": _stands_for(most)}, dict(candidates))
+        choice = _decided(operator, capability, itemsize, sizes, _stands_for(most), candidates)
         if found and found[-1][1] == choice:
             found.pop()
         found.append((most, choice))
@@ -147,19 +137,26 @@ def _all_choices(
     return tuple(found)
 
 
+# A constant to traced code, which computes none of it and is guarded by its bounds alone. This is all that
+# torch.compiler.assume_constant_result does, but that loads the compiler.
+vars(_choices)["_dynamo_marked_constant"] = True
+
+
 def _stands_for(rows: float) -> float:
     """The middle of the numbers of rows between two powers of two."""
     power = 1
-    while power < rows:
+    while power < rows and power < _MOST_ROWS:
         power *= 2
     return 0.75 * power if power > 1 else 1.0
 
 
+@functools.lru_cache(4096)
 def _decided(
-    operator: str, capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float], candidates: Candidates
+    operator: str, capability: tuple[int, int], itemsize: int, sizes: _Sizes, rows: float, given: _Plans
 ) -> Choice:
     """First the plan of each direction in each backend, then the backend: what forward saves is the backend's own."""
-    found = times(operator, capability, itemsize, sizes, candidates)
+    candidates = dict(given)
+    found = times(operator, capability, itemsize, dict(sizes) | {"M": rows}, candidates)
     chosen: dict[str, tuple[str, str]] = {}
     both: dict[str, Times] = {}
     bounded = set(candidates)
@@ -235,7 +232,9 @@ def reasons(
     capability = torch.cuda.get_device_capability(device)
     like = dict(_bucketed(sizes)) | {"M": _stands_for(sizes["M"])}
     # What was asked for by name is no candidate of "auto"'s.
-    known = dict(candidates) | {chosen.backend: tuple({*candidates.get(chosen.backend, ()), *chosen[1:]})}
+    known = dict(candidates) | {
+        chosen.backend: tuple(dict.fromkeys((*candidates.get(chosen.backend, ()), *chosen[1:])))
+    }
     found = times(operator, capability, dtype.itemsize, like, known)
     for name, direction, plan in zip(("forward", "backward"), found, chosen[1:], strict=True):
         own = chosen.backend, plan

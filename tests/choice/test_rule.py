@@ -176,12 +176,12 @@ def test_the_plan_follows_the_band(monkeypatch, direction):
     for percent in range(20, 131, 5):
         band = {capability: (percent / 100, max(1.0, percent / 100)) for capability in ((9, 0), rates._ANY)}
         monkeypatch.setitem(rates._BANDS, "triton gemm", band)
-        order._all_choices.cache_clear()
+        order._decided.cache_clear()
         taken.append(
             order.by_times("lora_linear", (9, 0), torch.bfloat16, LORA, lora_candidates("auto", 16))[direction]
         )
     monkeypatch.undo()
-    order._all_choices.cache_clear()
+    order._decided.cache_clear()
     fused = [plan != "blas" for plan in taken]
     assert fused == sorted(fused)
     assert set(fused) == {False, True}

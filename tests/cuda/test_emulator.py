@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import ModuleType
 
@@ -390,3 +391,18 @@ def test_build(tmp_path, monkeypatch):
     libraries = [build([source], "answer", defines=[f"ANSWER={answer}"]) for answer in (41, 42, 41)]
     assert libraries[0] == libraries[2] != libraries[1]
     assert [load(path).answer for path in libraries] == [41, 42, 41]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_a_tile_costs_what_it_costs_in_triton(module, capability):
+    """One formula, whatever multiplies: the launchers' of csrc and that of kernels/lora_linear_config.py."""
+    pytest.importorskip("triton")
+    from pyfused.kernels.lora_linear_config import tile_cost
+
+    products = module.products_of_mma_sync(capability)
+    assert products in (512, 1024, 1270)
+    for tiles, k, (block_m, block_n), narrow in itertools.product(
+        (1, 99, 132, 133), (64, 768, 4096), ((128, 256), (128, 128), (64, 64)), (0, 16, 64)
+    ):
+        arguments = (tiles, 132, k, block_m, block_n, narrow, 2 * (block_m + block_n), products)
+        assert module.gemm_cost(*arguments) == pytest.approx(tile_cost(*arguments), rel=1e-12), arguments

@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "gemm_cost.h"
 #include "module.h"
 
 namespace pyfused {
@@ -116,6 +117,8 @@ PYBIND11_MODULE(emulated, module) {
   module.def("philox_words", bind_philox_words, guard, py::arg("seed"), py::arg("first_row"), py::arg("first_quad"),
              same("words"));
   module.def("device", device);
+  module.def("gemm_cost", gemm_cost);
+  module.def("products_of_mma_sync", products_of_mma_sync);
   module.def("rounded", py::vectorize(rounded));
   module.def("rounded_in_pair", py::vectorize(rounded_in_pair));
   module.def("widened", py::vectorize(widened));

@@ -83,6 +83,44 @@ def test_configurations_fit_every_target(device):
         assert 1 <= wgrad.splits <= max(1, -(-length // wgrad.block_m))
 
 
+def test_a_tile_costs_its_products_its_operands_and_what_stands_beside_the_loop():
+    # 7 tiles on 4 multiprocessors: two, one after another. 128x256 with 16 columns of P, 2048 products a cycle.
+    products = 128 * (256 + 16)
+    assert plan.tile_cost(7, 4, 640, 128, 256, 16, 0, 2048) == 2 * (640 * products + 2048 * 4000)
+    # 44 bytes a cycle: what 64x64 reads for each of k takes 2048 / 44 * 256, its products 64 * 64.
+    assert plan.tile_cost(1, 4, 640, 64, 64, 0, 256, 2048) == pytest.approx(640 * 2048 / 44 * 256 + 2048 * 4000)
+    assert plan.tile_cost(8, 4, 640, 64, 64, 0, 0, 512) == plan.tile_cost(5, 4, 640, 64, 64, 0, 0, 512)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(6304, 768, 3072), (6304, 3072, 768), (2740, 1024, 1024), (8192, 4096, 4096)]
+)
+@pytest.mark.parametrize("own_p", [False, True])
+def test_on_hopper_tiles_are_those_that_the_cache_can_feed(m, k, n, own_p):
+    (hopper,) = (target for target in TARGETS if target.capability == (9, 0))
+
+    def tile(**changes):
+        sizes = {"length": m, "n": n, "k": k} | changes
+        return plan.gemm_config(
+            1, sizes["length"], sizes["n"], sizes["k"], 16, torch.bfloat16, hopper,
+            weight_bytes=2, vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
+        )  # fmt: skip
+
+    assert (tile().block_m, tile().block_n) == (128, 256)
+    assert tile(length=50, n=768) == tile(length=33, n=768)
+    assert tile(length=50, n=768).block_m == 64, "few rows are spread over the multiprocessors"
+
+
+def test_a_longer_sum_wants_fuller_waves():
+    """Two full tiles or three halves: what a tile takes beside its loop counts less in a longer sum."""
+
+    def halves_win(k):
+        whole = plan.tile_cost(200, 132, k, 128, 128, 0, 512, 512)
+        return plan.tile_cost(390, 132, k, 64, 128, 0, 384, 512) < whole
+
+    assert [halves_win(k) for k in (64, 192, 320, 4096)] == [False, False, True, True]
+
+
 def test_padded_ranks():
     padded = {1: 16, 16: 16, 17: 32, 64: 64, 100: 128, 256: 256}
     assert {rank: block_width(rank) for rank in padded} == padded
