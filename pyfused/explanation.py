@@ -33,7 +33,8 @@ class OperatorCall:
         backend: the backend that served it.
         plan: the plan of forward, "auto" resolved.
         backward_plan: the plan of backward.
-        why: reason for the plan, then for each backend that comes before the chosen one why it was not taken.
+        why: reason for the plan; on a GPU, for each direction, the time by the model, in microseconds, of what serves
+            it, of the runner-up and of the eager formula; then why the other backends cannot, or were not asked.
         saved_bytes: what a training step keeps for backward, in bytes, beyond the call's own inputs.
     """
 

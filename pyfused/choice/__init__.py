@@ -1,1 +1,1 @@
-"""Given an operator, a device, dtypes and sizes: the backends in order, and why."""
+"""Given an operator, a device, dtypes and sizes: the backend and the plan of each direction, and why."""
