@@ -246,7 +246,7 @@ def adapter_residual(
         z's shape, in the dtype of the residual (z's without one). Under autocast z is cast to its dtype for the branch
         while the residual, z without one, keeps its own. With ``channel_dim=1`` contiguous, or channels_last where a
         4-D residual (z without one) is. Every argument but ``sample_scale`` that requires grad gets its exact gradient;
-        differentiating twice raises.
+        a backward with ``create_graph=True`` raises.
 
     Raises:
         ValueError: a shape, device, number, activation, plan or backend name is wrong, ``sample_scale`` requires grad,

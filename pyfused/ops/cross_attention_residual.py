@@ -439,7 +439,7 @@ def cross_attention_residual(
 
     Returns:
         (B, L, C) in x's dtype, contiguous. Under autocast everything but x's own part of the sum is cast to its dtype.
-        Every tensor that requires grad gets its exact gradient; differentiating twice raises.
+        Every tensor that requires grad gets its exact gradient; a backward with ``create_graph=True`` raises.
 
     Raises:
         ValueError: a shape, device, number, plan or backend name is wrong, or a plan is asked for beyond its limit.

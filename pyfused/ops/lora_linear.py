@@ -214,8 +214,8 @@ def lora_linear(
 
     Returns:
         (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...), contiguous,
-        or channels_last where a 4-D x is. Every argument that requires grad gets its exact gradient; differentiating
-        twice raises.
+        or channels_last where a 4-D x is. Every argument that requires grad gets its exact gradient; a
+        backward with ``create_graph=True`` raises.
 
     Raises:
         ValueError: a shape, device, number, plan or backend name is wrong.

@@ -176,7 +176,8 @@ def projection_residual(
 
     Returns:
         (..., C) in the residual's dtype, contiguous. Under autocast o and weight are cast to its dtype, the residual
-        keeps its own. Every tensor that requires grad gets its exact gradient; differentiating twice raises.
+        keeps its own. Every tensor that requires grad gets its exact gradient; a backward with ``create_graph=True``
+        raises.
 
     Raises:
         ValueError: a shape, device, number, activation or backend name is wrong.

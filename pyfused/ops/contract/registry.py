@@ -139,38 +139,24 @@ def refuse_tangents(name: str, arguments: Mapping[str, object]) -> None:
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """Decorates ``backward(ctx, dy)`` of a Function: its gradients, differentiated again, raise.
+    """Decorates ``backward(ctx, dy)`` of a Function: it raises where its gradients are to be differentiated again.
 
-    Also where dy requires no grad, as that of a loss linear in y: torch's `once_differentiable` returns gradients
-    without a derivative then, and drops a penalty on them without a word.
+    At once, and not when that happens: torch runs no node that lies on no way to what a gradient is asked for, so
+    `torch.autograd.grad` of a loss with a penalty, or a Hessian, would go without the operator's part.
     """
 
     @functools.wraps(backward)
     def once(ctx, dy):
-        # Grad mode is on in a backward with create_graph=True. Compiled code has no second derivative anyway.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, dy)
-        with torch.no_grad():
-            gradients = backward(ctx, dy)
-        given = [gradient for gradient in gradients if gradient is not None]
-        operator = type(ctx).__name__.removeprefix("_").removesuffix("Backward")
-        held = iter(_NoSecondDerivative.apply(operator, torch.empty(0, requires_grad=True), *given))
-        return tuple(None if gradient is None else next(held) for gradient in gradients)
+        # Grad mode is on in a backward with create_graph=True alone. Compiled code has no second derivative anyway.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            operator = type(ctx).__name__.removeprefix("_").removesuffix("Backward")
+            raise RuntimeError(
+                f"{operator} of pyfused has no second derivative, which create_graph=True is for; retain_graph=True "
+                "alone keeps the graph for another backward"
+            )
+        return backward(ctx, dy)
 
     return once
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients on; ``leaf`` makes them require grad."""
-
-    @staticmethod
-    def forward(ctx, operator: str, leaf: Tensor, *gradients: Tensor):
-        ctx.operator = operator
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(f"trying to differentiate twice: {ctx.operator} of pyfused has no second derivative")
 
 
 def _lazy(module: str, name: str) -> Callable:
