@@ -11,6 +11,8 @@ import pytest
 import torch
 from models_setup import small_clip, small_vit, vit_b_32, wake
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from pyfused import inject_lora, load_lora_state_dict, lora_state_dict, remove_lora
 from pyfused.modules import LoRAConv2d, LoRALinear, LoRAModule, LoRAMultiheadAttention
@@ -272,6 +274,18 @@ class TestFrozenBatchNorm:
         twin = copy.deepcopy(model)
         twin[1].train()
         assert not twin[1].training
+
+    def test_what_replaces_or_restarts_norms_leaves_it(self):
+        model, x = conv_net().eval(), torch.randn(4, 3, 8, 8)
+        inject_lora(model)
+        before, y = {name: b.clone() for name, b in model.named_buffers()}, model(x)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        update_bn([x], model)
+        model.train()
+        assert torch.equal(model(x), y)
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+        fused = fuse_conv_bn_eval(model[0].eval(), model[1])
+        torch.testing.assert_close(fused(x), model[:2](x))
 
     def test_fastvit_moves_no_buffer(self):
         import timm
