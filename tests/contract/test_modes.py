@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from models_setup import fastvit_block
 from operator_cases import DEVICE, leaves_of
 from operators import OPERATORS, function_of
 from oracle import randn
@@ -71,6 +72,10 @@ def _attention(**attention):
     return build
 
 
+def _attention_block(**settings):
+    return models.AttentionBlockAdapter.from_block(fastvit_block("AttentionBlock"), **settings).train()
+
+
 class _SelfAttention(nn.Module):
     def __init__(self, attention, need_weights=False):
         super().__init__()
@@ -126,6 +131,9 @@ CALLED = {operator: _function(operator) for operator in OPERATORS} | {
     ),
     "AdapterBlend": _module(lambda **s: models.AdapterBlend(12, **s), (2, 5, 12), weight=(0.1, 0.7)),
     "SimpleProj": _module(lambda **s: models.SimpleProj(12, 10, relu=True, **s), (2, 5, 12)),
+    # Of the two kinds of blocks the one that has the branch of both.
+    "AttentionBlockAdapter": _module(_attention_block, (2, 32, 3, 3), skip=(1.0, 0.5)),
+    "LatentWireAdapter": _module(lambda **s: models.LatentWireAdapter(6, 12, 10, **s), (2, 5, 6), dropout=(0.1, 0.4)),
 }
 
 
