@@ -43,8 +43,10 @@ class TestClipTable:
     )
     def test_counts(self, settings, modules, lora, trainable, total, percent):
         model = vit_b_32("meta")
-        assert sum(p.numel() for p in model.clip.parameters()) == 151_277_313
-        assert sum(p.numel() for p in model.clip.visual.parameters()) == 87_849_216
+        visual = sum(p.numel() for p in model.clip.visual.parameters())
+        # The temperature is the one beside the two towers.
+        text = sum(p.numel() for name, p in model.clip.named_parameters() if not name.startswith("visual.")) - 1
+        assert (visual, text, visual + text + model.clip.logit_scale.numel()) == (87_849_216, 63_428_096, 151_277_313)
         assert sum(p.numel() for p in model.head.parameters()) == 52_326
         report = inject_lora(model, exclude=["clip.transformer"], train=["head"], **settings)
         assert (report.total, report.attention, report.mlp) == modules
