@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import pickle
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,9 +141,8 @@ def build(
         if not args.base.is_file():
             raise FileNotFoundError(f"--base must be a file, got {args.base}")
         try:
-            state = torch.load(args.base, map_location=device, weights_only=True)
-            model.load_adapter_state_dict(state, cross_attention=False)
-        except (TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+            model.load_adapter_state_dict(files.read_pickled("--base", args.base), cross_attention=False)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"--base must be a base model's adapters, got {args.base}: {error}") from error
     reach = MEDICAL_BLUR[0] // 2 if args.medical else BLUR[0] // 2
     if min(clip.visual.grid_size) <= reach:

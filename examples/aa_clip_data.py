@@ -178,8 +178,8 @@ def names_of(path: Path | None, categories: Sequence[str]) -> list[str]:
     if path is not None:
         try:
             given = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"--names must be JSON, got {path}: {error}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--names must be a file of JSON, got {path}: {error}") from error
         words = isinstance(given, dict) and all(isinstance(word, str) for word in given.values())
         if not words or not given.keys() <= set(categories):
             raise ValueError(f"--names must be words for some of the classes {list(categories)}, got {given} in {path}")

@@ -346,13 +346,7 @@ class Training:
             ValueError: it is of another method, of other settings, or no checkpoint of a recipe.
         """
         assert self.checkpoint is not None
-        try:
-            state = torch.load(self.checkpoint, map_location=self._device, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:
-            # Bytes that are no checkpoint lead torch to whatever error they spell.
-            state = error
+        state = files.read_pickled("--resume", self.checkpoint)
         if not isinstance(state, dict) or "identity" not in state:
             raise ValueError(f"{self.checkpoint} must be a checkpoint that a recipe wrote, got another file")
         given, own = state["identity"], dict(self.identity)

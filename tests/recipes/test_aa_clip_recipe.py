@@ -219,8 +219,9 @@ class TestData:
         ):
             aa_clip_data.names_of(path, categories)
         path.write_text("{")
-        with pytest.raises(ValueError, match=r"--names must be JSON, got .*names\.json"):
-            aa_clip_data.names_of(path, categories)
+        for wrong in (path, tmp_path / "none.json"):
+            with pytest.raises(ValueError, match=rf"--names must be a file of JSON, got .*{wrong.name}"):
+                aa_clip_data.names_of(wrong, categories)
 
     def test_synthetic(self, tmp_path):
         """MVTec's layout, the same for one seed; a defect is where its mask is and nowhere else."""
@@ -424,8 +425,10 @@ class TestRecipe:
             torch.save(other, tmp_path / "base.pt")
             say = refused(capsys, *options(tmp_path, "--base", str(tmp_path / "base.pt")))
             assert "--base must be a base model's adapters, got" in say
-        (tmp_path / "base.pt").write_text("no checkpoint")
-        assert "--base must be a base" in refused(capsys, *options(tmp_path, "--base", str(tmp_path / "base.pt")))
+        for damaged in (b"no checkpoint", b""):
+            (tmp_path / "base.pt").write_bytes(damaged)
+            say = refused(capsys, *options(tmp_path, "--base", str(tmp_path / "base.pt"))).splitlines()[-1]
+            assert "--base must be a base model's adapters, got" in say
         say = refused(capsys, *options(tmp_path, "--model", "ViT-Z-99"))
         assert "--model and --pretrained must be open_clip's, got" in say
         assert "ViT-Z-99" in say
