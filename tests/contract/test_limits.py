@@ -12,6 +12,7 @@ import lora_linear_cases
 import pytest
 import torch
 from operator_cases import DEVICE, fresh_compiler, leaves_of, skips
+from operators import OPERATORS
 from oracle import cotangent
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -33,7 +34,10 @@ HALF = torch.float16
 
 @dataclass(frozen=True)
 class Limit:
-    """``draw(size)`` makes the tensors of a call; ``limit`` is the largest size, ``refusal`` what is said beyond."""
+    """``draw(size)`` makes the tensors of a call; ``limit`` is the largest size, ``refusal`` what is said beyond.
+
+    An option that is a function makes a tensor, where the call is: among fake ones, or in traced code.
+    """
 
     operator: str
     backend: str
@@ -44,11 +48,14 @@ class Limit:
     runs: bool = True  # whether a call at the limit fits this machine
 
     def call(self, tensors, **more):
-        return getattr(pyfused, self.operator)(**tensors, backend=self.backend, **self.options, **more)
+        return getattr(pyfused, self.operator)(**tensors, backend=self.backend, **self.made(), **more)
+
+    def made(self):
+        return {name: value() if callable(value) else value for name, value in self.options.items()}
 
 
-def _lora(dtype=HALF):
-    return lambda rank: lora_linear_cases.draw((3, 6), 7, rank, dtype)
+def _lora(dtype=HALF, mixed=None):
+    return lambda rank: lora_linear_cases.draw((3, 6), 7, rank, dtype, mixed=mixed)
 
 
 def _adapter(dtype=HALF, channels=6):
@@ -82,6 +89,17 @@ def _limits() -> dict[str, Limit]:
     any_rank = f"lora_a must have shape (R, K) with 1 <= R <= {MAX_RANK}, got "
     for backend, plan in (("portable", "blas"), ("triton", "shrink_expand"), ("triton", "blas"), ("triton", "auto")):
         found[f"rank, {backend} {plan}"] = Limit("lora_linear", backend, MAX_RANK, any_rank, _lora(), {"plan": plan})
+    # Adapters beside an index share the rank.
+    index = {"adapter_index": lambda: torch.zeros(3, dtype=torch.int64, device=DEVICE)}
+    shared_rank = f"lora_a must have shape (G, R, K) with 1 <= G R <= {MAX_RANK} beside adapter_index, got "
+    for backend, plan, most, refusal in (
+        ("portable", "blas", MAX_RANK, shared_rank),
+        ("triton", "auto", MAX_RANK, shared_rank),
+        ("triton", "one_launch", MAX_RANK_ONE_LAUNCH, one_launch),
+    ):
+        found[f"rank, index, {backend} {plan}"] = Limit(
+            "lora_linear", backend, most, refusal, _lora(mixed=1), {"plan": plan, **index}
+        )
     for plan in ("save", "recompute"):
         options = {"plan": plan}
         for dtype, most in ((HALF, MAX_KERNEL_HIDDEN[2]), (torch.float32, MAX_KERNEL_HIDDEN[4])):
@@ -184,15 +202,21 @@ def test_auto_goes_elsewhere(backend, name):
         pytest.skip("no backend takes more, or no machine")
     y = getattr(pyfused, limit.operator)(
         **limit.draw(limit.limit + 1),
-        **{name: value for name, value in limit.options.items() if name != "plan"},
+        **{name: value for name, value in limit.made().items() if name != "plan"},
     )
     assert y.isfinite().all()
 
 
 def test_the_limits_name_every_backend_and_plan():
-    seen = {(limit.operator, limit.backend) for limit in LIMITS.values()}
-    wanted = {(operator, backend) for operator in pyfused.ops.OPERATORS for backend in ("triton", "cuda")}
-    # Its kernels take any size, and backend "cuda" has none for it.
-    wanted -= {("projection_residual", "triton"), ("projection_residual", "cuda")}
+    seen = {(limit.operator, limit.backend, limit.options.get("plan")) for limit in LIMITS.values()}
+    wanted = {
+        (row.name, backend, plan)
+        for row in OPERATORS.values()
+        for backend, plans in row.plans.items()
+        for plan in plans
+        if backend != "portable"
+    }
+    # Their kernels take any size.
+    wanted -= {("projection_residual", "triton", ""), ("cross_attention_residual", "triton", "standard")}
     assert seen >= wanted
     assert set(backends.BACKENDS) == {"portable", "triton", "cuda"}
