@@ -205,7 +205,7 @@ class TestCheckpoint:
             other.resume()
         for damaged in (b"half", b"", (tmp_path / "toy.pt").read_bytes()[:-100]):
             (tmp_path / "toy.pt").write_bytes(damaged)
-            with pytest.raises(ValueError, match="--resume: .*toy.pt' must be tensors that torch.save wrote"):
+            with pytest.raises(ValueError, match=r"--resume: .*toy.pt' must be tensors that torch.save wrote"):
                 other.resume()
 
     def test_killed_while_it_writes_the_one_before_survives(self, tmp_path):
