@@ -162,7 +162,8 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is no nn.Module.
         ValueError: it has no LoRA layer of PEFT's.
-        RuntimeError: another class was put on top of a fused layer, by ``fully_shard`` say.
+        RuntimeError: another class was put on top of a fused layer, by ``fully_shard`` say, or its forward was
+            replaced.
     """
     found = _lora_places("unfuse", model)
     with all_or_nothing() as change:

@@ -21,7 +21,7 @@ from pyfused.ops.lora_linear import lora_linear
 from pyfused.surgery.added import added_parameters
 from pyfused.surgery.guards import bar_fast_paths
 from pyfused.surgery.refusals import check_plain, sharded
-from pyfused.surgery.variants import dressed, plain_class, take_over
+from pyfused.surgery.variants import check_own_forward, dressed, plain_class, take_over
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -176,12 +176,7 @@ class LoRAModule(HoldsPairs):
             name = type(part).__name__
             if part._inside is not None:
                 raise RuntimeError(f"{name}: {doing} needs the module outside {part._inside}, got one inside it")
-            if "forward" in part.__dict__:
-                hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out"
-                raise RuntimeError(
-                    f"{name}: {doing} needs the module's own forward, got one that replaces it; "
-                    f"take it out first{hooked * ('_hf_hook' in part.__dict__)}"
-                )
+            check_own_forward(part, doing)
             part.refuse_computed(doing)
             shard = sharded(part)
             if shard is not None:

@@ -361,11 +361,6 @@ def take_out(change: Change, module: nn.Module) -> None:
         RuntimeError: its forward was replaced since, or its class.
     """
     kinds = [kind for kind in (PrefixedAttention, FirstBlock, LastBlock) if isinstance(module, kind)]
-    if kinds and "forward" in module.__dict__:
-        raise RuntimeError(
-            f"{type(module).__name__}: expected the module's own forward, got one that replaces it; take it out first "
-            "(accelerate.hooks.remove_hook_from_module)"
-        )
     for kind in kinds:
         change.as_base(module, kind)
     for name in (NAME, "virtual_heads", "virtual_axis", "virtual_count"):

@@ -132,6 +132,7 @@ def remove_adapters(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is not an nn.Module.
         ValueError: there is no adapted block or stage in it, or it is one itself; call its ``to_base()``.
+        RuntimeError: the forward of one was replaced.
     """
     caller = "remove_adapters"
     check_module(caller, model)

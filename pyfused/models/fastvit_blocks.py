@@ -98,7 +98,11 @@ class BlockAdapter(nn.Module):
         return adapted
 
     def to_base(self) -> nn.Module:
-        """timm's block again, on the same parameters and submodules, without the adapters."""
+        """timm's block again, on the same parameters and submodules, without the adapters.
+
+        Raises:
+            RuntimeError: the forward was replaced.
+        """
         block: nn.Module = object.__new__(self.base_class)
         take_over(block, self)
         for name, _, _ in self.branches:
@@ -219,7 +223,11 @@ class ConvLoRAStage(FastVitStage):
         return adapted
 
     def to_base(self) -> nn.Module:
-        """timm's stage again, on the same parameters and submodules, without the ConvLoRA."""
+        """timm's stage again, on the same parameters and submodules, without the ConvLoRA.
+
+        Raises:
+            RuntimeError: the forward was replaced.
+        """
         stage: nn.Module = object.__new__(FastVitStage)
         take_over(stage, self)
         del stage._modules["conv_lora"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from pyfused.surgery.added import added_names
 from pyfused.surgery.paths import Place
-from pyfused.surgery.variants import Variant, dressed, plain_class
+from pyfused.surgery.variants import Variant, check_own_forward, dressed, plain_class
 
 # On a module: which of its own parameters this package was told to train whole. Copies and pickles carry it.
 _TOLD = "_told_to_train"
@@ -89,7 +89,7 @@ class Change:
         """Make ``module`` what it was before it became a ``kind``.
 
         Raises:
-            RuntimeError: another class was put on top of it since.
+            RuntimeError: another class was put on top of it since, or the forward of a ``kind`` was replaced.
         """
         plain, kinds = plain_class(type(module))
         if not any(issubclass(own, kind) for own in kinds):
@@ -97,8 +97,11 @@ class Change:
                 f"{type(module).__name__}: expected the class that this package made, got one on top of it; undo first "
                 "what came later (fully_shard, a parametrization)"
             )
+        base = dressed(plain, [other for other in kinds if not issubclass(other, kind)])
+        if type(module).forward is not base.forward:
+            check_own_forward(module, f"a {base.__name__} in its place")
         self._undo.callback(setattr, module, "__class__", type(module))
-        module.__class__ = dressed(plain, [other for other in kinds if not issubclass(other, kind)])
+        module.__class__ = base
 
     def train(self, parameters: Iterable[nn.Parameter], trains: bool = True) -> None:
         """Set parameters to train or not."""

@@ -71,14 +71,30 @@ def _blank(plain: type[nn.Module], kinds: Sequence[type[Variant]]) -> Any:
     return cls.__new__(cls)
 
 
+def check_own_forward(module: nn.Module, doing: str) -> None:
+    """Refuse a module whose forward was replaced: the new one may call that of the module, or class, as it was.
+
+    Raises:
+        RuntimeError: it says what needs the module's own forward: ``doing``.
+    """
+    if "forward" in module.__dict__:
+        hooked = "; accelerate.hooks.remove_hook_from_module takes accelerate's out"
+        raise RuntimeError(
+            f"{type(module).__name__}: {doing} needs the module's own forward, got one that replaces it; "
+            f"take it out first{hooked * ('_hf_hook' in module.__dict__)}"
+        )
+
+
 def take_over(module: nn.Module, base: nn.Module) -> None:
     """Give a new ``module`` what ``base`` has: dictionaries and sets of its own, and what they hold shared.
 
     What is bound to ``base`` is bound to ``module``: its own methods kept as attributes, and hooks of its state dict.
 
     Raises:
+        RuntimeError: the forward of ``base`` was replaced.
         ValueError: ``base`` was compiled by its own ``compile()``, which would go on running it.
     """
+    check_own_forward(base, f"a {type(module).__name__} in its place")
     if getattr(base, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"{type(module).__name__}: expected a {type(base).__name__} that is not compiled, got one that its "

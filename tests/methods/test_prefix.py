@@ -649,7 +649,7 @@ class TestRefusals:
     def test_what_changed_since_is_not_taken_apart(self):
         model, prefix, _ = block()
         model.attn.forward = lambda x: x
-        with pytest.raises(RuntimeError, match="remove_hook_from_module"):
+        with pytest.raises(RuntimeError, match="take it out first"):
             prefix.remove()
         del model.attn.forward
         model.mha.__class__ = type("Later", (type(model.mha),), {})

@@ -21,10 +21,13 @@ from pyfused import (
     LoRALinear,
     LoRAModule,
     LoRAMultiheadAttention,
+    PrefixTuning,
+    fuse,
     inject_lora,
     load_lora_state_dict,
     lora_state_dict,
     remove_lora,
+    unfuse,
 )
 from pyfused.lora import third_party
 from pyfused.lora.targets import group_of
@@ -684,7 +687,87 @@ def test_scripting_is_refused_in_words(module):
         torch.jit.script(nn.Sequential(nn.Linear(8, 8), module))
 
 
+def _with_lora(**settings):
+    def put(model):
+        inject_lora(model, ["all-linear", "conv1x1"], rank=2)
+        return lambda: remove_lora(model, **settings)
+
+    return Tower(), torch.randn(2, 5, 8), put
+
+
+def _with_adapters():
+    pytest.importorskip("timm")
+    from models_setup import fastvit, fastvit_block
+
+    from pyfused.models import add_adapters, remove_adapters
+
+    def put(model):
+        add_adapters(model, conv_lora_rank=2)
+        return lambda: remove_adapters(model)
+
+    stage = fastvit().stages[1]
+    stage.blocks.add_module("attention", fastvit_block("AttentionBlock"))
+    return nn.Sequential(stage), torch.randn(1, 16, 8, 8), put
+
+
+def _with_tokens(deep):
+    from models_setup import small_vit
+
+    return small_vit(), torch.randn(2, 3, 16, 16), lambda model: PrefixTuning(model, 2, deep=deep).remove
+
+
+def _with_fused():
+    peft = pytest.importorskip("peft")
+
+    def put(model):
+        fuse(model, attention=True)
+        return lambda: unfuse(model)
+
+    config = peft.LoraConfig(target_modules=["attn", "mlp.0", "mlp.2", "conv"])
+    return peft.get_peft_model(Tower(), config), torch.randn(2, 5, 8), put
+
+
 class TestTakingOut:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            _with_lora,
+            lambda: _with_lora(merge=False),
+            _with_adapters,
+            lambda: _with_tokens(True),
+            lambda: _with_tokens(False),
+            _with_fused,
+        ],
+        ids=["LoRA", "LoRA unmerged", "adapters", "tokens", "shallow tokens", "fused"],
+    )
+    def test_a_forward_that_was_replaced_is_refused(self, make):
+        """It calls that of the module or class as it was: what was taken out would go on running."""
+        model, x, put = make()
+        base = model.eval()(x)
+        before = {path: type(module) for path, module in model.named_modules()}
+        take_out = put(model)
+
+        def replace(module):
+            own = module.forward
+            module.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+        changed = [m for path, m in model.named_modules() if before.get(path, type(m)) is not type(m)]
+        norms = [module for module in changed if "Norm" in type(module).__name__]
+        for norm in norms:
+            # They go on with the forward that they had.
+            replace(norm)
+        assert len(changed) > len(norms)
+        for module in changed:
+            if module in norms:
+                continue
+            replace(module)
+            with pytest.raises(RuntimeError, match="needs the module's own forward, got one that replaces it"):
+                take_out()
+            del module.forward
+        take_out()
+        torch.testing.assert_close(model.eval()(x), base)
+        assert all(type(module) is before[path] for path, module in model.named_modules())
+
     def test_norms_stay_held_while_another_adapter_is_there(self):
         pytest.importorskip("timm")
         from models_setup import fastvit
