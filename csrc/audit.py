@@ -8,7 +8,10 @@ memory in less than 16 bytes where it could take 16.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -80,6 +83,22 @@ def _demangled(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short, strict=True))
 
 
+def _instructions(tool: str, library: Path, architecture: str) -> dict[str, Counter]:
+    """Instructions by kind of every kernel of one architecture."""
+    found: dict[str, Counter] = {}
+    command = [tool, "-sass", "-arch", architecture, library]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as disassembler:
+        for line in disassembler.stdout:
+            if "Function : " in line:
+                counts = found[line.split()[-1]] = Counter()
+            elif COUNTED.search(line):
+                for kind, pattern in INSTRUCTIONS.items():
+                    counts[kind] += bool(pattern.search(line))
+    if disassembler.returncode != 0:
+        raise subprocess.CalledProcessError(disassembler.returncode, command)
+    return found
+
+
 def kernels_of(library: Path) -> list[Kernel]:
     tool = _cuobjdump()
     found: dict[tuple[str, str], Kernel] = {}
@@ -91,14 +110,13 @@ def kernels_of(library: Path) -> list[Kernel]:
             name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             found[architecture, name] = Kernel(name, architecture, int(match[1]), int(match[2]))
-    for line in _read(tool, library, "-sass").splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function : (\w+)", line):
-            name = match[1]
-        elif COUNTED.search(line) and (architecture, name) in found:
-            for kind, pattern in INSTRUCTIONS.items():
-                found[architecture, name].instructions[kind] += bool(pattern.search(line))
+    architectures = sorted({architecture for architecture, _ in found})
+    # The disassembler works on one core.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        counted = pool.map(functools.partial(_instructions, tool, library), architectures)
+        for architecture, instructions in zip(architectures, counted, strict=True):
+            for name in instructions.keys() & {name for there, name in found if there == architecture}:
+                found[architecture, name].instructions = instructions[name]
     names = _demangled(sorted({name for _, name in found}))
     for kernel in found.values():
         kernel.name = names[kernel.name]
