@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -165,12 +166,25 @@ case = next(c for c in audit.cases((gpu,), False, "shrink_expand 8192x4096->4096
             if c.launch.kernel.__name__ == "_lora_gemm_kernel")
 print(audit.compile_case(case).faults)
 """
+_LISTED = """
+from pyfused.kernels import audit
+def listed(*capabilities):
+    targets = tuple(t for t in audit.TARGETS if t.capability in capabilities)
+    return [case.target.capability for case in audit.cases(targets, False, "size 1")]
+import json
+print(json.dumps([listed((8, 6), (8, 9)), listed((8, 9)), listed((8, 0), (8, 6))]))
+"""
+
+
+def _compiling(script: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    ).stdout
 
 
 def _audit(**settings) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _AUDIT.format(**settings)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return _compiling(_AUDIT.format(**settings))
 
 
 def test_audit_reports_spills_and_shared_memory():
@@ -181,6 +195,13 @@ def test_audit_reports_spills_and_shared_memory():
 
 def test_audit_passes_a_sound_configuration():
     assert _audit(block_m=64, block_n=64, warps=8, stages=3).strip() == "()"
+
+
+def test_audit_takes_one_of_two_targets_whose_code_is_alike():
+    both, alone, unlike = json.loads(_compiling(_LISTED))
+    assert both == [[8, 6]] * len(alone)
+    assert alone == [[8, 9]] * len(alone) != []
+    assert unlike == [[8, 0]] * len(alone) + [[8, 6]] * len(alone)
 
 
 @pytest.mark.parametrize("device", TARGETS, ids=lambda device: f"sm_{device.capability[0]}{device.capability[1]}")

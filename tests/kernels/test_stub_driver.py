@@ -67,7 +67,7 @@ MODELS = {
 
 
 def _reached(share: int) -> dict[str, object]:
-    """Of every call each GPU gets its share, drawn from the call's name: which GPU it is decides sizes of blocks alone."""
+    """A GPU's share of every call, drawn from the call's name: which GPU it is decides sizes of blocks alone."""
     from stub_driver import calls
 
     return _faults(call for call in calls.every_call() if zlib.crc32(call.label.encode()) % len(GPUS) == share)
