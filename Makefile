@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --timeout 600 --benchmark-disable $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --timeout 600 --benchmark-disable $(ARGS)
 
 # PEFT's own tests of LoRA, plain and fused. CorDA of PEFT imports attrs, which it does not declare.
 peft-tests: $(STAMP)

@@ -24,7 +24,7 @@ COMPILER = os.environ.get("CXX", "g++")
 JOBS = 2
 FLAGS = (
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-fno-semantic-interposition",
     # Several of these libraries live in one process: none may take another's kernels for its own.
