@@ -29,6 +29,7 @@ def images(size: int, name: str = "x") -> dict[str, Tensor]:
 
 _NARROW = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 _STAGES = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+_FASTVIT = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)}
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 2},
     "deit_tiny_distilled_patch16_224": {"img_size": 32, "depth": 2},
@@ -48,24 +49,24 @@ TIMM: dict[str, dict[str, Any]] = {
     "convit_tiny": {"img_size": 32, "depth": 2},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
-    "fastvit_t8": {},
-    "fastvit_mci0": {},
-    "resnet18": {},
+    "fastvit_t8": _FASTVIT,
+    "fastvit_mci0": _FASTVIT,
+    "resnet18": {"layers": (1, 1, 1, 1)},
     "test_efficientnet": {},
     "test_byobnet": {},
     "mixer_s32_224": {"img_size": 64},
     "resmlp_12_224": {"img_size": 64},
     "gmlp_s16_224": {"img_size": 64},
-    "pit_ti_224": {"img_size": 64},
-    "pvt_v2_b0": {},
+    "pit_ti_224": {"img_size": 64, "depth": (1, 1, 1)},
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
     "mobilevit_xxs": {},
     "mobilevitv2_050": {},
     "poolformer_s12": {},
     "efficientvit_b0": {},
     "efficientvit_m0": {"size": 224},
     "mobilenetv4_hybrid_medium": {},
-    "hiera_tiny_224": {"img_size": 64},
-    "twins_svt_small": {"img_size": 64},
+    "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "stages": (1, 1, 1, 1)},
+    "twins_svt_small": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128)},
 }
 
 
