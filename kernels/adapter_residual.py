@@ -484,7 +484,7 @@ def adapter_residual_bwd(
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    return parameter.new_empty(parameter.shape)
 
 
 def _samples(rows: int, scale: torch.Tensor | None) -> dict[str, object]:

@@ -380,7 +380,7 @@ def cross_attention_residual_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, C) in x's dtype, p in e's; see `pyfused.ops.cross_attention_residual` for the contract."""
     (batch, length, channels), (heads, tokens) = x.shape, e.shape[1:3]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     p = e.new_empty((batch, length, heads * tokens) if save else 0)
     if batch * length == 0:
         return y, p
@@ -428,7 +428,7 @@ def cross_attention_residual_bwd(
     (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
     wide: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
     nothing = e.new_empty
-    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_dx else dy.new_empty(0)
+    dx = dy.new_empty(dy.shape) if need_dx else dy.new_empty(0)
     block_h, block_t = _blocks(heads, tokens)
     rows, columns, padded = batch * length, heads * tokens, block_h * block_t
     rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))

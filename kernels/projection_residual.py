@@ -187,7 +187,7 @@ def projection_residual_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, L, C) in the residual's dtype, h in o's; see `pyfused.ops.projection_residual` for the contract."""
     (batch, length, k), channels = o.shape, weight.shape[0]
-    y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    y = residual.new_empty(residual.shape)
     pre = o.new_empty((batch, length, channels) if save or norm_match else 0)
     if batch * length == 0:
         return y, pre if save else o.new_empty(0)
@@ -243,7 +243,7 @@ def projection_residual_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """do, dW, db in o's dtype, dx in dy's, dw (C,) in float32; empty where not needed."""
     (batch, length, channels), nothing = dy.shape, weight.new_empty
-    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
+    dx = dy.new_empty(dy.shape) if need_residual else dy.new_empty(0)
     d_o, d_weight, d_bias = nothing(0), nothing(0), nothing(0)
     d_gate = nothing(channels if need_gate else 0, dtype=torch.float32)
     scale = factor if gate is None else gate.to(torch.float32)
