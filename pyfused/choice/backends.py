@@ -261,6 +261,13 @@ def choose(
         candidates: Candidates = {wanted: (plans or NO_PLANS)[wanted]}
     else:
         candidates = available(device, dtype, operator, limits, plans)
+    return planned(operator, device, dtype, sizes, candidates)
+
+
+def planned(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], candidates: Candidates
+) -> Choice:
+    """Of the backends that can serve a call, and their plans, what does; arguments as `order.choose` has them."""
     first, *more = candidates
     given = candidates[first] or ("",)
     if device.type == "cpu" or (not more and len(given) == 1):

@@ -156,9 +156,8 @@ class _LoRALinear(torch.autograd.Function):
 def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
     # Of a program that was traced for one direction, the other is planned where it runs.
     sizes = sizes_of(x.shape[0] * x.shape[1], weight, lora_a, lora_b, dropout_p)
-    plans = candidates("auto", lora_a.shape[0])
-    kernels = _MIXED if mixed else _NAME
-    backward = backends.choose(backend, x.device, x.dtype, kernels, sizes, None, plans).backward
+    plans = {backend: candidates("auto", lora_a.shape[0])[backend]}
+    backward = backends.planned(_MIXED if mixed else _NAME, x.device, x.dtype, sizes, plans).backward
     y = _LoRALinear.apply(
         x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend, *mixed
     )  # fmt: skip
