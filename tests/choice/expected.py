@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,7 @@ def _narrow(
     return name, operator, sizes | {"cuda_rows": fitting}, plans
 
 
+@functools.cache
 def table(without: str = "") -> dict[str, list[str]]:
     """Row -> what serves it on each GPU, as "backend forward/backward"; ``without`` leaves a backend out."""
     found: dict[str, list[str]] = {}
