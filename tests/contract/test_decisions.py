@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operator_cases import RawCalls, leaves_of
 from operators import OPERATORS, call, every_call, raw_calls, variant_of
 
+import pyfused
+from pyfused.choice import backends
+from pyfused.choice.order import Choice
 from pyfused.ops import decision
 
 
@@ -54,3 +58,45 @@ def test_a_record_is_made_for_readers_alone(operator, variant, monkeypatch):
     assert torch.isfinite(function(**tensors)).all()
     with pytest.raises(AssertionError, match="without a reader"), decision.observed(lambda told: None):
         function(**tensors)
+
+
+def _drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
+def test_a_choice_knows_what_dtypes_parameters_have(adapters, base):
+    """A wider one is converted inside a kernel's loop, which costs time there."""
+    told = []
+    x, lora = _drawn(6, 32), (_drawn(4, 32, dtype=adapters), _drawn(48, 4, dtype=adapters))
+    with decision.observed(told.append), torch.autocast("cpu", torch.bfloat16, enabled=base != torch.bfloat16):
+        pyfused.lora_linear(x, _drawn(48, 32, dtype=base), *lora, dropout_p=0.25, seed=1)
+        down, up = _drawn(4, 32, dtype=adapters), _drawn(32, 4, dtype=adapters)
+        pyfused.adapter_residual(x, down, None, up, None, dropout_p=0.25, seed=1)
+        # Of the two weights the wider one counts.
+        pyfused.adapter_residual(x, down, None, up.float(), None)
+        pyfused.lora_linear(x, _drawn(48, 32, dtype=base), lora[0], lora[1].float())
+    linear, narrow, wider, wider_b = (made.sizes for made in told)
+    sizes = {"M": 6, "N": 48, "K": 32, "R": 4, "dropout_p": 0.25}
+    assert linear == sizes | {"weight_bytes": base.itemsize, "adapter_bytes": adapters.itemsize}
+    assert narrow == {
+        "M": 6, "C": 32, "h": 4, "dropout_p": 0.25, "weight_bytes": adapters.itemsize, "cuda_rows": narrow["cuda_rows"],
+    }  # fmt: skip
+    assert (wider["weight_bytes"], wider_b["adapter_bytes"]) == (4, 4)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("operator", ["lora_linear", "lora_linear mixed"])
+def test_each_direction_has_a_plan_of_its_own(operator, traced, monkeypatch):
+    """Also where a program holds the raw operator alone, whose derivative is planned where it runs."""
+    chosen = Choice("portable", "blas", "of backward")
+    monkeypatch.setattr(backends, "choose", lambda *arguments: chosen)
+    monkeypatch.setattr(backends, "planned", lambda *arguments: chosen)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: traced)
+    function, tensors = call(operator, "portable", "")
+    with RawCalls() as seen:
+        function(**leaves_of(tensors)).sum().backward()
+    assert {direction: arguments["plan"] for direction, arguments in seen.calls} == {
+        "fwd": "blas", "bwd": "of backward",
+    }  # fmt: skip
