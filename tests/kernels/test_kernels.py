@@ -112,6 +112,19 @@ def test_on_hopper_tiles_are_those_that_the_cache_can_feed(m, k, n, own_p):
     assert tile(length=50, n=768).block_m == 64, "few rows are spread over the multiprocessors"
 
 
+def test_columns_of_p_count_in_a_tile():
+    """A wide tile and a narrow one are near each other on an A100; 16 columns more, twice as often, decide."""
+    (a100,) = (target for target in TARGETS if target.capability == (8, 0))
+
+    def rows_of_a_tile(own_p):
+        return plan.gemm_config(
+            1, 6304, 768, 3072, 16, torch.bfloat16, a100,
+            weight_bytes=2, vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
+        ).block_m  # fmt: skip
+
+    assert (rows_of_a_tile(False), rows_of_a_tile(True)) == (128, 64)
+
+
 def test_a_longer_sum_wants_fuller_waves():
     """Two full tiles or three halves: what a tile takes beside its loop counts less in a longer sum."""
 
