@@ -151,28 +151,33 @@ def _many_images() -> dict[str, list[str]]:
     return found
 
 
-def test_no_grid_grows_beyond_its_limit_with_the_batch():
-    assert {operator: faults for operator, faults in over_stub(_many_images).items() if faults} == {}
-
-
-def _launches() -> dict[str, list[int]]:
+def _answers() -> dict[str, dict]:
     from stub_driver import pins
 
-    return pins.launches()
+    return {
+        "launches": pins.launches(),
+        "series": pins.series(),
+        "many images": _many_images(),
+        "mistakes": _mistakes(),
+    }
 
 
-def test_launches_of_a_call():
-    assert over_stub(_launches) == LAUNCHES
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict]:
+    """Of one process: most of its time is the import of torch."""
+    return over_stub(_answers)
 
 
-def _series() -> dict[str, list]:
-    from stub_driver import pins
-
-    return pins.series()
+def test_no_grid_grows_beyond_its_limit_with_the_batch(answers):
+    assert {operator: faults for operator, faults in answers["many images"].items() if faults} == {}
 
 
-def test_compilations_that_another_call_adds():
-    assert {label: dict(map(tuple, pairs)) for label, pairs in over_stub(_series).items()} == SERIES
+def test_launches_of_a_call(answers):
+    assert answers["launches"] == LAUNCHES
+
+
+def test_compilations_that_another_call_adds(answers):
+    assert {label: dict(map(tuple, pairs)) for label, pairs in answers["series"].items()} == SERIES
 
 
 def _model_steps(name: str) -> dict[str, list[int]]:
@@ -222,8 +227,8 @@ MISTAKES = {
 }
 
 
-def test_mistakes_are_found():
-    found = over_stub(_mistakes)
+def test_mistakes_are_found(answers):
+    found = answers["mistakes"]
     assert found.keys() == MISTAKES.keys()
     for mistake, (error, fault) in MISTAKES.items():
         message, faults = found[mistake]
