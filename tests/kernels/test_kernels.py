@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,50 +169,28 @@ def test_recording_replaces_the_target_and_ends():
     assert target(device) == INTERPRETER
 
 
-_AUDIT = """
-import sys
-from pyfused.kernels import audit, lora_linear
-from pyfused.kernels.lora_linear_config import GemmConfig
-broken = GemmConfig({block_m}, {block_n}, 64, num_warps={warps}, num_stages={stages})
-lora_linear.gemm_config = lambda *args, **kwargs: broken
-gpu = next(t for t in audit.TARGETS if t.capability == (8, 6))
-case = next(c for c in audit.cases((gpu,), False, "shrink_expand 8192x4096->4096 r16 p0.0")
-            if c.launch.kernel.__name__ == "_lora_gemm_kernel")
-print(audit.compile_case(case).faults)
-"""
-_LISTED = """
-from pyfused.kernels import audit
-def listed(*capabilities):
-    targets = tuple(t for t in audit.TARGETS if t.capability in capabilities)
-    return [case.target.capability for case in audit.cases(targets, False, "size 1")]
-import json
-print(json.dumps([listed((8, 6), (8, 9)), listed((8, 9)), listed((8, 0), (8, 6))]))
-"""
-
-
-def _compiling(script: str) -> str:
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    """What `compiled.py` prints: one process for all, as most of its time is the import of torch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
-    ).stdout
+    program = Path(__file__).with_name("compiled.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def _audit(**settings) -> str:
-    return _compiling(_AUDIT.format(**settings))
-
-
-def test_audit_reports_spills_and_shared_memory():
-    faults = _audit(block_m=128, block_n=256, warps=4, stages=4)
+def test_audit_reports_spills_and_shared_memory(compiled):
+    faults = " ".join(compiled["too large"])
     assert "spills" in faults
     assert "shared memory" in faults
 
 
-def test_audit_passes_a_sound_configuration():
-    assert _audit(block_m=64, block_n=64, warps=8, stages=3).strip() == "()"
+def test_audit_passes_a_sound_configuration(compiled):
+    assert compiled["sound"] == []
 
 
-def test_audit_takes_one_of_two_targets_whose_code_is_alike():
-    both, alone, unlike = json.loads(_compiling(_LISTED))
+def test_audit_takes_one_of_two_targets_whose_code_is_alike(compiled):
+    both, alone, unlike = compiled["audited"]
     assert both == [[8, 6]] * len(alone)
     assert alone == [[8, 9]] * len(alone) != []
     assert unlike == [[8, 0]] * len(alone) + [[8, 6]] * len(alone)
@@ -412,47 +391,16 @@ def test_sums_of_each_context_over_more_splits_than_one_group(monkeypatch, conte
     _assert_exact(ours, exact, (x, context, *weights), dy, backend="triton", plan="absorbed")
 
 
-_RELU = """
-import torch
-from pyfused.kernels import audit
-from pyfused.kernels.recording import record
-gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
-with record(gpu) as launches:
-    audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")()
-print(audit.specialisation(launches[0], gpu).compile().asm["ptx"])
-"""
-
-
-_VECTORS = """
-import torch
-from pyfused.kernels import audit
-from pyfused.kernels.recording import record
-gpu = next(t for t in audit.TARGETS if t.capability == (9, 0))
-calls = {
-    "_adapter_fwd_kernel": audit._adapter_residual_call((8, 3136, 64), 64, torch.bfloat16),
-    "_lora_gemm_kernel": audit._lora_linear_call(1, 1576, 768, 768, 4, torch.bfloat16, 0.0, "shrink_expand", False),
-}
-for name, call in calls.items():
-    with record(gpu) as launches:
-        call()
-    launch = next(launch for launch in launches if launch.kernel.__name__ == name)
-    print(audit.specialisation(launch, gpu).compile().asm["ptx"])
-"""
-
-
-def test_a_length_that_16_divides_and_a_rank_that_4_does_make_vectors():
+def test_a_length_that_16_divides_and_a_rank_that_4_does_make_vectors(compiled):
     """Of images whose positions lie side by side, and of P's rows."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ptx = subprocess.run([sys.executable, "-c", _VECTORS], capture_output=True, text=True, check=True, env=environment)
-    assert ptx.stdout.count(".visible .entry") == 2
-    assert "global.v4.b32" in ptx.stdout
-    # Single elements of 16 bits.
-    assert not re.findall(r"\b(?:ld|st)\.global[\w.:]*\.b16", ptx.stdout)
+    for ptx in compiled["vectors"]:
+        assert ptx.count(".visible .entry") == 1
+        assert "global.v4.b32" in ptx
+        # Single elements of 16 bits.
+        assert not re.findall(r"\b(?:ld|st)\.global[\w.:]*\.b16", ptx)
 
 
-def test_relu_keeps_nan_on_a_gpu():
+def test_relu_keeps_nan_on_a_gpu(compiled):
     """The machine's maximum makes 0 of it; the interpreter, which would not, cannot show that."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ptx = subprocess.run([sys.executable, "-c", _RELU], capture_output=True, text=True, check=True, env=environment)
-    assert "mma" in ptx.stdout
-    assert not re.search(r"\bmax\.(?!NaN)[.\w]*f32", ptx.stdout)
+    assert "mma" in compiled["relu"]
+    assert not re.search(r"\bmax\.(?!NaN)[.\w]*f32", compiled["relu"])
