@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton import knobs
 from triton.runtime import driver
 
-from pyfused.choice import backends
+from pyfused.choice import measured
 from pyfused.kernels import recording
 from pyfused.kernels.launch import Mat
 
@@ -63,7 +63,7 @@ def per_signature(implementation: _Implementation) -> _Implementation:
 
 def _signature(arguments: Sequence[object]) -> list[object]:
     """All that an implementation, and a compilation, can tell one call from another by."""
-    found: list[object] = [backends.generation]
+    found: list[object] = [measured.generation]
     for argument in arguments:
         # First what it nearly always is.
         if argument.__class__ is Tensor or isinstance(argument, Tensor):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyfused.choice import backends, measured
+from pyfused.choice import measured
 
 _Config = TypeVar("_Config")
 
@@ -112,7 +112,7 @@ def measured_or_own(chosen: Chosen) -> Any:
 def forget() -> None:
     """To be called after `measured.TABLE` has changed."""
     measured_or_own.cache_clear()
-    backends.changed()
+    measured.changed()
 
 
 def measured_for(arguments: Mapping[str, Any]) -> tuple[str, str, int, dict[str, object]]:

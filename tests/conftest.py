@@ -26,7 +26,7 @@ from emulator.build import REFUSAL  # noqa: E402
 from tree import TESTS  # noqa: E402
 
 import pyfused  # noqa: E402
-from pyfused.choice import backends  # noqa: E402
+from pyfused.choice import backends, measured  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import hypothesis
@@ -119,7 +119,7 @@ def _same_seed():
 @pytest.fixture(autouse=True)
 def _nothing_known():
     """Of other tests' calls, which may have been decided where something was replaced."""
-    backends.changed()
+    measured.changed()
 
 
 @pytest.fixture(autouse=True)

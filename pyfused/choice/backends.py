@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pyfused.choice import order
+from pyfused.choice import measured, order
 from pyfused.choice.order import Candidates, Choice
 
 BACKENDS = ("portable", "triton", "cuda")
@@ -64,13 +64,7 @@ def load_cuda(library: str | os.PathLike[str]) -> None:
     torch.ops.load_library(os.fspath(library))
     CUDA_REFUSAL = None
     CUDA_OPERATORS.update(_registered())
-    changed()
-
-
-def changed() -> None:
-    """To be called after what choices depend on has changed: nothing chosen before holds any more."""
-    global generation
-    generation += 1
+    measured.changed()
 
 
 def _registered() -> dict[str, frozenset[str]]:
@@ -92,8 +86,6 @@ def _default_backend() -> str:
     return name
 
 
-# How often what choices depend on has changed.
-generation = 0
 # Read once: none of these changes under a running program but by `load_cuda`, and traced code must see constants.
 TRITON_REFUSAL = _triton_refusal()
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -108,3 +108,11 @@ def load(path: Path = PATH) -> Table:
 
 # Read once: traced code must see a constant.
 TABLE = load()
+# How often what choices depend on has changed: what was chosen before holds no more.
+generation = 0
+
+
+def changed() -> None:
+    """To be called after `TABLE`, or which kernels there are, has changed."""
+    global generation
+    generation += 1

@@ -11,6 +11,9 @@ import torch
 from pyfused.choice.backends import NO_PLANS
 from pyfused.choice.order import Candidates, Choice
 
+# Empty in normal running: operators make a record only for a reader.
+from pyfused.ops.contract.known import observers
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -66,8 +69,6 @@ class OneCall:
 
 Told = Decision | LeftToTorch | OneCall
 Observer = Callable[[Told], None]
-# Empty in normal running: operators make a record only for a reader.
-observers: list[Observer] = []
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
-from pyfused.choice import backends
+from pyfused.choice import measured
 
 _needs_triton = pytest.mark.skipif(bool(skips("triton")), reason="needs backend triton")
 
@@ -194,7 +194,7 @@ def test_bad_settings_are_refused_after_equal_good_ones(operator, backend, plan)
     for setting, wrong in _wrong(operator).items():
         messages = []
         for _ in range(2):
-            backends.changed()
+            measured.changed()
             for _ in range(len(messages) * 3):
                 function(**tensors)
             try:
@@ -412,7 +412,7 @@ def test_a_program_does_what_its_implementation_does(feature):
 
 def _assert_unnoticed(feature, function, tensors):
     words, expected = _outcome(feature, function, tensors)
-    backends.changed()
+    measured.changed()
     for _ in range(3):
         _step(function, tensors)
         with torch.no_grad():

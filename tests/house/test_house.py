@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "portable": set(),
     "kernels": {"choice.measured"},
-    "ops.contract": {"choice"},
+    "ops.contract": {"choice", "choice.measured"},
     "ops": {"choice", "ops.contract"},
     "surgery": {"ops.contract"},
     "lora": {"surgery", "ops", "ops.contract"},

@@ -94,7 +94,7 @@ def started() -> list[str]:
     wrong = []
     for label, function, tensors in _steps():
         dy = torch.ones_like(function(**tensors))
-        importlib.import_module("pyfused.choice.backends").changed()
+        importlib.import_module("pyfused.choice.measured").changed()
         slow = _launches_of(function, tensors, dy)
         _launches_of(function, tensors, dy)
         ran, run = [], program.Program.__call__

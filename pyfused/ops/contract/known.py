@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyfused.choice import backends
-from pyfused.ops import decision
+from pyfused.choice import measured
 
 _Decided = TypeVar("_Decided")
 
+# Who is told what every call is decided to be, see `pyfused.ops.decision`: each is decided anew then.
+observers: list[Callable[[Any], None]] = []
 _MOST = 4096
 _KINDS = (Tensor, nn.Parameter)
 # Where a backend's implementation may be called without the dispatcher.
@@ -43,7 +44,7 @@ def undisturbed() -> bool:
         and not _functions()
         and forward_ad._current_level < 0
         and not _profiling()
-        and not decision.observers
+        and not observers
     )
 
 
@@ -81,7 +82,7 @@ def signature(first: Tensor, others: Sequence[Tensor | None], settings: Sequence
     """
     if _compiling() or not undisturbed():
         return None
-    key: list[object] = [torch.is_grad_enabled(), backends.generation, *settings, *map(type, settings)]
+    key: list[object] = [torch.is_grad_enabled(), measured.generation, *settings, *map(type, settings)]
     for tensor in (first, *others):
         if tensor is None:
             key.append(None)
