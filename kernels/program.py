@@ -64,12 +64,17 @@ def per_signature(implementation: _Implementation) -> _Implementation:
 def _signature(arguments: Sequence[object]) -> list[object]:
     """All that an implementation, and a compilation, can tell one call from another by."""
     found: list[object] = [measured.generation]
+    objects: list[int] = []
     for argument in arguments:
         # First what it nearly always is.
         if argument.__class__ is Tensor or isinstance(argument, Tensor):
             found += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() & 15)
+            objects.append(id(argument))
         else:
             found.append(argument)
+    if len(set(objects)) < len(objects):
+        # Watched, one object in two places could not be told from itself.
+        found.append(tuple([objects.index(each) for each in objects]))
     first = arguments[0]
     assert isinstance(first, Tensor)
     found.append(first.device)
@@ -114,8 +119,6 @@ class _Watch(TorchDispatchMode):
         self.steps: list[_Step] = []
         self.fit = True
         for argument in arguments:
-            # One object in two places: the next call may have two.
-            self.fit = self.fit and not (isinstance(argument, Tensor) and id(argument) in self.values)
             self._add(argument)
 
     def _add(self, tensor: object, place: tuple[int, int] | None = None) -> int:

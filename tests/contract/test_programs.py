@@ -99,6 +99,34 @@ def test_tied_tensors_are_told_from_those_that_are_not():
 
 
 @_needs_triton
+def test_the_stream_is_the_input():
+    """As in AA-CLIP's adapters, which add to what they read."""
+    x, weight = torch.randn(1, 4, 6), torch.randn(6, 6)
+    with _ran() as ran:
+        for residual in (x, x, x, x.clone(), x.clone(), x.clone(), x):
+            y = pyfused.projection_residual(x, weight, residual=residual, gate=0.5, backend="triton")
+            torch.testing.assert_close(y, x + 0.5 * x @ weight.t())
+    assert len(ran) == 3
+
+
+@_needs_triton
+def test_a_program_that_was_watched_in_inference_mode_trains():
+    function, tensors = call("lora_linear", "triton", "one_launch")
+    expected = _step(function, tensors)
+    measured.changed()
+    with torch.inference_mode():
+        for _ in range(3):
+            # As backward wants it.
+            torch.ops.pyfused_triton.lora_linear_fwd(
+                tensors["x"].view(1, -1, 6), tensors["weight"], tensors["lora_a"], tensors["lora_b"], tensors["bias"],
+                None, 0.5, 0.0, False, "one_launch", True,
+            )  # fmt: skip
+    with _ran() as ran:
+        assert _equal(expected, _step(function, tensors))
+    assert len(ran) == 1
+
+
+@_needs_triton
 @pytest.mark.parametrize("offset", [0, 1])
 def test_parts_of_one_tensor(offset):
     """Arguments that share memory are each their own."""
