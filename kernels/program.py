@@ -45,9 +45,10 @@ def per_signature(implementation: _Implementation) -> _Implementation:
     name = implementation.__name__
 
     @functools.wraps(implementation)
-    def run(*arguments):
-        if recording.current is not None or recording.forcing is not None:
-            return implementation(*arguments)
+    def run(*arguments, **named):
+        # The dispatcher names no argument.
+        if named or recording.current is not None or recording.forcing is not None:
+            return implementation(*arguments, **named)
         key = (name, *_signature(arguments))
         program = _programs.get(key, _UNFIT)
         if program.__class__ is Program:

@@ -148,7 +148,7 @@ class _AdapterResidual(torch.autograd.Function):
             z, *parameters, layer_scale, sample_scale, hidden, seed = saved
             rows, z = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, z))
             gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
-                rows, z, *parameters, _vector(layer_scale), sample_scale, hidden, seed, *ctx.settings, need_z,
+                rows, z, *parameters, layout.vector(layer_scale), sample_scale, hidden, seed, *ctx.settings, need_z,
                 ctx.need_down, ctx.need_up,
             )  # fmt: skip
         dz, d_down, d_down_bias, d_up, d_up_bias, d_scale = gradients
@@ -172,13 +172,9 @@ def _through_rows(raw, z, down_weight, down_bias, up_weight, up_bias, residual, 
     """y in z's shape, h, and the (B, L) of the rows that ``raw`` saw."""
     z_rows, *stream = layout.to_rows(*((z,) if residual is None else (z, residual)))
     y, hidden = raw(
-        z_rows, down_weight, down_bias, up_weight, up_bias, *(stream or [None]), _vector(layer_scale), *others
+        z_rows, down_weight, down_bias, up_weight, up_bias, *(stream or [None]), layout.vector(layer_scale), *others
     )
     return layout.from_rows(y, z), hidden, z_rows.shape[:2]
-
-
-def _vector(layer_scale: Tensor | None) -> Tensor | None:
-    return None if layer_scale is None else layer_scale.reshape(-1)
 
 
 def _derived(backend, *arguments):

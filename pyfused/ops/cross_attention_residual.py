@@ -168,12 +168,8 @@ def _through_rows(raw, dtype, x, e, c, f, bias, gate, *others):
     """
     together = len(e) == 1 and (c is None or len(c) == 1)
     (rows,) = layout.to_rows(x) if together else (x,)
-    y, p = raw(rows, e.to(dtype), c, f.to(dtype), bias, _vector(gate), *others)
+    y, p = raw(rows, e.to(dtype), c, f.to(dtype), bias, layout.vector(gate), *others)
     return layout.from_rows(y, x), p, rows.shape[:2]
-
-
-def _vector(gate: Tensor | None) -> Tensor | None:
-    return None if gate is None else gate.reshape(-1)
 
 
 class _CrossAttentionResidual(torch.autograd.Function):
@@ -202,7 +198,7 @@ class _CrossAttentionResidual(torch.autograd.Function):
         x, e, c, f, bias, gate, p, seed = saved
         rows, x = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, x))
         dx, de, dc, df, d_bias, d_gate = _bwd[registry.way_back(ctx.backend, dy, *saved)](
-            rows, x, e, c, f, bias, _vector(gate), p, seed, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
+            rows, x, e, c, f, bias, layout.vector(gate), p, seed, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
         )
         if need_gate:
             d_gate = (d_gate if gate.numel() > 1 else d_gate.sum()).reshape(gate.shape).to(gate.dtype)

@@ -99,7 +99,7 @@ class _ProjectionResidual(torch.autograd.Function):
         if need_o or need_weight or need_bias or need_gate or (need_residual and norm_match):
             rows, o, residual = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, o, residual))
             gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
-                rows, o, weight, bias, residual, _vector(gate), pre, *ctx.settings,
+                rows, o, weight, bias, residual, layout.vector(gate), pre, *ctx.settings,
                 need_o, need_weight or need_bias, need_residual and norm_match, need_gate,
             )  # fmt: skip
         d_o, d_weight, d_bias, d_residual, d_gate = gradients
@@ -122,12 +122,8 @@ class _ProjectionResidual(torch.autograd.Function):
 def _through_rows(raw, o, weight, bias, residual, gate, *others):
     """y in the residual's shape, h, and the (B, L) of the rows that ``raw`` saw."""
     rows, stream = layout.to_rows(o, residual)
-    y, pre = raw(rows, weight, bias, stream, _vector(gate), *others)
+    y, pre = raw(rows, weight, bias, stream, layout.vector(gate), *others)
     return layout.from_rows(y, residual), pre, rows.shape[:2]
-
-
-def _vector(gate: Tensor | None) -> Tensor | None:
-    return None if gate is None else gate.reshape(-1)
 
 
 def _derived(backend, *arguments):

@@ -94,7 +94,8 @@ def compiled_by(function: Callable[[], object]) -> list[Specialisation]:
 
 
 def forget() -> None:
-    """Every kernel is compiled anew when it next starts."""
+    """Every kernel is compiled anew when it next starts; no program of one is left."""
+    importlib.import_module("pyfused.choice.measured").changed()
     for kernel in kernels():
         kernel.device_caches.clear()
 

@@ -35,6 +35,11 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
     return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
 
 
+def vector(gate: Tensor | None) -> Tensor | None:
+    """A gate of one number, or of one for each channel, with one dimension."""
+    return gate if gate is None or gate.dim() == 1 else gate.reshape(-1)
+
+
 def as_channels(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
     """(B, L, N) -> x's shape (B, ...) with N channels in dimension 1, a view of y."""
     if channels_first:
