@@ -136,6 +136,28 @@ def test_compiled_checkpointing_draws_the_mask_again(operator, backend, plan):
         torch.testing.assert_close(actual, expected, **close(plain_dtype(backend)))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: pyfused.lora_linear(x, w, w, w),
+        lambda x, w: pyfused.adapter_residual(x, w, None, w, None, residual=x),
+        lambda x, w: pyfused.projection_residual(x, w, residual=x, gate=0.5),
+        lambda x, w: pyfused.cross_attention_residual(
+            x[None], x[None], w, None, w, None, w, None, w, None, num_heads=2
+        ),
+    ],
+    ids=["lora_linear", "adapter_residual", "projection_residual", "cross_attention_residual"],
+)
+def test_a_tensor_may_be_two_arguments(function):
+    x, w = torch.randn(4, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+    results = []
+    for called in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        y = called(x, w)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_meta_tensors_give_shapes(operator):
     row = OPERATORS[operator]

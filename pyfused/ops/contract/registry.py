@@ -126,7 +126,18 @@ def run(
             f"{name}: torch.func's grad, vjp, jvp, jacrev and jacfwd have no derivative of it, nor has vmap where "
             "something requires grad; use torch.autograd, or vmap under torch.no_grad()"
         )
+    if torch.compiler.is_compiling():
+        tensors = _apart(tensors)
     return function.apply(*tensors, *constants, *choices)
+
+
+def _apart(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, views of those that are there twice: dynamo refuses an object that a Function gets two times."""
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        twice = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if twice and tensor is not None else tensor)
+    return found
 
 
 def refuse_tangents(name: str, arguments: Mapping[str, object]) -> None:
