@@ -274,7 +274,7 @@ def _gemm(
     y = rows_like(x, n, channels_first)
     config = configuration(
         _lora_gemm_kernel, gemm_config, x.device, batch, length, n, k, rank, x.dtype,
-        weight_bytes=weight.itemsize, vectorised=vectorised(x), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
+        weight_bytes=weight.itemsize, vectorised=vectorised(x, weight), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(

@@ -108,8 +108,8 @@ def gemm_config(
     """The tile with which the busiest multiprocessor has least to do at sizes like these, among those that fit, or else
     the smallest.
 
-    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x can be
-    loaded 16 bytes at a time; if not, more threads share the addresses.
+    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x and
+    W can be loaded 16 bytes at a time; if not, more threads share the addresses.
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
