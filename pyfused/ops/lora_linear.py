@@ -143,8 +143,9 @@ class _LoRALinear(torch.autograd.Function):
                 dx = layout.from_rows(dx, dy)
         if need_weight:
             with checks.without_autocast(dy):
-                # Not einsum, which has no batching rule for is_grads_batched.
-                dw = torch.mm(rows.flatten(0, 1).t(), x_rows.flatten(0, 1)).to(ctx.weight_dtype)
+                # Neither einsum nor flatten, which have no batching rule for is_grads_batched.
+                left, right = (t.reshape(-1, t.shape[-1]) for t in (rows, x_rows))
+                dw = torch.mm(left.t(), right).to(ctx.weight_dtype)
         if need_bias:
             dbias = rows.sum((0, 1), dtype=ctx.bias_dtype)
         return (

@@ -333,7 +333,7 @@ def test_plan_asked_for_by_name():
 def test_the_plans_of_both_directions_are_named():
     x = torch.empty(5, 768, dtype=torch.bfloat16)
     sizes = {"M": 5, "N": 14336, "K": 768, "R": 16}
-    call = _call("up", _decided(x, sizes, "triton", "auto", "shrink_expand", "one_launch", {}, False))
+    call = _call("up", _decided(x, x.dtype, sizes, "triton", "auto", "shrink_expand", "one_launch", {}, "lora_linear"))
     assert (call.plan, call.backward_plan) == ("shrink_expand", "one_launch")
     assert "shrink_expand / one_launch" in str(Explanation([call]))
 
@@ -350,7 +350,7 @@ def test_times_are_explained_on_a_gpu(monkeypatch):
     }  # fmt: skip
     with FakeTensorMode():
         x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda")
-    call = _call("up", _decided(x, sizes, "triton", "auto", "blas", "blas", {}, False))
+    call = _call("up", _decided(x, x.dtype, sizes, "triton", "auto", "blas", "blas", {}, "lora_linear"))
     assert re.fullmatch(
         r"forward takes triton blas \d+\.\d us, portable blas \d+\.\d us, eager \d+\.\d us \(model\)", call.why[1]
     )

@@ -9,7 +9,7 @@ from operator_cases import cuda_backend, leaves_of, run, seed
 from oracle import randn
 
 import pyfused
-from pyfused.choice import backends
+from pyfused.choice import backends, measured
 from pyfused.ops.contract.cuda_limits import cuda_shared_memory
 from pyfused.ops.cross_attention_residual import MAX_CUDA_COLUMNS, MAX_CUDA_COLUMNS_MATCHED
 
@@ -142,6 +142,7 @@ def test_what_a_block_needs_of_shared_memory(backend, emulate, monkeypatch, toke
     with pytest.raises(RuntimeError, match=f"C = 1216 with H T = {16 * tokens} does not fit into the GPU's shared mem"):
         pyfused.cross_attention_residual(**tensors, **options)
     monkeypatch.setattr(backends, "shared_memory", lambda device: needed - 1)
+    measured.changed()
     with pytest.raises(ValueError, match=f"take {needed} bytes of shared memory there, a block has {needed - 1}"):
         pyfused.cross_attention_residual(**tensors, **options)
 
