@@ -21,8 +21,8 @@ import pyfused
 
 pytestmark = pytest.mark.host
 
-# Contender -> the most that its time may be, in times of its baseline's: half as much again as was measured beside other
-# work (docs/measured.md). Less is wanted (docs/next.md).
+# Contender -> the most that its time may be, in times of its baseline's: half as much again as was measured, beside
+# other work (docs/measured.md). Less is wanted (docs/next.md).
 LIMITS = {
     "triton": {"lora_linear": 1.0, "adapter_residual": 1.4},
     "portable": {"lora_linear": 1.65, "adapter_residual": 2.8},
