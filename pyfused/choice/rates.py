@@ -50,30 +50,26 @@ TORCH_OPERATION, CALL, OWN_LAUNCH = 6.0, 18.0, 1.5
 MASK = 10
 
 _ANY = (0, 0)
+# Capabilities whose kernels use the same instructions as another's, and are as near to their GPU's rates by this table.
+_LIKE = {(8, 6): (8, 0), (8, 9): (8, 0)}
 # Kernel -> capability -> (least, greatest) efficiency: for products against the library's GEMM, for the bottleneck
 # family against the GPU's own rates. `_ANY` holds for capabilities that are not listed.
 _BANDS: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
     # 9.0: a GEMM that loads by pointers, public figures between 512 and 8192 of K. 8.0: 0.89 to 0.97, and 0.71 once.
     "triton gemm": {
         (8, 0): (0.85, 1.0),
-        (8, 6): (0.85, 1.0),
-        (8, 9): (0.85, 1.0),
         (9, 0): (0.70, 0.92),
         _ANY: (0.60, 1.02),
     },
     # Float32 adapters are converted inside the loop: on 9.0 every product waits for the one before it.
     "triton gemm, adapters converted": {
         (8, 0): (0.75, 0.95),
-        (8, 6): (0.75, 0.95),
-        (8, 9): (0.75, 0.95),
         (9, 0): (0.35, 0.75),
         _ANY: (0.35, 0.95),
     },
     # So is a float32 weight, tile by tile: on 9.0 shared memory sets the time, 2.2 to 2.8 of the library's.
     "triton gemm, weight converted": {
         (8, 0): (0.50, 0.85),
-        (8, 6): (0.50, 0.85),
-        (8, 9): (0.50, 0.85),
         (9, 0): (0.36, 0.45),
         _ANY: (0.35, 0.85),
     },
@@ -82,17 +78,14 @@ _BANDS: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
     # mma.sync has at best 0.62 of wgmma's rate (the paper above), and less of tcgen05's; elsewhere it is what there is.
     "cuda gemm": {
         (8, 0): (0.70, 0.95),
-        (8, 6): (0.70, 0.95),
-        (8, 9): (0.70, 0.95),
         (9, 0): (0.40, 0.62),
         (10, 0): (0.20, 0.50),
         _ANY: (0.40, 0.95),
     },
     # Bound by what moves through the second-level cache, of which loops that do not prefetch reach 0.6.
-    "triton bottleneck": {(8, 0): (0.60, 0.90), (8, 6): (0.60, 0.90), (8, 9): (0.60, 0.90), _ANY: (0.50, 0.90)}
-    | {(9, 0): (0.60, 0.90)},
+    "triton bottleneck": {(8, 0): (0.60, 0.90), (9, 0): (0.60, 0.90), _ANY: (0.50, 0.90)},
     "triton bottleneck, float32": {_ANY: (0.40, 0.85)},
-    "cuda bottleneck": {_ANY: (0.50, 0.90)} | dict.fromkeys(((8, 0), (8, 6), (8, 9), (9, 0)), (0.60, 0.90)),
+    "cuda bottleneck": {(8, 0): (0.60, 0.90), (9, 0): (0.60, 0.90), _ANY: (0.50, 0.90)},
     # One narrow pass over rows beside the library's products.
     "triton rows": {_ANY: (0.60, 1.0)},
 }
@@ -109,4 +102,4 @@ def band(capability: tuple[int, int], kernel: str | None) -> tuple[float, float]
     if kernel is None:
         return 1.0, 1.0
     known = _BANDS[kernel]
-    return known.get(capability, known[_ANY])
+    return known.get(_LIKE.get(capability, capability), known[_ANY])

@@ -146,7 +146,7 @@ class _AdapterResidual(torch.autograd.Function):
         gradients = [None] * 6
         if ctx.needed:
             z, *parameters, layer_scale, sample_scale, hidden, seed = saved
-            rows, z = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, z))
+            rows, z = layout.rows_as(ctx.shape, dy, z)
             gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
                 rows, z, *parameters, layout.vector(layer_scale), sample_scale, hidden, seed, *ctx.settings, need_z,
                 ctx.need_down, ctx.need_up,
@@ -269,7 +269,7 @@ def adapter_residual(
         # y is laid out as the residual stream, dz as z.
         (rows, *others), channels_first = layout.as_rows(1, *((z,) if residual is None else (z, residual)))
         stream = others[0] if others else None
-    way = decided.backend if key is None else registry.DIRECTLY[decided.backend]
+    way = registry.way_there(decided.backend, key is not None)
     y = registry.run(
         _NAME,
         _AdapterResidual,

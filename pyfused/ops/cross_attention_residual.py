@@ -196,7 +196,7 @@ class _CrossAttentionResidual(torch.autograd.Function):
         # Read once: activation checkpointing hands them out once.
         saved = ctx.saved_tensors
         x, e, c, f, bias, gate, p, seed = saved
-        rows, x = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, x))
+        rows, x = layout.rows_as(ctx.shape, dy, x)
         dx, de, dc, df, d_bias, d_gate = _bwd[registry.way_back(ctx.backend, dy, *saved)](
             rows, x, e, c, f, bias, layout.vector(gate), p, seed, *ctx.settings, need_x, ctx.need_keys, ctx.need_values
         )
@@ -275,7 +275,7 @@ def attend(
             backend, directly,
         )  # fmt: skip
     seed = checks.seed(_NAME, seed, x.device) if dropout_p > 0.0 else None
-    way = registry.DIRECTLY[backend] if directly else backend
+    way = registry.way_there(backend, directly)
     return registry.run(
         _NAME,
         _CrossAttentionResidual,

@@ -132,7 +132,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, p, seed, *index = saved
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
         dx = da = db = dw = dbias = None
-        rows, x_rows = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, x))
+        rows, x_rows = layout.rows_as(ctx.shape, dy, x)
         if need_x or need_a or need_b:
             raw = _mixed_bwd if index else _bwd
             dx, da, db = raw[registry.way_back(ctx.backend, dy, *saved)](
@@ -236,7 +236,7 @@ def lora_linear(
     if decided is None:
         decided = _decide(x, *tensors, *options)
         _known.keep(key, decided)
-    way = decided.backend if key is None else registry.DIRECTLY[decided.backend]
+    way = registry.way_there(decided.backend, key is not None)
     raw: Callable[..., tuple[Tensor, Tensor]] = _fwd[way]
     mixed: tuple[Tensor, int] | tuple[()] = ()
     if adapter_index is not None:

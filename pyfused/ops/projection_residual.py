@@ -97,7 +97,7 @@ class _ProjectionResidual(torch.autograd.Function):
         _, skip, _, norm_match, _ = ctx.settings
         gradients = [None] * 5
         if need_o or need_weight or need_bias or need_gate or (need_residual and norm_match):
-            rows, o, residual = (None if t is None else t.reshape(*ctx.shape, t.shape[-1]) for t in (dy, o, residual))
+            rows, o, residual = layout.rows_as(ctx.shape, dy, o, residual)
             gradients = _bwd[registry.way_back(ctx.backend, dy, *saved)](
                 rows, o, weight, bias, residual, layout.vector(gate), pre, *ctx.settings,
                 need_o, need_weight or need_bias, need_residual and norm_match, need_gate,
@@ -252,7 +252,7 @@ def project_residual(
     ``directly`` as `registry.run`'s.
     """
     factor, per_channel = (1.0, gate) if isinstance(gate, Tensor) else (float(gate), None)
-    way = registry.DIRECTLY[backend] if directly else backend
+    way = registry.way_there(backend, directly)
     return registry.run(
         name,
         _ProjectionResidual,

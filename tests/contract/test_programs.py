@@ -13,6 +13,7 @@ from operators import OPERATORS, call, every_call, every_portable_call, every_va
 from oracle import cotangent
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,6 +258,26 @@ def _fake(function, tensors):
     return [torch.tensor(y.shape), torch.tensor(y.stride())]
 
 
+class _Functions(TorchFunctionMode):
+    """Collects the raw operators that go through torch's functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, called, types, args=(), kwargs=None):
+        if "pyfused" in str(called):
+            self.names.append(str(called))
+        return called(*args, **(kwargs or {}))
+
+
+def _function_mode(function, tensors):
+    with _Functions() as seen:
+        y = function(**tensors)
+    assert len(seen.names) == 1, "a mode of torch's functions sees the raw operator"
+    return [y]
+
+
 def _profiled(function, tensors):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step = _step(function, tensors)
@@ -284,7 +305,9 @@ def _forward_mode(function, tensors):
     name = next(iter(tensors))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
-        return [function(**tensors | {name: dual})]
+        with pytest.raises(RuntimeError, match="there is no forward-mode derivative"):
+            function(**tensors | {name: dual})
+    return []
 
 
 def _func_grad(function, tensors):
@@ -414,10 +437,10 @@ def _traced(function, tensors):
 
 
 _FEATURES = [
-    _compiled, _flops, _fake, _profiled, _vmapped, _batched_gradients, _forward_mode, _func_grad, _twice, _checkpointed,
-    _with_hooks, _mode_in_backward, _changed_in_place, _output_changed_in_place, _inference, _without_gradient,
-    _autocast, _subclass, _parameters, _device_context, _meta, _one_frozen, _strided, _unaligned, _strided_cotangent,
-    _traced,
+    _compiled, _flops, _fake, _function_mode, _profiled, _vmapped, _batched_gradients, _forward_mode, _func_grad,
+    _twice, _checkpointed, _with_hooks, _mode_in_backward, _changed_in_place, _output_changed_in_place, _inference,
+    _without_gradient, _autocast, _subclass, _parameters, _device_context, _meta, _one_frozen, _strided, _unaligned,
+    _strided_cotangent, _traced,
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
     """y, rows of x, in x's leading shape, and for autograd no view: it may be changed in place."""
     shape = (*x.shape[:-1], y.shape[-1])
     return y if y.shape == shape else torch.ops.aten._unsafe_view(y, shape)
+
+
+def rows_as(shape: Sequence[int], *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors (..., C) as (B, L, C), where ``shape`` is (B, L)."""
+    return [None if tensor is None else tensor.reshape(*shape, tensor.shape[-1]) for tensor in tensors]
 
 
 def vector(gate: Tensor | None) -> Tensor | None:

@@ -73,6 +73,11 @@ def define(operator: str, direction: str, schema: str, fake: Callable, served_by
     return overloads
 
 
+def way_there(backend: str, directly: bool) -> str:
+    """How forward reaches a backend; ``directly``: nothing stands between a call and its tensors."""
+    return DIRECTLY[backend] if directly else backend
+
+
 def way_back(way: str, *tensors: Tensor | None) -> str:
     """How backward reaches the backend that forward reached by ``way``; ``tensors`` are what it will give it."""
     if way in _BY_DISPATCH and not (known.undisturbed() and known.plain(tensors)):
