@@ -85,6 +85,29 @@ def test_a_program_runs_on_the_tensors_that_it_is_given(operator, backend, plan)
     assert ran
 
 
+def _as(dtype):
+    return lambda value: value.to(dtype)
+
+
+def _by_columns(value):
+    return value.t().contiguous().t() if value.dim() == 2 else value
+
+
+@pytest.mark.parametrize(
+    "change", [_as(torch.float16), _as(torch.bfloat16), _by_columns], ids=["f16", "bf16", "strides"]
+)
+@pytest.mark.parametrize(("operator", "backend", "plan"), _on_triton(every_call))
+def test_another_dtype_or_layout_is_another_program(operator, backend, plan, change):
+    """At the same shapes."""
+    function, tensors = call(operator, backend, plan)
+    others = {name: None if value is None else change(value) for name, value in tensors.items()}
+    expected = _step(function, others)
+    measured.changed()
+    for _ in range(3):
+        _step(function, tensors)
+    assert _equal(expected, _step(function, others))
+
+
 @_needs_triton
 def test_tied_tensors_are_told_from_those_that_are_not():
     """Which tensor is which is known by the object, and one object may be two arguments."""
