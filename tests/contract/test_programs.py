@@ -94,12 +94,15 @@ def _by_columns(value):
 
 
 @pytest.mark.parametrize(
-    "change", [_as(torch.float16), _as(torch.bfloat16), _by_columns], ids=["f16", "bf16", "strides"]
+    ("before", "change"),
+    [(_as(torch.float16), _as(torch.bfloat16)), (_as(torch.float32), _by_columns)],
+    ids=["dtype", "strides"],
 )
 @pytest.mark.parametrize(("operator", "backend", "plan"), _on_triton(every_call))
-def test_another_dtype_or_layout_is_another_program(operator, backend, plan, change):
+def test_another_dtype_or_layout_is_another_program(operator, backend, plan, before, change):
     """At the same shapes."""
-    function, tensors = call(operator, backend, plan)
+    function, drawn = call(operator, backend, plan)
+    tensors = {name: None if value is None else before(value) for name, value in drawn.items()}
     others = {name: None if value is None else change(value) for name, value in tensors.items()}
     expected = _step(function, others)
     measured.changed()
