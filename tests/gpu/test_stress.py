@@ -322,7 +322,9 @@ def restless():
 
 def _assert_as_alone(jobs: list[Job], run: Callable[[Job], list[Tensor]], rounds: int) -> None:
     order = random.Random(1).sample(jobs * rounds, rounds * len(jobs))
-    with ThreadPoolExecutor(THREADS) as pool:
+    # A product rounds by how many cores share it, and torch does not tell a new thread what another one was set to.
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(cores,)) as pool:
         # Before each runs alone: what the first call fills in has to be filled in by several.
         together = list(pool.map(run, order))
     alone = {id(job): job.run() for job in jobs}

@@ -50,7 +50,7 @@ def test_lora_linear_goes_from_its_module_to_its_backend(backend):
     if backend == "triton":
         # A detour that comes back is seen here.
         assert found["forward"].moves <= 10
-        assert found["backward"].moves <= 7
+        assert found["backward"].moves <= 8
 
 
 def test_the_table_has_a_line_for_each_direction():
