@@ -441,7 +441,7 @@ def adapter_residual_bwd(
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)
     splits = triton.cdiv(batch * tiles_l, steps)
     groups = triton.cdiv(splits, SLOTS_PER_GROUP)
-    counter = torch.empty((tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
+    counter = dy.new_empty((tiles_c, groups + 1), dtype=torch.int32)
     recompute = hidden is None
     dh = like.new_empty((rows, width))
     h = torch.empty_like(dh) if recompute else hidden
@@ -467,7 +467,7 @@ def adapter_residual_bwd(
         if not (need_down or need_up):
             return gradients
         slot_size = 2 * sums_cfg.block_c * width + width + 2 * sums_cfg.block_c
-        parts = torch.empty((tiles_c, splits + groups + 1, slot_size), dtype=torch.float32, device=dy.device)
+        parts = dy.new_empty((tiles_c, splits + groups + 1, slot_size), dtype=torch.float32)
         z = z if need_down or skip != 0.0 else None
         launch(
             _adapter_bwd_weights_kernel, (tiles_c, tiles_h, splits), **shared,

@@ -1,7 +1,7 @@
 """``cross_attention_residual``, the core of absorbed attention: y = x + w rho (drop(softmax_T(x E^T + c)) F + b_o).
 
-One launch forward. Two backward: rows (ds and dx), then sums over rows (dE, dc, and G = (rho a)^T dy with its sum
-rho dy). What remains, dF, db_o and dw from G, has no rows and is left to torch, as is norm matching's part of dF.
+One launch forward. Two backward: rows (ds and dx), then sums over rows, dE, dc and G = (rho a)^T dy with its sum
+rho dy, of which the last program to arrive makes dF, db_o and dw. Norm matching's part of dF is left to torch.
 
 With norm matching the tiles of F are met once more, for |o| of a row's own o = a F + b_o: of a F F^T a^T float16 holds
 neither the largest nor the smallest, and float32 half the digits where o is small against F. Backward's pass over the
@@ -31,7 +31,7 @@ from pyfused.kernels.launch import (
     vectorised,
 )
 from pyfused.kernels.program import per_signature
-from pyfused.kernels.sums import SLOTS_PER_GROUP, sums_slots
+from pyfused.kernels.sums import SLOTS_PER_GROUP, load_part, sums_slots
 from pyfused.kernels.tiles import (
     gate_root,
     load_tile,
@@ -287,14 +287,16 @@ def _cross_attention_bwd_rows_kernel(
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_context", "steps", "splits", "threshold"])
 def _cross_attention_bwd_weights_kernel(
-    dy, x, p_ptr, ds_ptr, rho_ptr, gate, seed_ptr, parts_ptr, counter_ptr,
-    length, channels, heads, tokens, tiles_l, per_context, steps, splits, root, inverse_keep, threshold: tl.uint32,
+    dy, x, f, bias_ptr, p_ptr, ds_ptr, rho_ptr, largest_ptr, gate, seed_ptr, parts_ptr, counter_ptr,
+    de_ptr, dc_ptr, df_ptr, d_bias_ptr, d_gate_ptr,
+    length, channels, heads, tokens, tiles_l, per_context, steps, splits, weight, root, inverse_keep,
+    threshold: tl.uint32,
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
-    """The sums over the rows of each context, cut into ``splits``.
+    """The sums over the rows of each context, cut into ``splits``, and the gradients that are made of them.
 
     Each program leaves its part in its split's slot of parts; in the last slot, when all are done, they are summed. A
     slot holds dE^T / root and G^T (BLOCK_C, COLUMNS each), then the sums of ds / root (COLUMNS) and rho dy (BLOCK_C);
@@ -360,7 +362,62 @@ def _cross_attention_bwd_weights_kernel(
     tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + offs_j, sum_ds)
     if pid_j == 0:
         tl.store(slot_ptr + 2 * BLOCK_C * COLUMNS + COLUMNS + tl.arange(0, BLOCK_C), sum_dy)
-    sums_slots(parts_ptr, slot_size, counter_ptr + sums * (groups + 1), split, splits, tiles_j, GROUP)
+    if sums_slots(parts_ptr, slot_size, counter_ptr + sums * (groups + 1), split, splits, tiles_j, GROUP):
+        _write_gradients(
+            parts_ptr + (splits + groups).to(tl.int64) * slot_size, f, bias_ptr, gate, weight, root, largest_ptr,
+            de_ptr, dc_ptr, df_ptr, d_bias_ptr, d_gate_ptr, context, pid_c, channels, heads, tokens,
+            WIDER, NEED_KEYS, NEED_VALUES, BLOCK_C, BLOCK_J, BLOCK_T, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_gradients(
+    total_ptr, f, bias_ptr, gate, weight, root, largest_ptr,
+    de_ptr, dc_ptr, df_ptr, d_bias_ptr, d_gate_ptr, context, pid_c, channels, heads, tokens,
+    WIDER_DY: tl.constexpr, NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BLOCK_C channels of a context, contiguous, from the slot that holds their sums.
+
+    With largest_ptr G and the sum of dy are that much larger than what the slot holds.
+    """
+    in_slot = tl.arange(0, BLOCK_C)
+    offs_c = pid_c * BLOCK_C + in_slot
+    ok_c = offs_c < channels
+    scale = tl.zeros((BLOCK_C,), tl.float32) + weight if gate is None else load_vector(gate, offs_c, ok_c)
+    larger = 1.0 if largest_ptr is None else tl.load(largest_ptr)
+    d_gate = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    vectors_ptr = total_ptr + 2 * BLOCK_C * COLUMNS
+    f_ptr = f.ptr + context.to(tl.int64) * f.strides[0]
+    first = context.to(tl.int64) * heads * tokens
+    for tile_j in range(COLUMNS // BLOCK_J):
+        offs_j = tile_j * BLOCK_J + tl.arange(0, BLOCK_J)
+        head, token = offs_j // BLOCK_T, offs_j % BLOCK_T
+        ok_j = (head < heads) & (token < tokens)
+        ok = ok_c[:, None] & ok_j[None, :]
+        at = in_slot[:, None] * COLUMNS + offs_j[None, :]
+        to_row = first + head * tokens + token
+        to = to_row[None, :] * channels + offs_c[:, None]
+        if NEED_KEYS:
+            tl.store(de_ptr + to, load_part(total_ptr + at, ok) * root, mask=ok)
+            if dc_ptr is not None:
+                sum_ds = load_part(vectors_ptr + offs_j, ok_j) * root
+                tl.store(dc_ptr + to_row, sum_ds.to(dc_ptr.dtype.element_ty), mask=ok_j & (pid_c == 0))
+        if NEED_VALUES:
+            outer = load_part(total_ptr + BLOCK_C * COLUMNS + at, ok) * larger  # [BLOCK_C, BLOCK_J]
+            if WIDER_DY:
+                outer = outer / root
+            f_offs = head.to(tl.int64) * f.strides[1] + token * f.strides[2]
+            f_tile = tl.load(f_ptr + f_offs[None, :] + offs_c[:, None] * f.strides[3], mask=ok, other=0.0)
+            d_gate += tl.sum(outer * f_tile.to(tl.float32), axis=1)
+            tl.store(df_ptr + to, outer * scale[:, None], mask=ok)
+    if NEED_VALUES:
+        if bias_ptr is not None:
+            sum_dy = load_part(vectors_ptr + COLUMNS + in_slot, ok_c) * larger
+            d_gate += sum_dy * tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)
+            d_bias = (scale * sum_dy).to(d_bias_ptr.dtype.element_ty)
+            tl.store(d_bias_ptr + context.to(tl.int64) * channels + offs_c, d_bias, mask=ok_c)
+        tl.store(d_gate_ptr + context.to(tl.int64) * channels + offs_c, d_gate, mask=ok_c)
 
 
 @per_signature
@@ -426,12 +483,12 @@ def cross_attention_residual_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx in dy's dtype, dc and db_o in their tensors' dtypes, dE, dF, dw (C,) in float32; empty where not needed."""
     (batch, length, channels), (contexts, heads, tokens) = dy.shape, e.shape[:3]
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": dy.device}
+    wide: dict[str, Any] = {"dtype": torch.float32}
     nothing = e.new_empty
     dx = dy.new_empty(dy.shape) if need_dx else dy.new_empty(0)
     block_h, block_t = _blocks(heads, tokens)
     rows, columns, padded = batch * length, heads * tokens, block_h * block_t
-    rho, kappa, a = (torch.empty((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
+    rho, kappa, a = (nothing((rows, n), **wide) if norm_match else None for n in (1, 1, columns))
     beside = 1 + _beside(e.dtype, padded, dropout_p, norm_match)
     shared = _shared(e, c, f, bias, gate, block_h, block_t)
     size = dy.device, batch, length, channels, padded, e.dtype
@@ -448,20 +505,34 @@ def cross_attention_residual_bwd(
     steps = max(1, triton.cdiv(per_context, sums_cfg.splits))
     splits = max(1, triton.cdiv(per_context, steps))
     groups = triton.cdiv(splits, SLOTS_PER_GROUP)
-    counter = torch.empty((contexts, tiles_c, groups + 1), dtype=torch.int32, device=dy.device)
+    counter = nothing((contexts, tiles_c, groups + 1), dtype=torch.int32)
     slot_size = (2 * sums_cfg.block_c + 1) * padded + sums_cfg.block_c
-    parts = torch.empty((contexts, tiles_c, splits + groups + 1, slot_size), **wide)
+    parts = nothing((contexts, tiles_c, splits + groups + 1, slot_size), **wide)
     recompute = p is None
     ds = nothing((rows, columns))
     p = torch.empty_like(ds) if recompute else p
     arguments = {
         "dy": mat(dy), "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter, "channels": channels,
-        "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p), "DROP": dropout_p > 0.0,
-        "BLOCK_ALL": triton.next_power_of_2(channels),
+        "weight": weight, "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p),
+        "DROP": dropout_p > 0.0, "BLOCK_ALL": triton.next_power_of_2(channels),
     }  # fmt: skip
-    if rows == 0:
-        parts.zero_()
-    else:
+    # One empty tensor for all that is not needed would be outputs that alias.
+    de, df, d_gate = (nothing(0, **wide) for _ in range(3))
+    dc, d_bias = nothing(0), nothing(0)
+    made = e.new_zeros if rows == 0 else nothing
+    # A mask of each image over a context that they share has its own way.
+    of_images = c is not None and len(c) != contexts
+    if need_keys:
+        de = made(e.shape, **wide)
+        dc = dc if c is None else made(c.shape, dtype=c.dtype)
+    if need_values:
+        of_channels = channels if contexts == 1 else (contexts, channels)
+        df, d_gate = made(f.shape, **wide), made(of_channels, **wide)
+        if bias is not None:
+            # What is to be added to is not rounded yet.
+            in_parts = contexts > 1 or norm_match
+            d_bias = made(of_channels, dtype=torch.float32 if in_parts else bias.dtype)
+    if rows > 0:
         with torch.cuda.device_of(dy):
             row_tiles = triton.cdiv(length, rows_cfg.block_m)
             from_x = x if recompute or norm_match else None
@@ -470,13 +541,13 @@ def cross_attention_residual_bwd(
                 x=mat(from_x), dx=mat(dx) if need_dx else None, kappa_ptr=kappa, a_ptr=a,
                 **row_length(length, dy, from_x, dx if need_dx else None),
                 tiles_l=row_tiles, counters=counter.numel(),
-                weight=weight, eps=eps, NORM_MATCH=norm_match, RECOMPUTE=recompute, OFFSET=offset_type(dy, x, e, f),
+                eps=eps, NORM_MATCH=norm_match, RECOMPUTE=recompute, OFFSET=offset_type(dy, x, e, f),
                 BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c,
                 num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
             if not (need_keys or need_values):
-                empty = torch.empty(0, **wide)
-                return dx, empty, nothing(0), torch.empty_like(empty), nothing(0), torch.empty_like(empty)
+                return dx, de, dc, df, d_bias, d_gate
+            largest = None
             if norm_match:
                 # Of rho a float16 does not hold what it holds of a: |x| / eps where o is smaller.
                 largest = rho.amax()
@@ -484,67 +555,45 @@ def cross_attention_residual_bwd(
                 arguments["rho_ptr"] = rho / largest
             launch(
                 _cross_attention_bwd_weights_kernel, (tiles_c * (padded // block_j) * contexts * splits,),
-                **arguments, gate=shared["gate"], heads=heads, tokens=tokens, PRECISION=shared["PRECISION"],
-                x=mat(x) if need_keys else None, parts_ptr=parts,
-                **row_length(length, dy, x if need_keys else None),
+                **arguments, **{name: shared[name] for name in ("f", "bias_ptr", "gate", "heads", "tokens")},
+                x=mat(x) if need_keys else None, parts_ptr=parts, largest_ptr=largest,
+                de_ptr=de if need_keys else None, dc_ptr=None if not need_keys or c is None or of_images else dc,
+                df_ptr=df if need_values else None, d_gate_ptr=d_gate if need_values else None,
+                d_bias_ptr=d_bias if need_values and bias is not None else None,
+                **row_length(length, dy, x if need_keys else None), PRECISION=shared["PRECISION"],
                 tiles_l=tiles_l, per_context=per_context, steps=steps, splits=splits,
                 NEED_KEYS=need_keys, NEED_VALUES=need_values, OFFSET=offset_type(dy, x), GROUP=SLOTS_PER_GROUP,
                 BLOCK_M=sums_cfg.block_m, BLOCK_C=sums_cfg.block_c, BLOCK_J=block_j, BLOCK_T=block_t, COLUMNS=padded,
                 num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
-    root = arguments["root"] if gate is None else _root(gate)
-    keys, values, sum_ds, sum_dy = _unpacked(
-        parts[:, :, -1], sums_cfg.block_c, block_h, block_t, (heads, tokens, channels)
-    )
-    # One empty tensor for all that is not needed would be outputs that alias.
-    dc, db = nothing(0), nothing(0)
-    de, df, d_gate = (torch.empty(0, **wide) for _ in range(3))
-    if need_keys:
-        de = (keys * root).contiguous()
-        if c is not None:
-            if len(c) != contexts:
-                # A mask of each image over a context that they share.
-                sum_ds = ds.view(batch, length, heads, tokens).sum(1, dtype=torch.float32)
-            dc = (sum_ds * root).to(c.dtype).contiguous()
-    if need_values:
-        values = values if dy.dtype == e.dtype else values / root
-        if norm_match and rows > 0:
-            values, sum_dy = values * largest, sum_dy * largest
-        df, db, d_gate = _value_gradients(values, sum_dy, f, bias, gate, weight, a, kappa)
-    return dx, de, dc, df, db, d_gate
+    if need_keys and of_images:
+        root = arguments["root"] if gate is None else _root(gate)
+        dc = (ds.view(batch, length, heads, tokens).sum(1, dtype=torch.float32) * root).to(c.dtype)
+    if need_values and contexts > 1:
+        d_gate = d_gate.sum(0)
+    if need_values and bias is not None and contexts > 1:
+        d_bias = d_bias.sum(0)
+    if need_values and norm_match and rows > 0:
+        of_norms = _through_norms(f, bias, a, kappa)
+        df -= of_norms[:, :columns].view(df.shape)
+        if bias is not None:
+            d_bias -= of_norms[:, -1].sum(0)
+    if need_values and bias is not None and d_bias.dtype != bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return dx, de, dc, df, d_bias, d_gate
 
 
-def _unpacked(slots, block_c: int, block_h: int, block_t: int, size: tuple[int, int, int]):
-    """What the summed slots (contexts, tiles of channels, slot) hold, without the padding to whole tiles and columns.
-
-    Two sums (contexts, H, T, C), then the vectors (contexts, H, T) and (contexts, C).
-    """
-    heads, tokens, channels = size
-    padded = block_h * block_t
-    matrices, of_columns, of_channels = slots.split((2 * block_c * padded, padded, block_c), dim=2)
-    matrices = matrices.unflatten(2, (2, block_c, block_h, block_t))[..., :heads, :tokens]
-    keys, values = (part.flatten(1, 2)[:, :channels].permute(0, 2, 3, 1) for part in matrices.unbind(2))
-    of_columns = of_columns[:, 0].unflatten(1, (block_h, block_t))[:, :heads, :tokens]
-    return keys, values, of_columns, of_channels.flatten(1)[:, :channels]
-
-
-def _value_gradients(outer, sum_dy, f, bias, gate, weight: float, a, kappa):
-    """dF, db_o and dw per channel, from G (contexts, H, T, C) and sum rho dy (contexts, C)."""
+def _through_norms(f, bias, a, kappa) -> torch.Tensor:
+    """The norms' part of dF and, below it, of db_o: (kappa a)^T o with o = a F + b_o."""
     contexts, heads, tokens, _ = f.shape
-    values, outer = _values(f, bias), outer.flatten(1, 2)
+    values = f.flatten(1, 2).to(torch.float32)
+    a = a.view(contexts, -1, heads * tokens)
     if bias is not None:
-        outer = torch.cat((outer, sum_dy[:, None]), dim=1)
-    d_gate = (values * outer).sum((0, 1))
-    d_values = outer * (weight if gate is None else gate.to(torch.float32))
-    if a is not None:
-        # The norms' part, (kappa a)^T o with o = a F.
-        a = a.view(contexts, -1, heads * tokens) if a.numel() else a[None].expand(contexts, -1, -1)
-        a = a if bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
-        weighted = (kappa.view(contexts, a.shape[1], 1) * a).mT
-        # The shorter way cancels where o is small against F: what is left are more digits than 16 bits have.
-        d_values -= weighted @ (a @ values) if f.dtype == torch.float32 else weighted @ a @ values
-    df = d_values[:, : heads * tokens].unflatten(1, (heads, tokens)).contiguous()
-    return df, f.new_empty(0) if bias is None else d_values[:, -1].sum(0).to(bias.dtype), d_gate
+        values = torch.cat((values, bias.expand(contexts, 1, -1)), dim=1)
+        a = torch.nn.functional.pad(a, (0, 1), value=1.0)
+    weighted = (kappa.view(contexts, a.shape[1], 1) * a).mT
+    # The shorter way cancels where o is small against F: what is left are more digits than 16 bits have.
+    return weighted @ (a @ values) if f.dtype == torch.float32 else weighted @ a @ values
 
 
 def _beside(dtype: torch.dtype, padded: int, dropout_p: float, norm_match: bool) -> int:
@@ -556,12 +605,6 @@ def _root(gate: torch.Tensor) -> torch.Tensor:
     """As `gate_root` has it."""
     largest = gate.to(torch.float32).abs().amax()
     return torch.where(largest < 1e-30, 1.0, largest).sqrt()
-
-
-def _values(f: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F (contexts, H T, C) in float32 and, below it, b_o."""
-    values = f.flatten(1, 2).to(torch.float32)
-    return values if bias is None else torch.cat((values, bias.expand(len(f), 1, -1)), dim=1)
 
 
 def _blocks(heads: int, tokens: int) -> tuple[int, int]:

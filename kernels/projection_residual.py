@@ -257,7 +257,7 @@ def projection_residual_bwd(
         dh = nothing((batch * length, channels))
         block_m, block_c = _rows_block(dy.device)
         tiles_l = triton.cdiv(length, block_m)
-        parts = torch.empty((batch * tiles_l, 2, channels), dtype=torch.float32, device=dy.device)
+        parts = dy.new_empty((batch * tiles_l, 2, channels), dtype=torch.float32)
         if batch * length > 0:
             with torch.cuda.device_of(dy):
                 launch(

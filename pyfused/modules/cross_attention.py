@@ -348,7 +348,7 @@ class ScaledCrossAttention(KeepsWide):
                 projections, None, context.shape[1], self.norm_match, dtype, context.device, plan, seeded=False
             )
             kept = prepare_context(
-                context.to(dtype), projections, mask, self.normalize_context, plan, f"prepared; {reason}"
+                _NAME, context.to(dtype), projections, mask, self.normalize_context, plan, f"prepared; {reason}"
             )
             # Nothing here gets a gradient.
             kept = replace(kept, keys=kept.keys.to(dtype), values=kept.values.to(dtype))

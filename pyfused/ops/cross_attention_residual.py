@@ -62,6 +62,9 @@ MAX_CUDA_CONTEXTS = 2**16 - 1
 # Time of a multiplication in the absorbed plan, softmax included, against one in the standard plan; measured on a CPU
 # (docs/measured.md), a guess elsewhere.
 ABSORBED_COST = {"cpu": 1.25, "cuda": 1.0}
+# What making E, c and F costs beyond its multiplications, which are few, as so many multiplications: steps of torch
+# that the standard plan has not. Measured on a CPU too; on a GPU the plans start about as many kernels.
+ABSORBED_STEPS = {"cpu": 1e7}
 
 
 def padded_columns(heads: int, tokens: int) -> int:
@@ -106,10 +109,12 @@ def choose_plan(
     absorbed = ABSORBED_COST.get(device_type, 1.0) * (2 * columns * channels + 2 * norm_match * columns**2)
     standard = 2 * inner * channels + 2 * tokens * inner
     # E and F are made of K and V, which both plans need.
-    extra = 0.0 if rows is None else 2 * tokens * inner * channels / max(1, rows)
+    extra = 2 * tokens * inner * channels + ABSORBED_STEPS.get(device_type, 0.0)
+    extra = 0.0 if rows is None else extra / max(1, rows)
     sizes = f"with H T = {columns} columns for H d = {inner} and C = {channels}"
     if absorbed + extra > standard:
-        return "standard", f"absorbing costs more {sizes}"
+        few = "" if absorbed > standard else ", at so few rows"
+        return "standard", f"absorbing costs more {sizes}{few}"
     plan = _absorbed_plan(columns, channels)
     kept = "kept" if plan == "absorbed" else "made again"
     return plan, f"absorbing costs less {sizes}; p is {kept}"
@@ -307,13 +312,8 @@ def _saved_bytes(x, prepared, projections, norm_match, need_gate) -> int:
         return kept * dtype.itemsize + m * heads * wide.itemsize
     # E, c and F are inputs of the call's core, not of the call; K and V are what they are made of.
     saved = contexts * heads * tokens * (2 * channels * dtype.itemsize + wide.itemsize)
-    saved += contexts * tokens * 2 * inner * wide.itemsize
-    saved += m * heads * tokens * dtype.itemsize * (prepared.plan == "absorbed")
-    # They are made in float32, of what is cast to it.
-    absorbed = (projections.q_weight, projections.q_bias, projections.out_weight)
-    return saved + sum(
-        p.numel() * wide.itemsize for p in absorbed if p is not None and p.dtype.itemsize < wide.itemsize
-    )
+    saved += contexts * tokens * 2 * inner * dtype.itemsize
+    return saved + m * heads * tokens * dtype.itemsize * (prepared.plan == "absorbed")
 
 
 def _most_cuda_columns(norm_match: bool) -> int:
@@ -463,8 +463,9 @@ def cross_attention_residual(
     else:
         resolved = decided.resolved
     prepared = prepare_context(
-        context.to(resolved.dtype), projections, key_padding_mask, normalize_context, resolved.plan, resolved.reason
-    )
+        _NAME, context.to(resolved.dtype), projections, key_padding_mask, normalize_context, resolved.plan,
+        resolved.reason, key is not None,
+    )  # fmt: skip
     if decided is None:
         chosen = choose_backend(x, prepared, projections, weight, norm_match, resolved.dropout_p, backend)
         _known.keep(key, _Decided(resolved, chosen))

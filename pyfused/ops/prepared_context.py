@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyfused.ops.absorbed_context import absorb
 from pyfused.ops.contract import checks
 
 PROJECTIONS = ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "out_weight", "out_bias")
@@ -40,12 +41,17 @@ class Projections:
     def head_dim(self) -> int:
         return self.q_weight.shape[0] // self.num_heads
 
+    @property
+    def absorbed(self) -> dict[str, Tensor | None]:
+        """Those that the absorbed plans make E, c and F of."""
+        return {name: getattr(self, name) for name in PROJECTIONS[:-1]}
+
     def heads(self, tokens: Tensor, part: str) -> Tensor:
         """(B, T, ...) -> (B, T, H, d) by the projection ``part``, "q", "k" or "v", in the tokens' dtype."""
         weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
         bias = None if bias is None else bias.to(tokens.dtype)
         projected = F.linear(tokens, weight.to(tokens.dtype), bias)
-        return projected.unflatten(-1, (self.num_heads, self.head_dim))
+        return projected.reshape(*tokens.shape[:2], self.num_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -78,35 +84,30 @@ class PreparedContext:
 
 
 def prepare_context(
-    context: Tensor, projections: Projections, mask: Tensor | None, normalize: bool, plan: str, reason: str
+    name: str,
+    context: Tensor,
+    projections: Projections,
+    mask: Tensor | None,
+    normalize: bool,
+    plan: str,
+    reason: str,
+    directly: bool = False,
 ) -> PreparedContext:
-    """What depends on the context alone, whose dtype is that of the products."""
+    """What depends on the context alone, whose dtype is that of the products; errors name ``name``.
+
+    ``directly`` as `registry.run`'s.
+    """
     dtype = context.dtype
-    wide = torch.promote_types(dtype, torch.float32)
     if normalize:
         # float16 has no 1e-12.
+        wide = torch.promote_types(dtype, torch.float32)
         context = F.normalize(context.to(wide), dim=-1, eps=1e-12).to(dtype)
-    k = projections.heads(context, "k")
-    v = projections.heads(context, "v")
-    batch, tokens, heads, width = k.shape
     if plan == "standard":
+        k, v = (projections.heads(context, part) for part in "kv")
         return PreparedContext(plan, dtype, k, v, None, mask, reason)
-    scale = width**-0.5
-
-    def absorbed(per_head: Tensor, weight: Tensor) -> Tensor:
-        """(B, T, H, d) times (H, d, C) -> (B, H, T, C)."""
-        rows = per_head.permute(2, 0, 1, 3).flatten(1, 2) @ weight.to(wide)
-        return rows.unflatten(1, (batch, tokens)).transpose(0, 1)
-
-    with checks.without_autocast(context):
-        k = k.to(wide) * scale
-        e = absorbed(k, projections.q_weight.unflatten(0, (heads, width)))
-        f = absorbed(v.to(wide), projections.out_weight.unflatten(1, (heads, width)).permute(1, 2, 0))
-    c = None
-    if projections.q_bias is not None:
-        c = (k * projections.q_bias.to(wide).unflatten(0, (heads, width))).sum(-1).transpose(1, 2)
+    e, c, f = absorb(name, context, projections.absorbed, projections.num_heads, directly)
     if mask is not None:
-        logits = e.new_zeros((batch, heads, tokens)) if c is None else c
+        logits = e.new_zeros(e.shape[:3]) if c is None else c
         c = torch.where(mask[:, None], -torch.inf, logits)
     return PreparedContext(plan, dtype, e, f, c, None, reason)
 
@@ -114,7 +115,9 @@ def prepare_context(
 def attend_standard(x: Tensor, prepared: PreparedContext, projections: Projections, dropout_p: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, (B, L, H d)."""
     q = projections.heads(x, "q").transpose(1, 2)
-    k, v = (tensor.transpose(1, 2).expand(x.shape[0], -1, -1, -1) for tensor in (prepared.keys, prepared.values))
+    k, v = (tensor.transpose(1, 2) for tensor in (prepared.keys, prepared.values))
+    if k.shape[0] != x.shape[0]:
+        k, v = (tensor.expand(x.shape[0], -1, -1, -1) for tensor in (k, v))
     if prepared.mask is None:
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     else:

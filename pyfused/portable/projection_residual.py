@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import add_product_, product, sum_over_rows
+from pyfused.portable.gemm import add_product_, cast, product, sum_over_rows
 
 # Elements of y in a block on a CPU: small copies in float32 of what comes in 16 bits.
 _CPU_BLOCK, _BLOCK = 1 << 19, 1 << 26
@@ -30,13 +30,18 @@ def projection_residual_fwd(
     """y (B, L, C) in the residual's dtype, h in o's; see `pyfused.ops.projection_residual` for the contract."""
     wide = torch.promote_types(o.dtype, torch.float32)
     y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    scale = factor if gate is None else gate.to(wide)
     if activation == "identity" and not norm_match and gate is None and residual.dtype == o.dtype == wide:
         # The product goes onto the residual: the branch has no memory of its own. Not with a gate, whose gradient
         # needs the branch: with and without grad mode y has the same bits.
-        torch.mul(residual, skip, out=y) if bias is None else torch.add(bias * factor, residual, alpha=skip, out=y)
+        if bias is not None and skip == 1.0:
+            torch.add(residual, bias, alpha=factor, out=y)
+        elif bias is not None:
+            torch.add(bias * factor, residual, alpha=skip, out=y)
+        else:
+            torch.mul(residual, skip, out=y)
         add_product_(y, o, weight, factor)
         return y, o.new_empty(0)
+    scale = factor if gate is None else cast(gate, wide)
     pre = product(o, weight, False, bias)
     for h, x, out in _blocks(pre, residual, y):
         c = ACTIVATIONS[activation][0](h.to(wide))
@@ -67,9 +72,9 @@ def projection_residual_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """do, dW, db in o's dtype, dx in dy's, dw (C,) wide; empty where not needed."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = factor if gate is None else gate.to(wide)
+    scale = factor if gate is None else cast(gate, wide)
     d_residual = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_residual else dy.new_empty(0)
-    d_gate = weight.new_zeros(weight.shape[0] if need_gate else 0, dtype=wide)
+    d_gate = weight.new_zeros(weight.shape[0], dtype=wide) if need_gate else weight.new_empty(0, dtype=wide)
     # Without h dh is w dy, and a number w is left to the products.
     alpha = 1.0
     if pre is None and gate is None and dy.dtype == weight.dtype:
@@ -103,13 +108,14 @@ def projection_residual_bwd(
                 # rho is |x| / eps where c is 0: times o = 0, where every key is masked, not NaN.
                 dh_part = torch.where(norm == 0, dh_part.clamp(-largest, largest), dh_part)
             out.copy_(dh_part)
-    d_o, d_weight, d_bias = (weight.new_empty(0) for _ in range(3))
-    if need_do:
-        d_o = product(dh, weight.t(), False, alpha=alpha)
+    d_o = product(dh, weight.t(), False, alpha=alpha) if need_do else weight.new_empty(0)
+    d_weight = weight.new_empty(0)
     if need_weight and o is not None:
         d_weight = sum_over_rows(dh, o, weight.dtype, alpha)
-    if need_weight and bias is not None:
-        d_bias = dh.sum((0, 1), dtype=wide).mul_(alpha).to(bias.dtype)
+    if not need_weight or bias is None:
+        d_bias = weight.new_empty(0)
+    else:
+        d_bias = cast(dh.sum((0, 1), dtype=wide).mul_(alpha), bias.dtype)
     return d_o, d_weight, d_bias, d_residual, d_gate
 
 

@@ -154,7 +154,8 @@ def test_what_cross_attention_saves_is_what_autograd_saves(plan, weight, norm_ma
 
 def test_cross_attention_explains_the_plan_that_auto_takes():
     for tokens, length, plan, why in (
-        (2, 300, "absorbed", "absorbing costs less with H T = 4 columns for H d = 48 and C = 64; p is kept"),
+        (2, 3000, "absorbed", "absorbing costs less with H T = 4 columns for H d = 48 and C = 64; p is kept"),
+        (2, 300, "standard", "absorbing costs more with H T = 4 columns for H d = 48 and C = 64, at so few rows"),
         (30, 300, "standard", "absorbing costs more with H T = 60 columns for H d = 48 and C = 64"),
     ):
         tensors = draw(1, length, tokens, 64, 2, 24, device="cpu")

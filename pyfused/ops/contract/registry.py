@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 from pyfused.choice.backends import BACKENDS
 from pyfused.ops.contract import known
+
+_Output = TypeVar("_Output")
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
 # The compiled library of "cuda" registers its own.
@@ -97,15 +99,16 @@ def derive(forward: Raw, apply: Callable[..., tuple[Tensor, Tensor]]) -> None:
 def run(
     name: str,
     function: type[torch.autograd.Function],
-    raw: Callable[..., tuple[Tensor, Tensor]],
+    raw: Callable[..., tuple[_Output, ...]],
     tensors: Sequence[Tensor | None],
     constants: Sequence[object],
     choices: Sequence[object],
     directly: bool = False,
-) -> Tensor:
+) -> _Output:
     """y, with a derivative where grad mode is on and one of ``tensors`` requires grad.
 
-    ``function`` takes tensors, constants and choices, ``raw`` tensors, constants and whether to save for backward.
+    ``function`` takes tensors, constants and choices, ``raw`` tensors, constants and whether to save for backward; of
+    what it returns y is the first.
     ``directly``: nothing stands between the call and its tensors.
 
     Raises:
@@ -155,14 +158,14 @@ def refuse_tangents(name: str, arguments: Mapping[str, object]) -> None:
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """Decorates ``backward(ctx, dy)`` of a Function: it raises where its gradients are to be differentiated again.
+    """Decorates ``backward(ctx, *dy)`` of a Function: it raises where its gradients are to be differentiated again.
 
     At once, and not when that happens: torch runs no node that lies on no way to what a gradient is asked for, so
     `torch.autograd.grad` of a loss with a penalty, or a Hessian, would go without the operator's part.
     """
 
     @functools.wraps(backward)
-    def once(ctx, dy):
+    def once(ctx, *dy):
         # Grad mode is on in a backward with create_graph=True alone. Compiled code has no second derivative anyway.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             operator = type(ctx).__name__.removeprefix("_").removesuffix("Backward")
@@ -170,7 +173,7 @@ def differentiable_once(backward: Callable) -> Callable:
                 f"{operator} of pyfused has no second derivative, which create_graph=True is for; retain_graph=True "
                 "alone keeps the graph for another backward"
             )
-        return backward(ctx, dy)
+        return backward(ctx, *dy)
 
     return once
 
