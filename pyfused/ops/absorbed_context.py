@@ -103,9 +103,6 @@ def absorb(
         heads: H.
         directly: as `registry.run`'s.
     """
-    if torch.compiler.is_compiling():
-        # A compiler makes its own of the formula.
-        return _without_gradient(context, *projections.values(), heads, False)[0]
     if not directly:
         registry.refuse_tangents(name, {"context": context, **projections})
     tensors = (context, *projections.values())
