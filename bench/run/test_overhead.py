@@ -1,4 +1,5 @@
-"""Overhead rows: what the host needs for one eager call of each operator, where there is next to nothing to compute."""
+"""Overhead rows: what the host needs for one eager call of each operator, and for a call and its backward, where there
+is next to nothing to compute."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import pyfused
 from pyfused.bench.cases import operators
+from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.cases.case import Case, refusal
 from pyfused.bench.measure import parity, timing
 from pyfused.bench.run.plugin import SESSION, Compare
@@ -40,6 +42,31 @@ def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Ses
         measured="forward",
         clock=clock,
         deviations=[item for item in parity.check(case, device, backend=backend) if item.tensor == "y"],
+        facts=case.facts() | {"backend": backend},
+    )
+
+
+def test_one_step(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
+    """Forward and backward, beside all that users may have without this package but what a compiler makes."""
+    device = bench_session.settings.device
+    reason = refusal(case, device, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
+    compare.unless_recorded(name, "forward+backward", clock.mode)
+    tensors = case.tensors(device)
+    inputs = [tensors[name] for name in case.inputs]
+    named = case.contenders(tensors, [backend]).named
+    taken = {"pyfused": named[f"pyfused {backend}"]}
+    other = {"torch.compile", BASE}
+    taken |= {name: each for name, each in named.items() if not name.startswith("pyfused") and name not in other}
+    compare(
+        name,
+        {name: [each.call(inputs, tensors["dy"], backward=True)] for name, each in taken.items()},
+        kind="overhead",
+        measured="forward+backward",
+        clock=clock,
+        deviations=parity.check(case, device, backend=backend),
         facts=case.facts() | {"backend": backend},
     )
 

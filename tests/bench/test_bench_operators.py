@@ -263,6 +263,32 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
     torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
+def test_an_overhead_row_times_a_whole_step(case, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    from pyfused.bench.run import test_overhead as overhead_rows
+    from pyfused.bench.run.session import Session, Settings
+
+    rows = []
+
+    def compare(name, calls, **row):
+        rows.append((name, calls, row))
+
+    compare.unless_recorded = lambda *row: None
+    overhead_rows.test_one_step(case, "portable", compare, Session(Settings(CPU, tmp_path)))
+    ((name, calls, row),) = rows
+    assert (name, row["measured"]) == (f"overhead {case.name}, portable", "forward+backward")
+    assert {item.tensor for item in row["deviations"]} > {"y"}
+    assert all(item.passed for item in row["deviations"])
+    asked = []
+    with decision.observed(lambda told: asked.append((told.operator, told.backend))):
+        found = {key: each[0]() for key, each in calls.items()}
+    assert asked == [(case.operator, "portable")]
+    assert {"pyfused", "eager"} <= found.keys() <= {"pyfused", "eager", "PEFT", "projections + SDPA"}
+    for ours, eager in zip(found["pyfused"], found["eager"], strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 def test_a_refused_overhead_row_is_skipped_with_the_reason(tmp_path):
     pytest.importorskip("pytest_benchmark")
     from pyfused.bench.run import test_overhead as overhead_rows
