@@ -16,6 +16,7 @@ import torch
 from stub_driver.build import REFUSAL
 from stub_driver.session import over_stub
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import pyfused
 
@@ -24,8 +25,18 @@ pytestmark = pytest.mark.host
 # Contender -> the most that its time may be, in times of its baseline's: half as much again as was measured, beside
 # other work (docs/measured.md). Less is wanted (docs/next.md).
 LIMITS = {
-    "triton": {"lora_linear": 1.0, "adapter_residual": 1.4},
-    "portable": {"lora_linear": 1.65, "adapter_residual": 2.8},
+    "triton": {
+        "lora_linear": 1.0,
+        "adapter_residual": 1.4,
+        "cross_attention_residual": 2.0,
+        "projection_residual": 2.8,
+    },
+    "portable": {
+        "lora_linear": 1.65,
+        "adapter_residual": 2.8,
+        "cross_attention_residual": 2.3,
+        "projection_residual": 2.8,
+    },
 }
 _ROUNDS, _STEPS = 30, 4
 
@@ -39,6 +50,45 @@ class _EagerAdapter(nn.Module):
         return x + (x + self.up(self.activation(self.down(x))))
 
 
+class _EagerAttention(nn.Module):
+    def __init__(self, context: Tensor) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(64, 64) for _ in range(4))
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = ((self.q, x), (self.k, self.context), (self.v, self.context))
+        q, k, v = (linear(tokens).view(1, -1, 4, 16).transpose(1, 2) for linear, tokens in projected)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + 0.1 * self.out(attended.transpose(1, 2).flatten(2))
+
+
+class _Attention(_EagerAttention):
+    """Over the stub driver tensors are on a CPU, where plan "auto" is not a GPU's."""
+
+    def __init__(self, context: Tensor, plan: str) -> None:
+        super().__init__(context)
+        self.plan = plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, out = self.q, self.k, self.v, self.out
+        return pyfused.cross_attention_residual(
+            x, self.context, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, out.weight, out.bias,
+            num_heads=4, plan=self.plan,
+        )  # fmt: skip
+
+
+class _Projection(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.projection, self.fused = nn.Linear(64, 64), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return pyfused.projection_residual(x, self.projection.weight, self.projection.bias, residual=x)
+        return x + 0.1 * self.projection(x)
+
+
 def _peft(dtype: torch.dtype) -> nn.Module:
     import peft
 
@@ -50,9 +100,12 @@ def _peft(dtype: torch.dtype) -> nn.Module:
 
 def _contenders(dtype: torch.dtype) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Operator -> its module, and what users have without it."""
+    context, plan = torch.randn(1, 2, 64, dtype=dtype), "absorbed" if dtype == torch.bfloat16 else "auto"
     return {
         "lora_linear": (pyfused.LoRALinear(64, 64, 16, dtype=dtype), _peft(dtype)),
         "adapter_residual": (pyfused.BottleneckAdapter(64, hidden=16).to(dtype), _EagerAdapter().to(dtype)),
+        "cross_attention_residual": (_Attention(context, plan).to(dtype), _EagerAttention(context).to(dtype)),
+        "projection_residual": (_Projection(True).to(dtype), _Projection(False).to(dtype)),
     }
 
 
