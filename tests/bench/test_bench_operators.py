@@ -21,7 +21,7 @@ from pyfused.bench.record.rows import Row
 from pyfused.bench.run import check
 from pyfused.bench.targets import numbers
 from pyfused.choice import backends
-from pyfused.ops import decision
+from pyfused.ops import cross_attention_residual, decision
 from pyfused.ops.cross_attention_residual import PLANS
 
 CPU = torch.device("cpu")
@@ -365,7 +365,9 @@ def test_plans_are_those_that_the_backend_has():
 
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
-    """Every backend would serve CPU tensors of every operator that is to have CUDA C++ kernels; none is called."""
+    """Every backend would serve CPU tensors of every operator that is to have CUDA C++ kernels, in the plans of a GPU;
+    none is called."""
+    monkeypatch.setattr(cross_attention_residual, "ABSORBED_STEPS", {})
     monkeypatch.delitem(sys.modules, "pyfused._C", raising=False)
     served = frozenset(operators.OPERATORS) - {"projection_residual"}
     monkeypatch.setattr(backends, "CUDA_REFUSAL", None)
