@@ -1,5 +1,8 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
+# Before the imports, of which one reads it.
+__version__ = "0.1.0"
+
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
@@ -24,8 +27,6 @@ from pyfused.ops.adapter_residual import adapter_residual
 from pyfused.ops.cross_attention_residual import cross_attention_residual
 from pyfused.ops.lora_linear import lora_linear
 from pyfused.ops.projection_residual import projection_residual
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BitFitReport",
