@@ -27,6 +27,8 @@ from pyfused.ops.adapter_residual import adapter_residual
 from pyfused.ops.cross_attention_residual import cross_attention_residual
 from pyfused.ops.lora_linear import lora_linear
 from pyfused.ops.projection_residual import projection_residual
+from pyfused.tuner.report import TuningReport
+from pyfused.tuner.tune import tune, tuning
 
 __all__ = [
     "BitFitReport",
@@ -42,6 +44,7 @@ __all__ = [
     "PrefixTuning",
     "Preset",
     "ScaledCrossAttention",
+    "TuningReport",
     "__version__",
     "adapter_batch",
     "adapter_residual",
@@ -69,5 +72,7 @@ __all__ = [
     "save_lora",
     "save_tuned",
     "set_adapter",
+    "tune",
+    "tuning",
     "unfuse",
 ]
