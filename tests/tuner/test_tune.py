@@ -101,6 +101,23 @@ def test_the_direction_that_runs_more_often_counts_more(timed):
     assert tuned.plans(model, *given) == ["absorbed", "absorbed"], "tuned anew, beside the library's choice"
 
 
+def test_what_wins_one_race_by_chance_does_not_win(timed):
+    model, given = tuned.Towers(), tuned.inputs()
+    clocks = timed(**FASTER)
+
+    class Lucky(tuned.FakeClock):
+        def round(self, calls):
+            # The first is about shares; a race has five rounds where the times agree.
+            self.seconds = FASTER if self.rounds <= 6 else {}
+            return super().round(calls)
+
+    clocks |= {name: Lucky(FASTER) for name in clocks}
+    report = pyfused.tune(model, *given)
+    assert tuned.plans(model, *given) == ["absorbed", "absorbed"]
+    assert {call.gain for call in report.calls} == {1.0}
+    assert all(clock.rounds >= 10 for clock in clocks.values()), "there were two"
+
+
 def test_the_same_times_give_the_same_rows(timed, place):
     model, given = tuned.Towers(), tuned.inputs()
     texts = []
