@@ -9,20 +9,25 @@ import pyfused
 
 
 class FakeClock:
-    """Tells the seconds that it is given for a plan in a direction, "absorbed_forward" say, and 1 for all others."""
+    """Tells the seconds that it is given for a plan in a direction, "absorbed_forward" say, and 1 for all others.
+
+    Attributes:
+        rounds: how many it has timed.
+        parts: what was in them.
+    """
 
     mode = "fake"
 
     def __init__(self, seconds):
         self.seconds = seconds
         self.rounds = 0
-        self._ran = set()
+        self.parts = set()
 
     def round(self, calls):
         self.rounds += 1
         for part, call in calls.items():
-            if part not in self._ran:
-                self._ran.add(part)
+            if part not in self.parts:
+                self.parts.add(part)
                 call()
         return {part: self.seconds.get(f"{part.plan}_{part.direction}", 1.0) for part in calls}
 

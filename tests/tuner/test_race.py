@@ -90,6 +90,20 @@ def test_directions_and_how_often_they_run_count():
     assert winner({"library": {"lf": 1, "lb": 30}, "a": {"af": 1, "ab": 30}}, times)[0] == "library"
 
 
+def test_calls_run_three_times_before_any_time_counts():
+    """A kernel is compiled by the first, and its program is there from the third on."""
+    log = []
+
+    class Clock(FakeClock):
+        def round(self, calls):
+            log.append("timed")
+            return super().round(calls)
+
+    calls = {name: lambda name=name: log.append(name) for name in ("library", "a")}
+    race({name: {name: 1} for name in calls}, calls, {"cold": Clock({"library": 1.0, "a": 1.0})})
+    assert log[:7] == ["library"] * 3 + ["a"] * 3 + ["timed"]
+
+
 def test_rounds_are_interleaved_and_end_early():
     """All parts in each round, in an order of chance that is the same again, and no more rounds than it takes."""
     contenders = {name: {name: 1} for name in ("library", "a", "b")}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
-from pyfused.choice import cache, measured, order
+from pyfused.choice import backends, cache, measured, order
 from pyfused.ops import cross_attention_residual as cross
 from pyfused.tuner import session
 from pyfused.tuner.recorder import Recorder
@@ -289,14 +289,44 @@ def test_a_plan_with_other_results_is_dropped_and_named(timed, monkeypatch):
     model, given = tuned.Towers(), tuned.inputs()
     attended = cross.attend_standard
     monkeypatch.setattr(cross, "attend_standard", lambda *arguments: 1.01 * attended(*arguments))
-    timed(**FASTER)
+    clocks = timed(**FASTER)
     report = pyfused.tune(model, *given)
     call = next(call for call in report.calls if call.operator == "cross_attention_residual")
     ((name, why),) = call.dropped
     assert name == "portable standard"
     assert "of its norm from the library's choice's" in why
     assert tuned.plans(model, *given) == ["absorbed", "absorbed"]
+    assert {part.plan for clock in clocks.values() for part in clock.parts} == {"absorbed", "blas"}, "no time counted"
     assert "dropped: cross_attention_residual M=24 C=32 H=2 d=16 T=3: portable standard: " in str(report)
+
+
+def test_a_row_that_auto_does_not_follow_is_not_kept(timed, monkeypatch):
+    model, given = tuned.Towers(), tuned.inputs()
+    monkeypatch.setattr(backends, "measured_plan", lambda *arguments: None)
+    timed(**FASTER)
+    report = pyfused.tune(model, *given)
+    assert {call.dropped for call in report.calls if not call.note} == {
+        (("portable standard", "'auto' takes portable absorbed with its row"),)
+    }
+    assert {row.plans["portable"] for row in cache.rows()} == {("absorbed", "absorbed")}
+
+
+def test_dropout_has_rows_of_its_own_and_a_seed_its_plan(timed):
+    """Plan "standard" draws from torch's generator, and cannot honour a seed."""
+    model, (x, context) = tuned.Towers(dropout=0.25), tuned.inputs()
+    timed(**FASTER)
+    report = pyfused.tune(model, x, context)
+    assert {call.dropped for call in report.calls} == {()}
+    assert tuned.plans(model, x, context) == ["standard", "standard"]
+    assert tuned.plans(model.eval(), x, context) == ["absorbed", "absorbed"]
+    weights = [getattr(model.first, name) for name in cross.PROJECTIONS]
+
+    def seeded():
+        return pyfused.cross_attention_residual(x, context, *weights, num_heads=2, dropout_p=0.25, seed=3)
+
+    assert [call.plan for call in pyfused.explain(seeded).calls] == ["absorbed"]
+    report = pyfused.tune(seeded)
+    assert [call.note for call in report.calls] == ["one plan serves it"]
 
 
 def test_a_plan_that_raises_is_dropped_and_named(timed, monkeypatch):
