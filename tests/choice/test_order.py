@@ -246,6 +246,17 @@ def test_measured_rows_are_explained(gpu, monkeypatch):
     assert reasons[-1] == "not triton: not asked for"
 
 
+def test_what_times_would_take_was_not_asked_for_where_a_row_of_the_call_decides(gpu):
+    from pyfused.explanation import _not_taken
+
+    by_times = chosen("projection_residual").backend
+    other = "portable" if by_times != "portable" else "triton"
+    call = "cross_attention_residual", "projection_residual", (), PROJECTION, torch.bfloat16, GPU, other
+    made = Decision(*call, "standard", "standard", (), 0, {})
+    assert f"not {by_times}: not asked for" in _not_taken(made)
+    assert not any("not asked for" in reason for reason in _not_taken(replace(made, measured_backend=other)))
+
+
 def switches(operator):
     """The numbers of rows up to which one choice holds, all but the last."""
     there = backends.available(GPU, torch.bfloat16, operator, {}, plans(operator))
