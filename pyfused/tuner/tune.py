@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def tune(
     What was found holds in this process at once, and on this machine in every later one: it is kept in the user's cache
     directory (``PYFUSED_CACHE``, or else the platform's), until the driver, torch, triton or pyfused changes. ``pyfused
     tune --list`` shows it, ``--clear`` removes it. In a distributed job all ranks call this; rank 0 times, and all take
-    what it found.
+    and keep what it found.
 
     The model stays as it was: parameters, gradients, buffers, mode, and torch's random generators.
 
@@ -209,25 +209,39 @@ def _backward(loss: Tensor | None) -> None:
 # ---- from what was recorded to what is kept
 
 
-def _tuned(caller: str, recorder: Recorder, seconds: float) -> TuningReport:
-    """Rank 0 times; all ranks take what it found."""
+class _Found(NamedTuple):
+    """What rank 0 hands to all ranks."""
 
-    def found() -> tuple[TuningReport, list[Row]]:
+    report: TuningReport
+    rows: list[Row]
+    key: cache.Key
+
+
+def _tuned(caller: str, recorder: Recorder, seconds: float) -> TuningReport:
+    """Rank 0 times; all ranks take what it found, and keep it: each may have a cache directory of its own."""
+
+    def timed() -> _Found:
         used = [count.told.device for count in recorder.calls.values()]
         devices = sorted({device.index or 0 for device in used if device.type == "cuda"})
         # Tensors made in inference mode would give no gradients.
-        with _the_only_one(caller), torch.inference_mode(False), torch.random.fork_rng(devices=devices), _eagerly():
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), _eagerly():
             session = Session(seconds, cold_and_warm)
             calls = session.tune(recorder)
-            path, notes = _kept(session.rows)
-            if recorder.prepared:
-                notes = (*notes, f"{recorder.prepared} calls of prepared contexts, which keep their plan")
-            return TuningReport(calls, session.spent, path, notes), session.rows
+        notes = (
+            [f"prepared contexts keep their plan: {recorder.prepared} calls were not compared"]
+            if recorder.prepared
+            else []
+        )
+        return _Found(TuningReport(calls, session.spent, None, tuple(notes)), session.rows, cache.key())
 
-    report, rows = _from_rank_0(found)
-    if rows:
+    with _the_only_one(caller):
+        report, rows, key = _from_rank_0(caller, timed)
+        if not rows:
+            return report
         measured.use(measured.merged(measured.own, rows))
-    return report
+        # On another machine of the job other software may run.
+        path, notes = _kept(rows) if key == cache.key() else (None, ("it holds in this process alone here",))
+        return replace(report, path=path, notes=(*report.notes, *notes))
 
 
 @contextlib.contextmanager
@@ -238,17 +252,15 @@ def _eagerly() -> Iterator[None]:
 
 def _kept(rows: list[Row]) -> tuple[Path | None, tuple[str, ...]]:
     """(the file, what to say of it)."""
-    if not rows:
-        return None, ()
     try:
         return cache.keep(rows), ()
     except OSError as error:
         why = f"it holds in this process alone: {error}"
-        warnings.warn(f"pyfused: what was tuned cannot be kept, {why}", stacklevel=5)
+        warnings.warn(f"pyfused: what was tuned cannot be kept, {why}", stacklevel=4)
         return None, (why,)
 
 
-def _from_rank_0(make: Callable[[], tuple[TuningReport, list[Row]]]) -> tuple[TuningReport, list[Row]]:
+def _from_rank_0(caller: str, make: Callable[[], _Found]) -> _Found:
     """What rank 0 makes, on every rank; here where there are no ranks."""
     import torch.distributed as dist
 
@@ -266,6 +278,6 @@ def _from_rank_0(make: Callable[[], tuple[TuningReport, list[Row]]]) -> tuple[Tu
     if error is not None:
         raise error
     if isinstance(box[0], str):
-        raise RuntimeError(f"tune: rank 0 could not tune: {box[0]}")
-    report, rows = box[0]
-    return replace(report, notes=(*report.notes, "timed by rank 0")), rows
+        raise RuntimeError(f"{caller}: rank 0 could not tune: {box[0]}")
+    report, rows, key = box[0]
+    return _Found(replace(report, notes=(*report.notes, "timed by rank 0")), rows, key)

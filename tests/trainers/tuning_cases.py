@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ def ranks_agree(rank: int, folder: Path) -> None:
     assert tuned.plans(model, *given) == ["standard", "standard"]
     assert report.notes == ("timed by rank 0",)
     assert report.calls[0].gain == 2.0
-    assert report.path == folder / "agree0" / "measured.json"
-    assert (folder / f"agree{rank}").exists() == (rank == 0)
+    assert report.path == folder / f"agree{rank}" / "measured.json", "each may be on a machine of its own"
+    assert cache.rows() == measured.own
     assert len(measured.own) == 1
     # And inside a step.
     measured.use(())
@@ -45,8 +46,9 @@ def ranks_agree(rank: int, folder: Path) -> None:
 
 def one_that_fails_fails_all(rank: int, folder: Path) -> None:
     _set_up(rank, folder, "fails")
-    cache_keep = cache.keep
-    cache.keep = lambda rows: 1 // 0
+    session = module.Session
+    if rank == 0:
+        module.Session = lambda *arguments: 1 // 0
     try:
         pyfused.tune(tuned.Towers(), *tuned.inputs())
     except ZeroDivisionError:
@@ -57,8 +59,25 @@ def one_that_fails_fails_all(rank: int, folder: Path) -> None:
     else:
         raise AssertionError("nothing was raised")
     finally:
-        cache.keep = cache_keep
-    assert measured.own == []
+        module.Session = session
+    assert measured.own == cache.rows() == []
+
+
+def another_version_is_not_kept(rank: int, folder: Path) -> None:
+    """What one version measured serves the job, and is not taken for another's afterwards."""
+    _set_up(rank, folder, "version")
+    own = cache.key
+    if rank == 1:
+        cache.key = lambda: replace(own(), driver="another")
+    try:
+        model, given = tuned.Towers(), tuned.inputs()
+        report = pyfused.tune(model, *given)
+        assert tuned.plans(model, *given) == ["standard", "standard"]
+        assert (report.path is None) == (rank == 1)
+        assert ("it holds in this process alone here" in report.notes) == (rank == 1)
+        assert len(cache.rows()) == (rank == 0)
+    finally:
+        cache.key = own
 
 
 def a_wrapped_model_trains_on(rank: int, folder: Path) -> None:
@@ -79,5 +98,6 @@ def a_wrapped_model_trains_on(rank: int, folder: Path) -> None:
 CASES = {
     "ranks_agree": ranks_agree,
     "one_that_fails_fails_all": one_that_fails_fails_all,
+    "another_version_is_not_kept": another_version_is_not_kept,
     "a_wrapped_model_trains_on": a_wrapped_model_trains_on,
 }
