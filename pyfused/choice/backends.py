@@ -275,7 +275,7 @@ def planned(
 
 def measured_plan(
     requested: str, operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float]
-) -> tuple[Choice, str] | None:
+) -> tuple[Choice, measured.Row] | None:
     """As `order.measured_plan`; ``requested`` is the call's backend."""
     # Fake tensors can be on a GPU where there is none.
     if not measured.TABLE.rows or device.type not in ("cpu", "cuda") or (device.type == "cuda" and _absence(device)):

@@ -102,9 +102,9 @@ def measured_row(
 
 def measured_plan(
     operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], backend: str
-) -> tuple[Choice, str] | None:
-    """(what serves the call, why) by a measured row, of an operator that has its plan before its backend; None where
-    no row knows.
+) -> tuple[Choice, measured.Row] | None:
+    """What serves a call by a measured row, and the row, of an operator that has its plan before its backend; None
+    where no row knows.
 
     Args:
         operator, device, dtype: as `choose` has them.
@@ -116,7 +116,7 @@ def measured_plan(
         return None
     for name in row.found:
         if backend in (name, "auto") and name in row.plans:
-            return Choice(name, *row.plans[name]), told_row(row)
+            return Choice(name, *row.plans[name]), row
     return None
 
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.choice import backends
+from pyfused.choice import backends, order
 from pyfused.ops import decision
 from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
@@ -553,7 +553,9 @@ def _resolve(
         rivals = _absorbed_plan(heads * tokens, channels), "standard"
         found = backends.measured_plan(backend, _NAME, x.device, dtype, sizes)
         if found is not None and found[0].forward in rivals:
-            chosen, reason = found
+            chosen, row = found
+            # Traced code makes no text of numbers.
+            reason = order.told_row(row) if decision.observers else "measured"
             return _Resolved(chosen.forward, reason, dtype, dropout_p, chosen.backend, rivals, sizes)
     plan, reason = resolve_plan(projections, every // contexts, tokens, norm_match, dtype, x.device, plan, seeded)
     return _Resolved(plan, reason, dtype, dropout_p, "", rivals, sizes)

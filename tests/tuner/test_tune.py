@@ -11,6 +11,7 @@ import pytest
 import torch
 import tuned
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
@@ -173,6 +174,20 @@ def test_a_compiled_model_takes_the_plan(timed):
     with torch.no_grad():
         torch.testing.assert_close(compiled(*given), before)
     assert ["scaled_dot_product_attention" in code for code in graphs] == [False, True]
+
+
+def test_traced_code_of_any_length_compiles_again_only_where_the_choice_changes(timed):
+    model = tuned.Towers().first
+    timed(**FASTER)
+    pyfused.tune(model, *tuned.inputs(300))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x, context: model(x, context), backend=counter, fullgraph=True, dynamic=True)
+    for length, plan in ((300, "standard"), (290, "standard"), (155, "standard"), (2000, "absorbed")):
+        given = tuned.inputs(length)
+        torch.testing.assert_close(compiled(*given), model(*given))
+        assert tuned.plans(model, *given) == [plan]
+    assert counter.frame_count == 2, "once inside the row's range, and once outside"
 
 
 def test_nothing_is_tuned_in_a_step(timed):
