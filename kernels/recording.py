@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,21 +99,19 @@ class _Watches(threading.local):
 watches = _Watches()
 
 
-@functools.lru_cache(4096)
 def measured_or_own(chosen: Chosen) -> Any:
     """The configuration of a row measured on this GPU, or else the function's own."""
+    return _measured_or_own(chosen, measured.generation)
+
+
+@functools.lru_cache(4096)
+def _measured_or_own(chosen: Chosen, generation: int) -> Any:
     own = chosen.config()
     if not measured.TABLE.rows:
         return own
     gpu, dtype, rows, others = measured_for(chosen.arguments)
     row = measured.TABLE.nearest(gpu, chosen.kernel, dtype, rows, others)
     return own if row is None else dataclasses.replace(own, **row.found)
-
-
-def forget() -> None:
-    """To be called after `measured.TABLE` has changed."""
-    measured_or_own.cache_clear()
-    measured.changed()
 
 
 def measured_for(arguments: Mapping[str, Any]) -> tuple[str, str, int, dict[str, object]]:
@@ -160,6 +159,32 @@ def record(for_target: Target) -> Iterator[list[Launch]]:
         yield launches
     finally:
         current = None
+
+
+def differing(own: Any, config: Any) -> dict[str, int]:
+    """The fields in which a configuration differs from the one that ships."""
+    ships = dataclasses.asdict(own)
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != ships[name]}
+
+
+def neighbours(config: Any) -> Iterator[Any]:
+    """Configurations that differ from ``config`` in one or two fields: a tile's side, warps, stages, splits."""
+    fields = dataclasses.asdict(config)
+    single = [[{name: other} for other in _others(name, value)] for name, value in fields.items()]
+    pairs = (one | other for pair in itertools.combinations(single, 2) for one, other in itertools.product(*pair))
+    for changes in itertools.chain(*single, pairs):
+        yield dataclasses.replace(config, **changes)
+
+
+def _others(name: str, value: int) -> Iterator[int]:
+    if name.startswith("block_"):
+        yield from (side for side in (value // 2, 2 * value) if 16 <= side <= 256)
+    elif name == "num_warps":
+        yield from ({4, 8} - {value})
+    elif name == "num_stages":
+        yield from (stages for stages in (value - 1, value + 1) if 2 <= stages <= 5)
+    elif name == "splits":
+        yield from (splits for splits in (value // 2, 2 * value) if splits >= 1)
 
 
 def like_sizes(batch: int, length: int) -> list[tuple[int, int]]:

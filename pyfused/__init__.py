@@ -1,5 +1,8 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
+# Before the imports, of which one reads it.
+__version__ = "0.1.0"
+
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends
 from pyfused.explanation import explain
@@ -24,8 +27,8 @@ from pyfused.ops.adapter_residual import adapter_residual
 from pyfused.ops.cross_attention_residual import cross_attention_residual
 from pyfused.ops.lora_linear import lora_linear
 from pyfused.ops.projection_residual import projection_residual
-
-__version__ = "0.1.0"
+from pyfused.tuner.report import TuningReport
+from pyfused.tuner.tune import tune, tuning
 
 __all__ = [
     "BitFitReport",
@@ -41,6 +44,7 @@ __all__ = [
     "PrefixTuning",
     "Preset",
     "ScaledCrossAttention",
+    "TuningReport",
     "__version__",
     "adapter_batch",
     "adapter_residual",
@@ -68,5 +72,7 @@ __all__ = [
     "save_lora",
     "save_tuned",
     "set_adapter",
+    "tune",
+    "tuning",
     "unfuse",
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import pyfused
-from pyfused.choice import backends, measured
+from pyfused.choice import backends, cache, measured, order
 
 # Distribution -> why somebody would want it.
 _OPTIONAL = {
@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--show", type=_capability, metavar="CAPABILITY",
         help="compile what would be tried on a GPU of this compute capability, such as 9.0; no GPU is needed",
     )  # fmt: skip
+    own = tune.add_mutually_exclusive_group()
+    own.add_argument("--list", action="store_true", help="instead: show what pyfused.tune has kept for you")
+    own.add_argument("--clear", action="store_true", help="instead: remove what pyfused.tune has kept for you")
 
     report = commands.add_parser("report", help="an HTML page with figures on one record of `bench`, or on several")
     report.set_defaults(function=_report)
@@ -297,6 +300,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        return _list_kept()
+    if arguments.clear:
+        removed = cache.clear()
+        print(f"nothing is kept in {cache.path()}" if removed is None else f"removed: {removed}")
+        return 0
     if _lacks("tune", _TUNE_NEEDS, extras="triton,bench"):
         return 2
     if arguments.show is None and arguments.device.type != "cuda":
@@ -313,6 +322,29 @@ def _tune(arguments: argparse.Namespace) -> int:
             return 2
         return tune.show(arguments.show, arguments.select)
     return tune.run(arguments.device, arguments.seconds, arguments.select, arguments.output, arguments.commit)
+
+
+def _list_kept() -> int:
+    place = cache.path()
+    try:
+        sections = [] if place is None else cache.read(place)
+    except ValueError as error:
+        print(f"pyfused tune: {error}", file=sys.stderr)
+        return 2
+    if not sections:
+        print(f"nothing is kept in {place}")
+        return 0
+    print(place)
+    for section in sections:
+        print(f"\n{section.key}{'' if section.key == cache.key() else ': not read by what is installed here'}")
+        for row in section.rows:
+            sizes = ", ".join(f"{name} = {size}" for name, size in ({"M": row.rows} | row.sizes).items())
+            print(f"  {row.gpu}: {row.subject}, {row.dtype}, {sizes}")
+            # A kernel's row has its configuration where an operator's has times.
+            found = order.told_row(row) if set(row.found) <= set(backends.BACKENDS) else f"launched with {row.found}"
+            gain, own = row.source.get("gain", 1.0), row.source.get("library", "the configuration that ships")
+            print(f"    {found}; {own} takes {gain} times as long" if gain != 1.0 else f"    {found}; as without it")
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ class OperatorCall:
         backend: the backend that served it.
         plan: the plan of forward, "auto" resolved.
         backward_plan: the plan of backward.
-        why: reason for the plan; on a GPU, for each direction, the time by the model, in microseconds, of what serves
-            it, of the runner-up and of the eager formula; then why the other backends cannot, or were not asked.
+        why: reason for the plan, a row that was measured say; on a GPU, for each direction, the time by the model, in
+            microseconds, of what serves it, of the runner-up and of the eager formula; then why the other backends
+            cannot, or were not asked.
         saved_bytes: what a training step keeps for backward, in bytes, beyond the call's own inputs.
     """
 
@@ -226,7 +227,7 @@ def _not_taken(decided: Decision) -> list[str]:
     if set(found) != {"portable"}:
         call = kernels, device, decided.dtype, decided.sizes, found
         reasons += order.reasons(*call, decided.choice)
-        best = order.choose(*call).backend
+        best = decided.measured_backend if decided.measured_backend in found else order.choose(*call).backend
     for name in ("cuda", "triton", "portable"):
         reason = backends.refusal(name, device, decided.dtype, kernels) or decided.limits.get(name)
         if reason is None and device.type == "cpu" and name != "portable":

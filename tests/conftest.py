@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import os
 import sys
+import tempfile
 import types
 
 # One thread in each of several workers; two when there is one process. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Deterministic cuBLAS, which the poisoning below switches on, wants a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# What somebody has tuned on this machine is no part of a test.
+os.environ["PYFUSED_CACHE"] = os.path.join(tempfile.gettempdir(), f"pyfused-tests-{os.getpid()}")
 
 import pytest
 import torch

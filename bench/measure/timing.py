@@ -7,12 +7,11 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 
-Call = Callable[[], object]
+from pyfused.tuner.clocks import Call, Clock, CudaClock, Label, WallClock
 
 _subject_seconds = 0.0
 
@@ -20,31 +19,6 @@ _subject_seconds = 0.0
 def subject_clock() -> float:
     """A clock for pytest-benchmark that advances by the subject's time alone, although all contenders share a round."""
     return _subject_seconds
-
-
-class Clock(Protocol):
-    """What `Interleaved` asks for the time; ``mode`` says in the record what was timed."""
-
-    mode: str
-
-    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds of each call, in the order given."""
-
-
-class WallClock:
-    """Times each call by the wall, for work that is done when the call returns."""
-
-    mode = "wall clock"
-
-    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds of each call, in the order given."""
-        seconds = {}
-        for name, call in calls.items():
-            start = time.perf_counter()
-            result = call()
-            seconds[name] = time.perf_counter() - start
-            del result
-        return seconds
 
 
 class HostClock:
@@ -60,7 +34,7 @@ class HostClock:
     def __init__(self, device: torch.device, calls: int = 50) -> None:
         self._device, self._calls = device, calls
 
-    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
+    def round(self, calls: Mapping[Label, Call]) -> dict[Label, float]:
         """Seconds of one call of each, in the order given."""
         seconds = {}
         for name, call in calls.items():
@@ -73,51 +47,9 @@ class HostClock:
         return seconds
 
 
-def cache_flush(device: torch.device) -> Call:
-    """One kernel that reads four times the L2 cache, which empties it of all else.
-
-    A read, because a write would leave dirty lines, which the next kernel would have to wait for.
-    """
-    size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-    numbers = torch.zeros(size // torch.int32.itemsize, dtype=torch.int32, device=device)
-    largest = torch.empty((), dtype=torch.int32, device=device)
-    return lambda: torch.amax(numbers, dim=0, out=largest)
-
-
 class CaptureError(RuntimeError):
     """A call cannot be captured as a CUDA graph. torch's allocator may then take the capture for under way until the
     process ends: nothing more should be captured in it."""
-
-
-class CudaClock:
-    """Times each call by CUDA events, after `cache_flush`.
-
-    Args:
-        device: where the calls run.
-        graph: the calls replay CUDA graphs, and the host may run ahead of them. Eager calls (the default) start on an
-            idle GPU instead, so that what the host needs to launch them counts in full.
-    """
-
-    MODES = ("eager launches", "graph replay")
-
-    def __init__(self, device: torch.device, graph: bool = False) -> None:
-        self.mode = self.MODES[graph]
-        self._device, self._graph, self._flush = device, graph, cache_flush(device)
-
-    def round(self, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds of each call from its first launch to its end on the GPU, in the order given."""
-        events = {}
-        for name, call in calls.items():
-            self._flush()
-            if not self._graph:
-                torch.cuda.synchronize(self._device)
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            events[name] = start, end
-        torch.cuda.synchronize(self._device)
-        return {name: start.elapsed_time(end) * 1e-3 for name, (start, end) in events.items()}
 
 
 def mode_of(device: torch.device, graph: bool = False) -> str:

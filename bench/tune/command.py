@@ -7,12 +7,11 @@ go to kernels/measured.json, for somebody to review.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,7 @@ from pyfused.bench.tune.search import Direction, Peaks
 from pyfused.choice import backends, measured, order
 from pyfused.kernels import audit, launch, recording
 from pyfused.kernels.recording import Chosen, Target
-
-# A configuration is recorded where it is this much faster than the one that ships: less is noise.
-LEAST_GAIN = 1.03
+from pyfused.tuner.race import LEAST_GAIN
 
 # Label -> call, timed beside each other: label -> seconds, medians.
 Measure = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
@@ -89,8 +86,8 @@ class Tuner:
                     self._tune_kernel(case, direction, chosen)
         if not self.out_of_time:
             # In the configurations that will be used.
-            measured.TABLE = measured.Table(merged(measured.TABLE.rows, self.rows))
-            recording.forget()
+            measured.TABLE = measured.Table(measured.merged(measured.TABLE.rows, self.rows))
+            measured.changed()
             self.on_step(f"{case.name}: backends")
             self._compare_backends(case)
 
@@ -118,7 +115,7 @@ class Tuner:
                 continue
             if self.out_of_time:
                 break
-            self.on_step(f"{case.name}: {chosen.kernel}: {differing(own, config)}")
+            self.on_step(f"{case.name}: {chosen.kernel}: {recording.differing(own, config)}")
             times[config] = self.measure({"config": call(config)})["config"]
         best = min(times, key=times.__getitem__)
         if best == own:
@@ -128,7 +125,8 @@ class Tuner:
         gain = again["own"] / again["best"]
         if gain >= LEAST_GAIN:
             _, dtype, rows, others = recording.measured_for(chosen.arguments)
-            self._add(chosen.kernel, dtype, rows, others, differing(own, best), gain=round(gain, 3), of=direction.name)
+            found = recording.differing(own, best)
+            self._add(chosen.kernel, dtype, rows, others, found, gain=round(gain, 3), of=direction.name)
 
     def _compare_backends(self, case: Case) -> None:
         names = [name for name in backends.BACKENDS if refusal(case, self.device, name) is None]
@@ -147,12 +145,6 @@ class Tuner:
         source = {"date": today} | self._source | source
         gpu, capability = self.target.name, self.target.capability
         self.rows.append(measured.Row(gpu, capability, subject, dtype, rows, sizes, found, source))
-
-
-def differing(own: Any, config: Any) -> dict[str, int]:
-    """The fields in which a configuration differs from the one that ships."""
-    ships = dataclasses.asdict(own)
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != ships[name]}
 
 
 def by_graph_replay(device: torch.device, rounds: int = 30) -> Measure:
@@ -178,15 +170,6 @@ def peaks_of(device: torch.device, measure: Measure) -> Peaks:
     return Peaks(2 * side**3 / seconds, 1e3 * torch.cuda.get_device_properties(device).clock_rate)
 
 
-def merged(known: Iterable[measured.Row], new: Iterable[measured.Row]) -> list[measured.Row]:
-    """``known`` with the rows in ``new`` in the place of those measured for the same."""
-
-    def what(row: measured.Row) -> str:
-        return repr((row.gpu, row.subject, row.dtype, row.rows, sorted(row.sizes.items())))
-
-    return list(({what(row): row for row in known} | {what(row): row for row in new}).values())
-
-
 def run(device: torch.device, seconds: float, select: str, output: Path, commit: str | None = None) -> int:
     """Tunes the benchmark's cases whose names contain ``select`` and writes the rows, those of each case at once.
 
@@ -208,7 +191,7 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
         )  # fmt: skip
         for case in cases:
             tuner.tune(case)
-            measured.write(merged(known, tuner.rows), output)
+            measured.write(measured.merged(known, tuner.rows), output)
             progress.advance(task)
             torch.cuda.empty_cache()
     print(*summary(tuner.rows), sep="\n")
@@ -247,7 +230,7 @@ def show(capability: tuple[int, int], select: str) -> int:
                 good = sum(not faults for faults in found.values())
                 print(f"{case.name}: {chosen.kernel}: ships {own}; {good} of {len(found)} neighbours are sound")
                 for config, faults in found.items():
-                    print(f"    {differing(own, config)}: {'; '.join(faults) or 'sound'}", flush=True)
+                    print(f"    {recording.differing(own, config)}: {'; '.join(faults) or 'sound'}", flush=True)
     return 0 if cases else _no_case(select)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyfused
 from pyfused.bench.cases.case import Case, decided
 from pyfused.kernels import audit, bottleneck_config, lora_linear_config, recording
-from pyfused.kernels.recording import Chosen, LaunchWork, Target
+from pyfused.kernels.recording import Chosen, LaunchWork, Target, neighbours
 from pyfused.ops.lora_linear import triton_plan
 
 # Function of a configuration -> what a launch in it does at least.
@@ -106,26 +104,6 @@ def kernels_and_sizes(case: Case, tensors: Mapping[str, Tensor]) -> tuple[str, M
     """(the operator whose kernels serve the case, `order.choose`'s sizes), which depend on where ``tensors`` are."""
     made = decided(case, getattr(pyfused, case.operator), tensors)
     return made.kernels, made.sizes
-
-
-def neighbours(config: Any) -> Iterator[Any]:
-    """Configurations that differ from ``config`` in one or two fields: a tile's side, warps, stages, splits."""
-    fields = dataclasses.asdict(config)
-    single = [[{name: other} for other in _others(name, value)] for name, value in fields.items()]
-    pairs = (one | other for pair in itertools.combinations(single, 2) for one, other in itertools.product(*pair))
-    for changes in itertools.chain(*single, pairs):
-        yield dataclasses.replace(config, **changes)
-
-
-def _others(name: str, value: int) -> Iterator[int]:
-    if name.startswith("block_"):
-        yield from (side for side in (value // 2, 2 * value) if 16 <= side <= 256)
-    elif name == "num_warps":
-        yield from ({4, 8} - {value})
-    elif name == "num_stages":
-        yield from (stages for stages in (value - 1, value + 1) if 2 <= stages <= 5)
-    elif name == "splits":
-        yield from (splits for splits in (value // 2, 2 * value) if splits >= 1)
 
 
 def least_work(chosen: Chosen, config: Any) -> LaunchWork:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pyfused.choice import measured, order
+from pyfused.choice import cache, measured, order
 from pyfused.choice.order import Candidates, Choice
 
 BACKENDS = ("portable", "triton", "cuda")
@@ -93,6 +93,7 @@ CUDA_REFUSAL = _cuda_refusal()
 # Device type -> the operators that have CUDA C++ kernels there.
 CUDA_OPERATORS = _registered()
 DEFAULT_BACKEND = _default_backend()
+measured.use(cache.rows())
 # Index of a GPU -> why `pyfused._C` does not run there; those that it has been launched on.
 _PROBED: dict[int, str | None] = {}
 
@@ -227,12 +228,14 @@ def choose(
     sizes: Mapping[str, float],
     limits: Mapping[str, str] | None = None,
     plans: Candidates | None = None,
+    first: str = "",
 ) -> Choice:
     """The backend that serves this call, and the plan of each direction.
 
     ``sizes`` are `order.choose`'s, and ``limits`` says for each backend that the call itself is beyond, why. ``plans``:
     backend -> the plans that may serve the call there, none where it lacks the one asked for; None (the default) for an
-    operator whose plans do not differ in time.
+    operator whose plans do not differ in time. ``first``: what "auto" takes where it can serve the call, by a row that
+    was measured for more than these sizes; "" (the default) for none.
 
     Raises ``ValueError`` for an unknown name or one in ``limits``, and ``RuntimeError``, listing each backend's reason,
     when an explicitly named one cannot serve such tensors: a request never falls back.
@@ -253,6 +256,8 @@ def choose(
         candidates: Candidates = {wanted: (plans or NO_PLANS)[wanted]}
     else:
         candidates = available(device, dtype, operator, limits, plans)
+        if first in candidates:
+            candidates = {first: candidates[first]}
     return planned(operator, device, dtype, sizes, candidates)
 
 
@@ -266,6 +271,17 @@ def planned(
         # Nothing to choose; or interpreted, where the plan that is given first is the cheapest to interpret.
         return Choice(first, given[0], given[0])
     return order.choose(operator, device, dtype, sizes, candidates)
+
+
+def measured_plan(
+    requested: str, operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float]
+) -> tuple[Choice, measured.Row] | None:
+    """As `order.measured_plan`; ``requested`` is the call's backend."""
+    # Fake tensors can be on a GPU where there is none.
+    if not measured.TABLE.rows or device.type not in ("cpu", "cuda") or (device.type == "cuda" and _absence(device)):
+        return None
+    wanted = DEFAULT_BACKEND if requested == "auto" else requested
+    return order.measured_plan(operator, device, dtype, sizes, wanted)
 
 
 # Of an operator whose plans do not differ in time.

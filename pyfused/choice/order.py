@@ -6,9 +6,12 @@ in buckets, so that traced code compiles again only where the choice changes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,8 +48,8 @@ def choose(
 ) -> Choice:
     """What serves a call on a GPU.
 
-    A row measured on this GPU for such sizes decides between the backends, else the times by arithmetic. Between the
-    plans of a backend these always decide.
+    A row measured on this GPU for such sizes decides between the backends, and between the plans where it names them,
+    else the times by arithmetic.
 
     Args:
         operator: whose kernels serve the call.
@@ -60,9 +63,12 @@ def choose(
     """
     row = measured_row(operator, device, dtype, sizes)
     if row is not None:
-        known = next((name for name in row.found if name in candidates), None)
-        if known is not None:
-            candidates = {known: candidates[known]}
+        name = next((name for name in row.found if name in candidates), None)
+        if name is not None and name not in row.plans:
+            candidates = {name: candidates[name]}
+        elif name is not None and all(plan in candidates[name] for plan in row.plans[name]):
+            return Choice(name, *row.plans[name])
+        # Else a plan was asked for by name, and the row knows others.
     return by_times(operator, torch.cuda.get_device_capability(device), dtype, sizes, candidates)
 
 
@@ -90,8 +96,63 @@ def measured_row(
     """The row that decides between the backends of such a call."""
     if not measured.TABLE.rows:
         return None
-    gpu = torch.cuda.get_device_properties(device).name
-    return measured.TABLE.nearest(gpu, operator, str(dtype).removeprefix("torch."), sizes["M"], others(sizes))
+    name, kind = device_name(device), str(dtype).removeprefix("torch.")
+    return measured.TABLE.nearest(name, operator, kind, sizes["M"], others(sizes))
+
+
+def measured_plan(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], backend: str
+) -> tuple[Choice, measured.Row] | None:
+    """What serves a call by a measured row, and the row, of an operator that has its plan before its backend; None
+    where no row knows.
+
+    Args:
+        operator, device, dtype: as `choose` has them.
+        sizes: M, and all else that the choice between the plans depends on.
+        backend: the one that was asked for, or "auto".
+    """
+    row = measured_row(operator, device, dtype, sizes)
+    if row is None:
+        return None
+    for name in row.found:
+        if backend in (name, "auto") and name in row.plans:
+            return Choice(name, *row.plans[name]), row
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """By which rows measured there are found."""
+    if device.type == "cpu":
+        return _cpu_name()
+    return torch.cuda.get_device_properties(device).name
+
+
+def _cpu_name() -> str:
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+# A constant to traced code; see `_choices`.
+vars(_cpu_name)["_dynamo_marked_constant"] = True
+
+
+@functools.cache
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def told_row(row: measured.Row) -> str:
+    """What a row of an operator says, in words."""
+    times = []
+    for name, time in row.found.items():
+        plans = " / ".join(dict.fromkeys(row.plans.get(name, ())))
+        times.append(f"{name}{f' {plans}' if plans else ''} {time:.1f} us")
+    return f"measured at M = {row.rows}: {', '.join(times)}"
 
 
 def others(sizes: Mapping[str, float]) -> dict[str, object]:
@@ -228,7 +289,7 @@ def reasons(
     runner-up and of the eager formula."""
     row = measured_row(operator, device, dtype, sizes)
     if row is not None:
-        yield f"measured at M = {row.rows}: " + ", ".join(f"{name} {time:.1f} us" for name, time in row.found.items())
+        yield told_row(row)
     capability = torch.cuda.get_device_capability(device)
     like = dict(_bucketed(sizes)) | {"M": _stands_for(sizes["M"])}
     # What was asked for by name is no candidate of "auto"'s.

@@ -319,17 +319,21 @@ def _decide(
     chosen = backends.choose(backend, z.device, dtype, name, sizes, limits).backend
     resolved, reason = choose_plan(hidden, channels) if plan == "auto" else (plan, "plan asked for by name")
     if decision.observers:
-        decision.notify(_decided(z, dtype, sizes, chosen, resolved, reason, limits))
+        asked = decision.asked(
+            z=z, **weights, residual=residual, layer_scale=layer_scale, sample_scale=sample_scale, skip=skip,
+            activation=activation, dropout_p=dropout_p, channel_dim=channel_dim, plan=plan, backend=backend,
+        )  # fmt: skip
+        decision.notify(_decided(z, dtype, sizes, chosen, resolved, reason, limits, asked))
     return _Decided(chosen, resolved, None if dtype == z.dtype else dtype, float(skip), dropout_p)
 
 
-def _decided(z, dtype, sizes, backend, plan, reason, limits) -> decision.Decision:
+def _decided(z, dtype, sizes, backend, plan, reason, limits, asked) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in ("M", "C", "h"))
     m, channels, hidden = (size for _, size in shapes)
     # What autocast made of z is no input of the call, and kept too.
     saved = m * (hidden * (plan == "save") + channels * (dtype != z.dtype)) * dtype.itemsize
     return decision.Decision(
-        _NAME, _NAME, shapes, sizes, dtype, z.device, backend, plan, plan, (reason,), saved, limits
+        _NAME, _NAME, shapes, sizes, dtype, z.device, backend, plan, plan, (reason,), saved, limits, arguments=asked
     )
 
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.choice import backends
+from pyfused.choice import backends, order
 from pyfused.ops import decision
 from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit, cuda_rows, cuda_shared_memory
@@ -227,6 +227,15 @@ def _derived(backend, *arguments):
 registry.derive(_fwd, _derived)
 
 
+class Asked(NamedTuple):
+    """Of a public call: the backend that a measured row takes, "" without one; the rest as `decision.Decision`'s."""
+
+    first: str = ""
+    arguments: decision.Arguments = ()
+    rivals: tuple[str, ...] = ()
+    sizes: dict[str, float] | None = None
+
+
 def choose_backend(
     x: Tensor,
     prepared: PreparedContext,
@@ -235,8 +244,10 @@ def choose_backend(
     norm_match: bool,
     dropout_p: float,
     backend: str,
+    asked: Asked | None = None,
 ) -> str:
-    """Which backend serves a call that is checked; tells the observers."""
+    """Which backend serves a call that is checked; tells the observers. ``asked``: what they learn of a public call."""
+    asked = asked or Asked()
     dtype, channels = prepared.dtype, x.shape[-1]
     rows = x.numel() // channels
     limits, tile_rows = _limits(prepared, projections, norm_match, rows)
@@ -247,11 +258,11 @@ def choose_backend(
     else:
         columns = projections.num_heads * prepared.tokens
         operator, sizes = _NAME, sizes | {"J": columns, "dropout_p": dropout_p, "cuda_rows": tile_rows}
-    chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits).backend
+    chosen = backends.choose(backend, x.device, dtype, operator, sizes, limits, first=asked.first).backend
     if decision.observers:
         need_gate = isinstance(weight, Tensor) and weight.requires_grad
         saved = _saved_bytes(x, prepared, projections, norm_match, need_gate)
-        decision.notify(_decided(x, prepared, projections, sizes, chosen, limits, operator, saved))
+        decision.notify(_decided(x, prepared, projections, sizes, chosen, limits, operator, saved, asked))
     return chosen
 
 
@@ -292,12 +303,13 @@ def attend(
     )
 
 
-def _decided(x, prepared, projections, sizes, backend, limits, kernels, saved) -> decision.Decision:
+def _decided(x, prepared, projections, sizes, backend, limits, kernels, saved, asked) -> decision.Decision:
     heads, width, plan = projections.num_heads, projections.head_dim, prepared.plan
     shapes = (("M", int(sizes["M"])), ("C", x.shape[2]), ("H", heads), ("d", width), ("T", prepared.tokens))
     return decision.Decision(
-        _NAME, kernels, shapes, sizes, prepared.dtype, x.device, backend, plan, plan, (prepared.reason,), saved, limits
-    )
+        _NAME, kernels, shapes, sizes, prepared.dtype, x.device, backend, plan, plan, (prepared.reason,), saved, limits,
+        arguments=asked.arguments, rivals=asked.rivals, call_sizes=asked.sizes, measured_backend=asked.first,
+    )  # fmt: skip
 
 
 def _saved_bytes(x, prepared, projections, norm_match, need_gate) -> int:
@@ -458,8 +470,10 @@ def cross_attention_residual(
     key = known.signature(x, tensors, settings)
     decided = _known.get(key)
     if decided is None:
-        asked = weight, norm_match, eps, normalize_context, key_padding_mask, dropout_p, training, seed, plan
-        resolved = _resolve(x, context, projections, *asked)
+        resolved = _resolve(
+            x, context, projections, weight, norm_match, eps, normalize_context, key_padding_mask, dropout_p, training,
+            seed, plan, backend,
+        )  # fmt: skip
     else:
         resolved = decided.resolved
     prepared = prepare_context(
@@ -467,7 +481,17 @@ def cross_attention_residual(
         resolved.reason, key is not None,
     )  # fmt: skip
     if decided is None:
-        chosen = choose_backend(x, prepared, projections, weight, norm_match, resolved.dropout_p, backend)
+        asked = Asked(resolved.backend)
+        if decision.observers:
+            arguments = decision.asked(
+                x=x, context=context, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias,
+                v_weight=v_weight, v_bias=v_bias, out_weight=out_weight, out_bias=out_bias, num_heads=num_heads,
+                weight=weight, norm_match=norm_match, eps=eps, normalize_context=normalize_context,
+                key_padding_mask=key_padding_mask, dropout_p=dropout_p, training=training,
+                seed=None if seed is None else 0, plan=plan, backend=backend,
+            )  # fmt: skip
+            asked = asked._replace(arguments=arguments, rivals=resolved.rivals, sizes=resolved.sizes)
+        chosen = choose_backend(x, prepared, projections, weight, norm_match, resolved.dropout_p, backend, asked)
         _known.keep(key, _Decided(resolved, chosen))
     else:
         chosen = decided.backend
@@ -477,12 +501,18 @@ def cross_attention_residual(
 
 
 class _Resolved(NamedTuple):
-    """A checked call's plan and why, the dtype of the products, and the dropout that acts."""
+    """A checked call's plan and why, the dtype of the products, and the dropout that acts.
+
+    The rest as `Asked`'s: ``backend`` is its ``first``.
+    """
 
     plan: str
     reason: str
     dtype: torch.dtype
     dropout_p: float
+    backend: str
+    rivals: tuple[str, ...]
+    sizes: dict[str, float]
 
 
 class _Decided(NamedTuple):
@@ -497,7 +527,7 @@ _known: known.Known[_Decided] = known.Known()
 
 def _resolve(
     x, context, projections, weight, norm_match, eps, normalize_context, key_padding_mask, dropout_p, training, seed,
-    plan,
+    plan, backend,
 ) -> _Resolved:  # fmt: skip
     check_projections(_NAME, projections)
     _check_rows(x, projections)
@@ -512,11 +542,24 @@ def _resolve(
         checks.flag(_NAME, argument, value)
     dtype = checks.autocast_dtype(x) or x.dtype
     dropout_p = float(dropout_p) if training else 0.0
-    rows = x.shape[0] * x.shape[1] // max(1, context.shape[0])
-    plan, reason = resolve_plan(
-        projections, rows, context.shape[1], norm_match, dtype, x.device, plan, dropout_p > 0.0 and seed is not None
-    )
-    return _Resolved(plan, reason, dtype, dropout_p)
+    every, contexts, tokens = x.shape[0] * x.shape[1], max(1, context.shape[0]), context.shape[1]
+    seeded = dropout_p > 0.0 and seed is not None
+    heads, channels = projections.num_heads, x.shape[2]
+    sizes: dict[str, float] = {
+        "M": every, "C": channels, "H": heads, "d": projections.head_dim, "T": tokens,
+        "rows_per_context": 0 if contexts == 1 else every // contexts, "norm_match": norm_match, "dropout_p": dropout_p,
+    }  # fmt: skip
+    rivals: tuple[str, ...] = ()
+    if plan == "auto" and not seeded:
+        rivals = _absorbed_plan(heads * tokens, channels), "standard"
+        found = backends.measured_plan(backend, _NAME, x.device, dtype, sizes)
+        if found is not None and found[0].forward in rivals:
+            chosen, row = found
+            # Traced code makes no text of numbers.
+            reason = order.told_row(row) if decision.observers else "measured"
+            return _Resolved(chosen.forward, reason, dtype, dropout_p, chosen.backend, rivals, sizes)
+    plan, reason = resolve_plan(projections, every // contexts, tokens, norm_match, dtype, x.device, plan, seeded)
+    return _Resolved(plan, reason, dtype, dropout_p, "", rivals, sizes)
 
 
 def resolve_plan(

@@ -16,6 +16,42 @@ from pyfused.ops.contract.known import observers
 
 
 @dataclass(frozen=True)
+class Like:
+    """A tensor of a call without its values: what another needs, to be one that the call takes as long for.
+
+    Attributes:
+        shape, strides, dtype, requires_grad: the tensor's.
+        same_as: the argument before it that is the same tensor; "" where none is.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    same_as: str = ""
+
+
+# The arguments of a public call by name: `Like`s and settings.
+Arguments = tuple[tuple[str, object], ...]
+
+
+def asked(**arguments: object) -> Arguments:
+    """What a call was given, for `Decision.arguments`; nothing where nobody watches."""
+    if not observers:
+        return ()
+    seen: dict[int, str] = {}
+    found: list[tuple[str, object]] = []
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            same = seen.setdefault(id(value), name)
+            value = Like(
+                tuple(value.shape), value.stride(), value.dtype, value.requires_grad, "" if same == name else same
+            )
+        found.append((name, value))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class Decision:
     """One call of an operator, as the operator decided it.
 
@@ -27,6 +63,11 @@ class Decision:
         reasons: why these plans.
         limits: backend -> why its kernels do not take this call.
         plans: backend -> the plans between which times decide, see `pyfused.choice.backends.choose`.
+        arguments: of the public call; empty where it has no public call of its own.
+        rivals: the plans between which the operator decided by their cost, before any backend; none where one was asked
+            for by name, and in operators whose plans belong to a backend.
+        call_sizes: where there are rivals, by what a measured row for the call is found; else `sizes` are.
+        measured_backend: the backend of such a row; "" without one.
     """
 
     operator: str
@@ -42,6 +83,10 @@ class Decision:
     saved_bytes: int
     limits: Mapping[str, str]
     plans: Candidates = field(default_factory=lambda: NO_PLANS)
+    arguments: Arguments = ()
+    rivals: tuple[str, ...] = ()
+    call_sizes: Mapping[str, float] | None = None
+    measured_backend: str = ""
 
     @property
     def choice(self) -> Choice:

@@ -281,6 +281,12 @@ def _decide(
 ) -> _Decided:  # fmt: skip
     name = _NAME
     adapters = 0
+    asked: decision.Arguments = ()
+    if decision.observers:
+        asked = decision.asked(
+            x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias, scaling=scaling, dropout_p=dropout_p,
+            training=training, channel_dim=channel_dim, adapter_index=adapter_index, plan=plan, backend=backend,
+        )  # fmt: skip
     if adapter_index is None:
         _check(name, x, weight, lora_a, lora_b, bias, scaling, dropout_p, channel_dim)
     else:
@@ -309,7 +315,7 @@ def _decide(
             f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
         )
     if decision.observers:
-        decision.notify(_decided(x, dtype, sizes, chosen, plan, forward, backward, limits, kernels))
+        decision.notify(_decided(x, dtype, sizes, chosen, plan, forward, backward, limits, kernels, asked))
     return _Decided(chosen, forward, backward, None if dtype == x.dtype else dtype, float(scaling), dropout_p, adapters)
 
 
@@ -341,7 +347,7 @@ def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[
     return lambda *arguments: _mixed_fwd[backend](*arguments, adapter_index, adapters)
 
 
-def _decided(x, dtype, sizes, backend, plan, forward, backward, limits, kernels) -> decision.Decision:
+def _decided(x, dtype, sizes, backend, plan, forward, backward, limits, kernels, asked=()) -> decision.Decision:
     plans = candidates(plan, sizes["R"])
     reason = "the plans of least regret by their modelled times"
     if plan != "auto":
@@ -350,12 +356,15 @@ def _decided(x, dtype, sizes, backend, plan, forward, backward, limits, kernels)
         reason = f"the only plan of backend {backend!r}"
     elif x.device.type == "cpu":
         reason = f"interpreter: {forward} is the cheapest to interpret"
+    elif backend in getattr(order.measured_row(kernels, x.device, dtype, sizes), "plans", ()):
+        reason = "the plans that were measured to be the fastest there"
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKNR")
     # P, and what autocast made of x.
     saved = int(sizes["M"] * (sizes["R"] + sizes["K"] * (dtype != x.dtype))) * dtype.itemsize
     return decision.Decision(
-        _NAME, kernels, shapes, sizes, dtype, x.device, backend, forward, backward, (reason,), saved, limits, plans
-    )
+        _NAME, kernels, shapes, sizes, dtype, x.device, backend, forward, backward, (reason,), saved, limits, plans,
+        asked,
+    )  # fmt: skip
 
 
 def _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, rows) -> dict[str, str]:

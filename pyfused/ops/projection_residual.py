@@ -221,16 +221,22 @@ def _decide(o, weight, bias, residual, gate, skip, activation, norm_match, eps, 
     chosen = backends.choose(backend, o.device, dtype, _NAME, sizes).backend
     if decision.observers:
         keeps = keeps_projection(activation, norm_match, isinstance(gate, Tensor) and gate.requires_grad)
-        decision.notify(_decided(o, dtype, sizes, chosen, keeps))
+        asked = decision.asked(
+            o=o, weight=weight, bias=bias, residual=residual, gate=gate, skip=skip, activation=activation,
+            norm_match=norm_match, eps=eps, backend=backend,
+        )  # fmt: skip
+        decision.notify(_decided(o, dtype, sizes, chosen, keeps, asked))
     return _Decided(chosen, dtype)
 
 
-def _decided(o, dtype, sizes, backend, keeps) -> decision.Decision:
+def _decided(o, dtype, sizes, backend, keeps, asked) -> decision.Decision:
     shapes = tuple((letter, int(sizes[letter])) for letter in "MKC")
     plan, reason = ("save", "the projection") if keeps else ("-", "nothing of y's size")
     saved = int(sizes["M"] * sizes["C"]) * dtype.itemsize * keeps
     reasons = (f"backward needs {reason}",)
-    return decision.Decision(_NAME, _NAME, shapes, sizes, dtype, o.device, backend, plan, plan, reasons, saved, {})
+    return decision.Decision(
+        _NAME, _NAME, shapes, sizes, dtype, o.device, backend, plan, plan, reasons, saved, {}, arguments=asked
+    )
 
 
 def project_residual(

@@ -31,9 +31,9 @@ ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def _empty_table(monkeypatch):
     monkeypatch.setattr(measured, "TABLE", Table())
-    recording.forget()
+    measured.changed()
     yield
-    recording.forget()
+    measured.changed()
 
 
 def direction(case, name):
@@ -216,7 +216,7 @@ def test_a_row_has_the_sizes_of_a_call_on_its_gpu(monkeypatch):
 def test_new_rows_take_the_place_of_those_for_the_same():
     row = measured.Row("G", (9, 0), "k", "bfloat16", 8, {"C": 1, "h": 2}, {"num_stages": 3}, {})
     other, newer = replace(row, rows=9), replace(row, sizes={"h": 2, "C": 1}, found={"num_stages": 4})
-    assert command.merged([row, other], [newer]) == [newer, other]
+    assert measured.merged([row, other], [newer]) == [newer, other]
 
 
 def test_show_needs_no_gpu():

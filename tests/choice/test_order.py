@@ -162,6 +162,60 @@ def test_a_measured_backend_has_its_plans_by_arithmetic(gpu, monkeypatch):
     assert chosen("lora_linear") == own
 
 
+def test_a_row_with_plans_decides_each_direction(gpu, monkeypatch):
+    mixed = {"triton": ("shrink_expand", "one_launch")}
+    row = replace(ROW, subject="lora_linear", sizes=order.others(LORA), found={"triton": 1.0, "cuda": 2.0}, plans=mixed)
+    monkeypatch.setattr(measured, "TABLE", Table([row]))
+    assert chosen("lora_linear") == ("triton", "shrink_expand", "one_launch")
+    assert why("lora_linear")[0] == "measured at M = 6304: triton shrink_expand / one_launch 1.0 us, cuda 2.0 us"
+    # As well where the backend was asked for.
+    asked = choose("triton", GPU, torch.bfloat16, "lora_linear", LORA, None, candidates("auto", 16))
+    assert asked == chosen("lora_linear")
+    # Of another backend the row names no plans, and where a plan was asked for it knows of others alone.
+    other = choose("portable", GPU, torch.bfloat16, "lora_linear", LORA, None, candidates("auto", 16))
+    assert other == ("portable", "blas", "blas")
+    there = {"triton": ("blas",), "portable": ("blas",), "cuda": ()}
+    by_row = choose("auto", GPU, torch.bfloat16, "lora_linear", LORA, None, there)
+    monkeypatch.setattr(measured, "TABLE", Table())
+    assert by_row == choose("auto", GPU, torch.bfloat16, "lora_linear", LORA, None, there)
+
+
+def test_a_row_of_a_call_decides_its_plan_and_then_its_backend(gpu, monkeypatch):
+    """Of an operator whose plans are made of other operators' kernels."""
+    sizes = {"M": 100, "C": 64, "H": 2, "d": 32, "T": 3}
+    row = replace(
+        ROW, subject="cross_attention_residual", rows=100, sizes=order.others(sizes),
+        found={"cuda": 1.0, "triton": 2.0, "portable": 3.0},
+        plans={"triton": ("standard", "standard"), "cuda": ("absorbed", "absorbed")},
+    )  # fmt: skip
+    monkeypatch.setattr(measured, "TABLE", Table([row]))
+    call = "cross_attention_residual", GPU, torch.bfloat16, sizes
+
+    def found(backend):
+        known = order.measured_plan(*call, backend)
+        return known and known[0]
+
+    assert found("auto") == ("cuda", "absorbed", "absorbed")
+    assert found("triton") == ("triton", "standard", "standard")
+    assert found("portable") is None
+    assert order.measured_plan(*call[:3], sizes | {"T": 4}, "auto") is None
+    monkeypatch.setattr(backends, "_absence", lambda device: None)
+    assert backends.measured_plan("auto", *call)[0] == found("auto")
+    monkeypatch.setattr(backends, "DEFAULT_BACKEND", "triton")
+    assert backends.measured_plan("auto", *call)[0] == found("triton")
+    monkeypatch.setattr(backends, "DEFAULT_BACKEND", "auto")
+    # Then the backend: it comes first where it can serve the call.
+    chosen_by_times = chosen("projection_residual").backend
+    for first in ("cuda", "triton", "portable", ""):
+        taken = choose("auto", GPU, torch.bfloat16, "projection_residual", PROJECTION, None, None, first)
+        assert taken.backend == (first if first in ("triton", "portable") else chosen_by_times)
+    assert choose("portable", GPU, torch.bfloat16, "projection_residual", PROJECTION, first="triton")[0] == "portable"
+    # Fake tensors can be on a GPU where there is none, and rows are of CPUs and GPUs alone.
+    monkeypatch.setattr(backends, "_absence", lambda device: "torch has no such GPU")
+    assert backends.measured_plan("auto", *call) is None
+    assert backends.measured_plan("auto", call[0], torch.device("meta"), *call[2:]) is None
+
+
 @pytest.mark.parametrize(
     ("rows", "nearest"),
     [
@@ -190,6 +244,17 @@ def test_measured_rows_are_explained(gpu, monkeypatch):
     reasons = _not_taken(Decision(name, name, (), ADAPTER, dtype, GPU, "cuda", "save", "save", (), 0, {}))
     assert reasons[0] == "measured at M = 6304: triton 30.0 us, cuda 31.0 us"
     assert reasons[-1] == "not triton: not asked for"
+
+
+def test_what_times_would_take_was_not_asked_for_where_a_row_of_the_call_decides(gpu):
+    from pyfused.explanation import _not_taken
+
+    by_times = chosen("projection_residual").backend
+    other = "portable" if by_times != "portable" else "triton"
+    call = "cross_attention_residual", "projection_residual", (), PROJECTION, torch.bfloat16, GPU, other
+    made = Decision(*call, "standard", "standard", (), 0, {})
+    assert f"not {by_times}: not asked for" in _not_taken(made)
+    assert not any("not asked for" in reason for reason in _not_taken(replace(made, measured_backend=other)))
 
 
 def switches(operator):

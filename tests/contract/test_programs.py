@@ -202,7 +202,7 @@ def test_a_program_keeps_no_tensor_alive():
 @_needs_triton
 def test_what_decides_has_changed(monkeypatch):
     """A program lives no longer than the choice of its configurations."""
-    from pyfused.kernels import lora_linear, recording
+    from pyfused.kernels import lora_linear
 
     function, tensors = call("lora_linear", "triton", "one_launch")
     right = _step(function, tensors)
@@ -219,7 +219,7 @@ def test_what_decides_has_changed(monkeypatch):
         _step(function, tensors)
     assert ran
     assert not asked
-    recording.forget()
+    measured.changed()
     with _ran() as ran:
         assert _equal(right, _step(function, tensors))
     assert asked

@@ -22,7 +22,8 @@ host = pytest.mark.host
 MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "choice.measured": {"files"},
-    "choice": {"choice.measured"},
+    "choice.cache": {"files", "choice.measured"},
+    "choice": {"choice.cache", "choice.measured"},
     "reference": set(),
     "portable": set(),
     "kernels": {"choice.measured"},
@@ -36,11 +37,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {"methods", "lora", "modules", "surgery", "ops.contract"},
     "integrations": {"files", "lora", "methods", "surgery", "ops", "ops.contract"},
     "explanation": {"choice", "integrations", "ops", "surgery"},
-    "face": {"choice", "ops", "lora", "modules", "models", "diagnostics", "explanation", "methods", "integrations"},
-    "cli": {"face", "choice", "choice.measured"},
+    "tuner": {"choice", "choice.cache", "choice.measured", "ops", "surgery"},
+    "face": {
+        "choice",
+        "ops",
+        "lora",
+        "modules",
+        "models",
+        "diagnostics",
+        "explanation",
+        "methods",
+        "integrations",
+        "tuner",
+    },
+    "cli": {"face", "choice", "choice.cache", "choice.measured"},
     "bench": {
         "face",
         "choice",
+        "choice.cache",
         "choice.measured",
         "files",
         "ops",
@@ -51,12 +65,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "lora",
         "reference",
         "kernels",
+        "tuner",
     },
 }
 # The same, inside a function only: code that must not be loaded with the package.
 MAY_IMPORT_LATE = {
     "ops": {"portable", "kernels"},
     "ops.contract": {"portable", "kernels"},
+    "tuner": {"kernels"},
     "cli": {"bench", "integrations", "kernels"},
 }
 # Component -> third-party packages besides torch; None: any.

@@ -1,4 +1,4 @@
-"""What two processes train together: the cases of DistributedDataParallel, FSDP and tensor parallelism."""
+"""What two processes train together: DistributedDataParallel, FSDP, tensor parallelism, and tuning."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import fsdp_cases
 import tensor_parallel_cases
 import torch.distributed.checkpoint as dcp
 import trained
+import tuning_cases
 from pair import together
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-MODULES = {module.__name__: module for module in (ddp_cases, fsdp_cases, tensor_parallel_cases)}
+MODULES = {module.__name__: module for module in (ddp_cases, fsdp_cases, tensor_parallel_cases, tuning_cases)}
 
 
 @pytest.fixture(scope="module")

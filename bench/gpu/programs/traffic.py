@@ -26,9 +26,9 @@ from torch._subclasses import FakeTensorMode
 import pyfused
 from pyfused.bench.cases.case import Case
 from pyfused.bench.cases.operators import OPERATORS
-from pyfused.bench.measure import timing
 from pyfused.bench.record import rows
 from pyfused.bench.show.terminal import traffic_text
+from pyfused.tuner import clocks
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 _UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9}
@@ -121,7 +121,7 @@ def measured_cases(device: torch.device, cache: int) -> list[Case]:
 def _profiled(listing: Path) -> None:
     """The program that runs under ncu: writes what it calls to ``listing``, and calls it."""
     device = torch.device("cuda")
-    flush = timing.cache_flush(device)
+    flush = clocks.cache_flush(device)
     calls = []
     for case in measured_cases(device, torch.cuda.get_device_properties(device).L2_cache_size):
         tensors = case.tensors(device)
