@@ -20,7 +20,7 @@ SLOWER = {"standard_forward": 2.0, "standard_backward": 2.0}
 
 
 def _set_up(rank: int, folder: Path, name: str) -> None:
-    """A cache of its own for each rank, and clocks that tell each something else; the library's choice is "absorbed"."""
+    """A cache of its own for each rank, and clocks that tell each something else; "absorbed" is the library's."""
     measured.use(())
     cross_attention_residual.ABSORBED_STEPS.clear()
     os.environ["PYFUSED_CACHE"] = str(folder / f"{name}{rank}")
