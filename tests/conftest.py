@@ -9,8 +9,12 @@ import sys
 import tempfile
 import types
 
-# One thread in each of several workers; two when there is one process. Child processes inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Two when there is one process, one in each of several workers, who inherit what is set here for the process that
+# starts them: threads that wait for each other while other work has the cores take many times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Deterministic cuBLAS, which the poisoning below switches on, wants a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -336,3 +337,8 @@ def test_python_in_the_readme_runs(tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="no worker")
+def test_a_worker_has_one_thread():
+    assert torch.get_num_threads() == 1
