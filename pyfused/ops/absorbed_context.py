@@ -131,6 +131,8 @@ def _absorbed(
         c = None
         if q_bias is not None:
             c = _batch_first(torch.bmm(keys, q_bias.reshape(heads, width, 1).to(wide)), batch, tokens).squeeze(-1)
+            # Strides that depend on the batch would be other kernels.
+            c = c.contiguous()
     return (e, c, f), k, v
 
 

@@ -31,10 +31,10 @@ LAUNCHES = {
     "lora_linear shrink_expand, mixed": [3, 7, 0, 0],
     "adapter_residual save": [1, 2, 0, 1],
     "adapter_residual recompute": [1, 2, 0, 1],
-    "cross_attention_residual absorbed": [1, 2, 17, 39],
-    "cross_attention_residual absorbed_recompute": [1, 2, 17, 39],
-    "cross_attention_residual standard": [1, 1, 26, 36],
-    "cross_attention_residual absorbed, norms": [1, 2, 17, 50],
+    "cross_attention_residual absorbed": [1, 2, 17, 28],
+    "cross_attention_residual absorbed_recompute": [1, 2, 17, 28],
+    "cross_attention_residual standard": [1, 1, 25, 36],
+    "cross_attention_residual absorbed, norms": [1, 2, 17, 40],
     "projection_residual": [1, 1, 2, 7],
     "projection_residual norms": [2, 1, 2, 6],
 }
@@ -55,7 +55,7 @@ SERIES = {
     "adapter_residual, p": {0.1: 3, 0.5: 0},
     "adapter_residual NCHW, B": {8: 3, 64: 0, 4: 0, 2: 2, 1: 2, 63: 0},
     "adapter_residual NCHW, H": {56: 3, 28: 2, 14: 3, 7: 0},
-    "cross_attention_residual, B": {8: 3, 7: 0, 32: 2, 2: 0, 1: 2},
+    "cross_attention_residual, B": {8: 3, 7: 0, 32: 2, 2: 0, 1: 3},
     "cross_attention_residual, L": {197: 3, 50: 0, 1370: 2, 16: 0, 1: 0},
     "projection_residual, M": {1576: 3, 1379: 0, 197: 1, 394: 0, 6304: 0, 12608: 0, 50: 0, 1000: 1, 16: 0, 1: 0},
 }  # fmt: skip
