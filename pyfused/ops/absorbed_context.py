@@ -130,9 +130,9 @@ def _absorbed(
         f = _batch_first(torch.bmm(values, _columns_by_head(out_weight, heads).to(wide).mT), batch, tokens)
         c = None
         if q_bias is not None:
-            c = _batch_first(torch.bmm(keys, q_bias.reshape(heads, width, 1).to(wide)), batch, tokens).squeeze(-1)
-            # Strides that depend on the batch would be other kernels.
-            c = c.contiguous()
+            # No product, whose strides would depend on the batch: other kernels for each.
+            logits = (keys.transpose(0, 1) * q_bias.reshape(heads, width).to(wide)).sum(-1)
+            c = logits.view(batch, tokens, heads).transpose(1, 2)
     return (e, c, f), k, v
 
 
