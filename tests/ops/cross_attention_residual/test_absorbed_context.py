@@ -72,7 +72,8 @@ def test_every_choice_of_what_trains_has_the_gradients_of_the_formula(batch, tok
 
 def test_half_precision_keeps_keys_and_values_as_the_rows_meet_them():
     tensors = {name: None if tensor is None else tensor.float() for name, tensor in drawn(2, 3).items()}
-    tensors["context"] = tensors["context"].bfloat16()
+    for name in ("context", "v_bias", "out_weight"):
+        tensors[name] = tensors[name].bfloat16()
     for tensor in tensors.values():
         tensor.requires_grad_()
     e, c, f = absorbed(tensors, False)
