@@ -140,10 +140,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
     Example:
         ``print(pyfused.explain(model, images))``
     """
-    if not callable(model_or_function):
-        raise TypeError(
-            f"explain: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
-        )
+    watch.check_callable("explain", model_or_function)
     model = watch.module_of(model_or_function)
     scripted = [
         type(inside).__name__

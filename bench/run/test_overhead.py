@@ -28,11 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
     device = bench_session.settings.device
-    reason = refusal(case, device, backend)
-    if reason is not None:
-        pytest.skip(reason)
-    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
-    compare.unless_recorded(name, "forward", clock.mode)
+    name, clock = _row(case, backend, "forward", compare, device)
     ours = functools.partial(getattr(pyfused, case.operator), backend=backend)
     eager = getattr(operators.OPERATORS[case.operator], f"eager_{case.operator}")
     compare(
@@ -49,11 +45,7 @@ def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Ses
 def test_one_step(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
     """Forward and backward, beside all that users may have without this package but what a compiler makes."""
     device = bench_session.settings.device
-    reason = refusal(case, device, backend)
-    if reason is not None:
-        pytest.skip(reason)
-    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
-    compare.unless_recorded(name, "forward+backward", clock.mode)
+    name, clock = _row(case, backend, "forward+backward", compare, device)
     tensors = case.tensors(device)
     inputs = [tensors[name] for name in case.inputs]
     named = case.contenders(tensors, [backend]).named
@@ -69,6 +61,18 @@ def test_one_step(case: Case, backend: str, compare: Compare, bench_session: Ses
         deviations=parity.check(case, device, backend=backend),
         facts=case.facts() | {"backend": backend},
     )
+
+
+def _row(
+    case: Case, backend: str, measured: str, compare: Compare, device: torch.device
+) -> tuple[str, timing.HostClock]:
+    """Its name and clock; skips the test where the backend refuses the case, or the record has the row."""
+    reason = refusal(case, device, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
+    compare.unless_recorded(name, measured, clock.mode)
+    return name, clock
 
 
 def _call(case: Case, device: torch.device, function: Callable[..., Tensor]) -> Callable[[], Tensor]:

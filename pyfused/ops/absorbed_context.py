@@ -56,7 +56,8 @@ class _AbsorbedContext(torch.autograd.Function):
         width = q_weight.shape[0] // heads
         gradients: list[Tensor | None] = [None] * 8
         with checks.without_autocast(context):
-            projected: list[tuple[int, Tensor, Tensor]] = []
+            # Index of the weight, whose bias is the next; the gradient of what it makes; the weight; its bias's dtype.
+            projected: list[tuple[int, Tensor, Tensor, torch.dtype | None]] = []
             if need_context or any(needs[1:5]):
                 de = _heads_first(de).mul(width**-0.5)
                 dc = None if q_bias is None else _heads_first(dc.unsqueeze(-1)).mul(width**-0.5)
@@ -69,20 +70,20 @@ class _AbsorbedContext(torch.autograd.Function):
                     dk = torch.bmm(de, _rows_by_head(q_weight, heads).to(wide).mT)
                     if dc is not None:
                         dk.addcmul_(dc, q_bias.reshape(heads, 1, width).to(wide))
-                    projected.append((3, _side_by_side(dk), k_weight))
+                    projected.append((3, _side_by_side(dk), k_weight, ctx.bias_dtypes[0]))
             if need_context or any(needs[5:8]):
                 df = _heads_first(df)
                 if needs[7]:
                     gradients[7] = _side_by_side(torch.bmm(df.mT, _by_head(v, heads).to(wide))).to(out_weight.dtype)
                 if need_context or needs[5] or needs[6]:
                     dv = torch.bmm(df, _columns_by_head(out_weight, heads).to(wide))
-                    projected.append((5, _side_by_side(dv), v_weight))
-            for at, wide_gradient, weight in projected:
+                    projected.append((5, _side_by_side(dv), v_weight, ctx.bias_dtypes[1]))
+            for at, wide_gradient, weight, bias_dtype in projected:
                 gradient = wide_gradient.to(context.dtype)
                 if needs[at]:
                     gradients[at] = torch.mm(gradient.t(), rows).to(weight.dtype)
                 if needs[at + 1]:
-                    gradients[at + 1] = wide_gradient.sum(0).to(ctx.bias_dtypes[at == 5])
+                    gradients[at + 1] = wide_gradient.sum(0).to(bias_dtype)
                 if need_context:
                     part = torch.mm(gradient, weight.to(context.dtype))
                     gradients[0] = part if gradients[0] is None else gradients[0].add_(part)

@@ -11,6 +11,20 @@ import torch
 from torch import Tensor, nn
 
 
+def check_callable(caller: str, function: Any) -> None:
+    """Raises TypeError where ``model_or_function``, an argument of ``caller``, cannot be called."""
+    if not callable(function):
+        raise TypeError(f"{caller}: model_or_function must be a module or a callable, got {type(function).__name__}")
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Inside, what was compiled with `torch.compile` runs eagerly: it would run without calling observers."""
+    # Nothing is compiled before Dynamo is imported.
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
+        yield
+
+
 def module_of(function: Callable) -> nn.Module | None:
     """The module that ``function`` is, or is a method of; None where there is none."""
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
@@ -35,11 +49,7 @@ def state_kept(model: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str
     held = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
     tensors = [*args, *kwargs.values(), *([] if model is None else model.parameters())]
     devices = sorted({tensor.device.index for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda})
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        # Compiled code would run without calling observers; nothing is compiled before Dynamo is imported.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with torch.random.fork_rng(devices=devices), eagerly():
         # Copies take the writes: what a graph in progress has saved of the buffers must not change.
         copies = {id(buffer): buffer.clone() for _, _, buffer in held}
         try:

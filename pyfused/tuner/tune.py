@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,10 +82,7 @@ def tune(
     Example:
         ``print(pyfused.tune(model, images))``
     """
-    if not callable(model_or_function):
-        raise TypeError(
-            f"tune: model_or_function must be a module or a callable, got {type(model_or_function).__name__}"
-        )
+    watch.check_callable("tune", model_or_function)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"tune: loss_fn must be a callable or None, got {type(loss_fn).__name__}")
     _check_seconds("tune", seconds)
@@ -125,12 +121,7 @@ def tuning(seconds: float = 60.0) -> Iterator[Tuning]:
     """
     _check_seconds("tuning", seconds)
     recorder, found = Recorder(), Tuning()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_the_only_one("tuning"))
-        # Compiled code would run without calling observers; nothing is compiled before Dynamo is imported.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(decision.observed(recorder))
+    with _the_only_one("tuning"), watch.eagerly(), decision.observed(recorder):
         yield found
     found.report = _tuned("tuning", recorder, seconds)
 
@@ -224,7 +215,7 @@ def _tuned(caller: str, recorder: Recorder, seconds: float) -> TuningReport:
         used = [count.told.device for count in recorder.calls.values()]
         devices = sorted({device.index or 0 for device in used if device.type == "cuda"})
         # Tensors made in inference mode would give no gradients.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), _eagerly():
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), watch.eagerly():
             session = Session(seconds, cold_and_warm)
             calls = session.tune(recorder)
         notes = (
@@ -242,12 +233,6 @@ def _tuned(caller: str, recorder: Recorder, seconds: float) -> TuningReport:
         # On another machine of the job other software may run.
         path, notes = _kept(rows) if key == cache.key() else (None, ("it holds in this process alone here",))
         return replace(report, path=path, notes=(*report.notes, *notes))
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
-        yield
 
 
 def _kept(rows: list[Row]) -> tuple[Path | None, tuple[str, ...]]:

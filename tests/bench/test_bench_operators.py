@@ -235,8 +235,8 @@ def test_every_backend_that_has_kernels_takes_the_tiny_cases():
         assert (refusal(case, CPU, "cuda") is None) == (case.operator != "projection_residual")
 
 
-@pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
-def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
+def _overhead_row(test, case, folder):
+    """What a test of the benchmark hands over to be timed: name, calls and the rest."""
     pytest.importorskip("pytest_benchmark")
     from pyfused.bench.run import test_overhead as overhead_rows
     from pyfused.bench.run.session import Session, Settings
@@ -247,8 +247,14 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
         rows.append((name, calls, row))
 
     compare.unless_recorded = lambda *row: None
-    overhead_rows.test_one_call(case, "portable", compare, Session(Settings(CPU, tmp_path)))
-    ((name, calls, row),) = rows
+    getattr(overhead_rows, test)(case, "portable", compare, Session(Settings(CPU, folder)))
+    (found,) = rows
+    return found
+
+
+@pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
+def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
+    name, calls, row = _overhead_row("test_one_call", case, tmp_path)
     assert name == f"overhead {case.name}, portable"
     assert (row["kind"], row["measured"], row["clock"].mode) == ("overhead", "forward", "host time")
     assert row["facts"] == case.facts() | {"backend": "portable"}
@@ -265,18 +271,7 @@ def test_an_overhead_row_times_the_bare_call_under_grad(case, tmp_path):
 
 @pytest.mark.parametrize("case", operators.tiny_cases(CPU), ids=lambda case: case.operator)
 def test_an_overhead_row_times_a_whole_step(case, tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    from pyfused.bench.run import test_overhead as overhead_rows
-    from pyfused.bench.run.session import Session, Settings
-
-    rows = []
-
-    def compare(name, calls, **row):
-        rows.append((name, calls, row))
-
-    compare.unless_recorded = lambda *row: None
-    overhead_rows.test_one_step(case, "portable", compare, Session(Settings(CPU, tmp_path)))
-    ((name, calls, row),) = rows
+    name, calls, row = _overhead_row("test_one_step", case, tmp_path)
     assert (name, row["measured"]) == (f"overhead {case.name}, portable", "forward+backward")
     assert {item.tensor for item in row["deviations"]} > {"y"}
     assert all(item.passed for item in row["deviations"])
