@@ -342,7 +342,7 @@ def _list_kept() -> int:
             print(f"  {row.gpu}: {row.subject}, {row.dtype}, {sizes}")
             # A kernel's row has its configuration where an operator's has times.
             found = order.told_row(row) if set(row.found) <= set(backends.BACKENDS) else f"launched with {row.found}"
-            gain, own = row.source.get("gain", 1.0), row.source.get("library", "the configuration that ships")
+            gain, own = row.source.get("gain", 1.0), row.source.get("untuned", "the configuration that ships")
             print(f"    {found}; {own} takes {gain} times as long" if gain != 1.0 else f"    {found}; as without it")
     return 0
 

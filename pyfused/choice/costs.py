@@ -45,7 +45,7 @@ Directions = tuple[Work, Work]
 Plans = dict[tuple[str, str], Directions]
 
 # The plans that make the products by the library, as the eager formula does, and less of everything else.
-LIBRARY = {("portable", "blas"), ("triton", "blas"), ("portable", "")}
+LIBRARY = {("portable", "blas"), ("triton", "blas"), ("portable", ""), ("portable", "standard")}
 
 # What the portable backend's mask moves for each element, in bytes, and its operations: Philox in 64-bit integers.
 _MASK_BYTES, _MASK_OPERATIONS = 1200, 350

@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels that serve a call: those near the library's, timed beside it."""
+"""Launch configurations of the Triton kernels that serve a call: those near pyfused's own, timed beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def faster(
 ) -> Iterator[Row]:
     """A row for each kernel of one direction of a call that another configuration makes faster.
 
-    Those that differ from the library's in one field are tried: each is one more kernel to compile.
+    Those that differ from pyfused's own in one field are tried: each is one more kernel to compile.
 
     Args:
         replay: the call.

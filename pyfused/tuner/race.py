@@ -1,7 +1,8 @@
 """Which of several ways to serve a call is the fastest: rounds in which each is timed beside the others.
 
-The first contender is the library's own choice, and wins unless another takes less time by `LEAST_GAIN`. What a
-contender takes is a sum over parts, each timed once for all contenders that share it.
+The first contender is pyfused's own choice, and wins unless another takes less time by `LEAST_GAIN`. To the one that
+leaves the products to the library it loses by any difference: that one is no risk. What a contender takes is a sum over
+parts, each timed once for all contenders that share it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Part = TypeVar("Part", bound=Hashable)
 # Clock -> part -> seconds.
 Seconds = Mapping[str, Mapping[Part, float]]
 
-# What is so many times as fast as the library's choice takes its place: less is noise.
+# What is so many times as fast as pyfused's own choice takes its place: less is noise.
 LEAST_GAIN = 1.03
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
 # Calls before any time counts: a kernel is compiled by the first, its program is there from the third on.
@@ -50,15 +51,18 @@ def taken(parts: Mapping[Part, int], seconds: Mapping[Part, float]) -> float:
     return sum(often * seconds[part] for part, often in parts.items())
 
 
-def winner(contenders: Mapping[Contender, Mapping[Part, int]], seconds: Seconds) -> tuple[Contender, float]:
-    """(the contender to take, what it gains): the first, unless another gains `LEAST_GAIN` and loses by no clock."""
+def winner(
+    contenders: Mapping[Contender, Mapping[Part, int]], seconds: Seconds, library: Contender | None = None
+) -> tuple[Contender, float]:
+    """(the contender to take, what it gains): the first, unless another gains `LEAST_GAIN` and loses by no clock, or
+    the library's takes less time."""
     first = next(iter(contenders))
     times = {name: [taken(parts, each) for each in seconds.values()] for name, parts in contenders.items()}
     best, most = first, 1.0
     for name, own in times.items():
         gain = sum(times[first]) / max(sum(own), 1e-12)
         loses = any(mine > firsts for mine, firsts in zip(own, times[first], strict=True))
-        if name != first and not loses and gain >= LEAST_GAIN and gain > most:
+        if gain > most and (name == library or (gain >= LEAST_GAIN and not loses)):
             best, most = name, gain
     return best, most
 
@@ -68,16 +72,18 @@ def race(
     calls: Mapping[Part, Call],
     clocks: Mapping[str, Clock],
     out_of_time: Callable[[], bool] = lambda: False,
+    library: Contender | None = None,
 ) -> Outcome[Contender]:
     """Times all contenders in rounds, each in a random order that is the same in every run.
 
     It ends as soon as more rounds would not change who wins, or the time is out.
 
     Args:
-        contenders: name -> part -> how often it is there; the library's own choice first.
+        contenders: name -> part -> how often it is there; pyfused's own choice first.
         calls: part -> what is timed.
         clocks: name -> clock; each times every part in every round.
         out_of_time: whether to end, after the least number of rounds.
+        library: the contender that leaves the products to the library; None (the default) where none does.
     """
     for call in calls.values():
         for _ in range(_WARM_UP):
@@ -98,9 +104,9 @@ def race(
             continue
         medians = {name: {part: statistics.median(each[part]) for part in wanted} for name, each in rounds.items()}
         alive = _hopeful(alive, first, medians)
-        if count >= _MOST_ROUNDS or out_of_time() or _decided(alive, first, rounds):
+        if count >= _MOST_ROUNDS or out_of_time() or _decided(alive, first, rounds, library):
             break
-    best, gain = winner(alive, medians)
+    best, gain = winner(alive, medians, library)
     mean = {name: sum(taken(parts, each) for each in medians.values()) / len(clocks) for name, parts in alive.items()}
     return Outcome(best, gain, mean, count)
 
@@ -121,6 +127,7 @@ def _decided(
     alive: Mapping[Contender, Mapping[Part, int]],
     first: Contender,
     rounds: Mapping[str, Mapping[Part, Sequence[float]]],
+    library: Contender | None,
 ) -> bool:
     """Whether the middle half of the rounds agrees on each contender: it gains enough, or it does not."""
 
@@ -137,6 +144,6 @@ def _decided(
             continue
         gains = sorted(mine / max(other, 1e-12) for mine, other in zip(own, each_round(parts), strict=False))
         low, high = gains[len(gains) // 4], gains[-1 - len(gains) // 4]
-        if low < LEAST_GAIN <= high:
+        if low < (1.0 if contender == library else LEAST_GAIN) <= high:
             return False
     return True

@@ -14,11 +14,12 @@ from pyfused.ops import decision
 from pyfused.ops.decision import Arguments, Decision, Like
 from pyfused.tuner.clocks import Call
 
-# How far a result may be from the library's choice's, in parts of its norm: two roundings of a 16-bit result, and what
-# sums in another order differ by in float32, with products in TF32.
+# How far a result may be from that of pyfused's own choice, in parts of its norm: two roundings of a 16-bit result, and
+# what sums in another order differ by in float32, with products in TF32.
 _FURTHEST = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 _FURTHEST_TF32 = 5e-3
-# How far from the exact result it may be where that is no more than rounding, in parts of the library's own distance.
+# How far from the exact result it may be where that is no more than rounding, in parts of the distance of pyfused's own
+# choice.
 _WORSE = 8.0
 
 
@@ -170,7 +171,8 @@ def further(given: dict[str, Tensor], wanted: dict[str, Tensor], exact: Callable
             continue
         right = right or exact()
         if not _distance(own, right[name]) <= _WORSE * _distance(like, right[name]):
-            return f"{name} is {distance / norm if norm else distance:.1e} of its norm from the library's choice's"
+            share = distance / norm if norm else distance
+            return f"{name} is {share:.1e} of its norm from that of pyfused's own choice"
     return None
 
 

@@ -25,8 +25,8 @@ class TunedCall:
         share: of the time that the model spends in all calls of pyfused, from 0 to 1.
         before: backend and plans that served it.
         now: those that serve it from now on.
-        gain: the time of the library's own choice over that of ``now``; 1 where that is the choice.
-        dropped: (what was not taken though it was tried, why): results too far from the library's, or an error.
+        gain: the time of pyfused's own choice over that of ``now``; 1 where that is the choice.
+        dropped: (what was not taken though it was tried, why): results too far from its own choice's, or an error.
         note: why nothing was compared, else "".
     """
 

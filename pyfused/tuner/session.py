@@ -23,6 +23,7 @@ from pyfused.tuner.replay import Recorded, Replay, further
 from pyfused.tuner.report import TunedCall, named
 from pyfused.tuner.ways import (
     alike,
+    by_library,
     call_of,
     choices,
     chosen_by,
@@ -38,17 +39,17 @@ Clocks = Callable[[torch.device], Mapping[str, Clock]]
 
 @dataclass
 class Group:
-    """Calls that one measured row decides, and the library's own decision about them."""
+    """Calls that one measured row decides, and what pyfused decides about them without the user's rows."""
 
-    library: Decision
+    untuned: Decision
     calls: list[tuple[Recorded, Count]]
     seconds: float = 0.0
     note: str = ""
 
     @property
     def own(self) -> Choice:
-        """The library's choice."""
-        return chosen_by(self.library)
+        """Pyfused's own choice."""
+        return chosen_by(self.untuned)
 
     @property
     def served(self) -> Choice:
@@ -107,28 +108,28 @@ class Session:
         return self._clocks[device]
 
     def _groups(self, recorder: Recorder) -> list[Group]:
-        """By what a row is found by; each with what the library's choice takes of the model's time."""
+        """By what a row is found by; each with what pyfused's own choice takes of the model's time."""
         groups: dict[str, Group] = {}
         for recorded, count in recorder.calls.items():
-            library, seconds, note = count.told, 0.0, ""
+            untuned, seconds, note = count.told, 0.0, ""
             try:
-                library, seconds = self._by_library(recorded, count)
+                untuned, seconds = self._untuned(recorded, count)
             except Exception as error:
                 # Memory that the model leaves may be too little; it stands in the report, untried.
                 note = f"not made again: {first_line(error)}"
-            why = note or nothing_to_compare(library)
-            key = repr((library.device, library.dtype, *row_key(library), why))
-            group = groups.setdefault(key, Group(library, [], note=why))
+            why = note or nothing_to_compare(untuned)
+            key = repr((untuned.device, untuned.dtype, *row_key(untuned), why))
+            group = groups.setdefault(key, Group(untuned, [], note=why))
             group.calls.append((recorded, count))
             group.seconds += seconds
         return list(groups.values())
 
-    def _by_library(self, recorded: Recorded, count: Count) -> tuple[Decision, float]:
-        """What the library decides without the user's rows, and what that takes of the model's time."""
+    def _untuned(self, recorded: Recorded, count: Count) -> tuple[Decision, float]:
+        """What pyfused decides without the user's rows, and what that takes of the model's time."""
         replay = Replay(recorded, count.told.device)
         with without_own_rows():
-            library = replay.decided()
-        choice = chosen_by(library)
+            untuned = replay.decided()
+        choice = chosen_by(untuned)
         parts = parts_of(0, choice, count)
         calls = {part: call_of(replay, part) for part in parts}
         for call in calls.values():
@@ -136,7 +137,7 @@ class Session:
         # The last of them finds warm caches: what a call's neighbours do to them is not known here.
         clock = list(self.clocks(count.told.device).values())[-1]
         seconds = clock.round(calls)
-        return library, sum(often * seconds[part] for part, often in parts.items())
+        return untuned, sum(often * seconds[part] for part, often in parts.items())
 
     def _compared(self, group: Group, end: float) -> Verdict:
         if group.note or self._now() > self._end:
@@ -144,13 +145,13 @@ class Session:
         try:
             return self._raced(group, end)
         except Exception as error:
-            # Memory that the model leaves may be too little; the library's own choice serves the call.
+            # Memory that the model leaves may be too little; pyfused's own choice serves the call.
             return Verdict(group.served, note=f"not compared: {first_line(error)}")
 
     def _raced(self, group: Group, end: float) -> Verdict:
-        device = group.library.device
+        device = group.untuned.device
         replays = [Replay(recorded, device) for recorded, _ in group.calls]
-        usable, dropped = alike(replays, list(choices(group.library, replays[0])))
+        usable, dropped = alike(replays, list(choices(group.untuned, replays[0])))
         contenders = {
             choice: {
                 part: often
@@ -164,14 +165,15 @@ class Session:
             parts = {choice: contenders[choice] for choice in among}
             every = dict.fromkeys(part for each in parts.values() for part in each)
             calls = {part: call_of(replays[part.call], part) for part in every}
-            return race(parts, calls, self.clocks(device), lambda: self._now() > until)
+            return race(parts, calls, self.clocks(device), lambda: self._now() > until, library)
 
-        # The second race is between two; what won the first by chance alone loses it.
+        library = by_library(usable)
         outcome = timed(usable, self._now() + 0.7 * (end - self._now()))
         seconds = dict(outcome.seconds)
         winner, gain = outcome.winner, outcome.gain
         if winner != group.own:
-            again = timed((group.own, winner), end)
+            # Between few; what won the first race by chance alone loses this one.
+            again = timed([choice for choice in usable if choice in (group.own, library, winner)], end)
             winner, gain = again.winner, again.gain
             seconds |= again.seconds
         row = _row(group, winner, gain, seconds)
@@ -206,7 +208,7 @@ class Verdict(NamedTuple):
 
 def _row(group: Group, winner: Choice, gain: float, seconds: Mapping[Choice, float]) -> Row:
     """The winner's backend first, then the others by the time of the best choice there."""
-    told = group.library
+    told = group.untuned
     best: dict[str, Choice] = {}
     for choice in sorted(seconds, key=seconds.__getitem__):
         best.setdefault(choice.backend, choice)
@@ -216,7 +218,7 @@ def _row(group: Group, winner: Choice, gain: float, seconds: Mapping[Choice, flo
     plans = {name: (choice.forward, choice.backward) for name, choice in best.items() if choice.forward}
     subject, rows, sizes = row_key(told)
     capability = torch.cuda.get_device_capability(told.device) if told.device.type == "cuda" else (0, 0)
-    source: dict[str, object] = {"date": today(), "library": named(group.own), "gain": round(gain, 3)}
+    source: dict[str, object] = {"date": today(), "untuned": named(group.own), "gain": round(gain, 3)}
     dtype = str(told.dtype).removeprefix("torch.")
     return Row(order.device_name(told.device), capability, subject, dtype, rows, sizes, found, source, plans)
 

@@ -51,9 +51,10 @@ def tune(
 
     One forward, and a backward where something requires grad, show which calls the model makes and how often. Then each
     call is made again, on random tensors of the same shapes, strides and dtypes, by every backend and plan that can
-    serve it: those first in which the model spends most of its time. What differs from the library's own choice by
-    more than rounding is dropped. The rest is timed, forward and backward, with cold and with warm caches, beside the
-    library's choice, and takes its place where it needs less time by 3 % in two races and is slower by neither clock.
+    serve it: those first in which the model spends most of its time. What differs from pyfused's own choice by more
+    than rounding is dropped. The rest is timed, forward and backward, with cold and with warm caches, beside that
+    choice, and takes its place where it needs less time by 3 % in two races and is slower by neither clock. The plan
+    that leaves the products to the library, as plain torch does, takes its place wherever it needs less time.
     Plans that only trade memory for time ("save", "recompute") stay as they are.
 
     What was found holds in this process at once, and on this machine in every later one: it is kept in the user's cache

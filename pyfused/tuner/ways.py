@@ -1,4 +1,4 @@
-"""What may serve a call: the library's own choice, and the backends and plans that are compared with it."""
+"""What may serve a call: pyfused's own choice, and the backends and plans that are compared with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pyfused.choice import backends, measured, order
+from pyfused.choice.costs import LIBRARY
 from pyfused.choice.order import Choice
 from pyfused.ops.decision import Decision
 from pyfused.tuner.clocks import Call
@@ -26,7 +27,7 @@ class Part(NamedTuple):
 
 @contextlib.contextmanager
 def without_own_rows() -> Iterator[None]:
-    """Inside, the library chooses as it does without the user's rows."""
+    """Inside, pyfused chooses as it does without the user's rows."""
     own = measured.own
     measured.use(())
     try:
@@ -47,22 +48,31 @@ def row_key(told: Decision) -> tuple[str, int, dict[str, object]]:
     return told.kernels, int(told.sizes["M"]), order.others(told.sizes)
 
 
-def choices(library: Decision, replay: Replay) -> Iterator[Choice]:
-    """What may serve a call, the library's own choice first."""
-    own = chosen_by(library)
+def choices(untuned: Decision, replay: Replay) -> Iterator[Choice]:
+    """What may serve a call, pyfused's own choice first."""
+    own = chosen_by(untuned)
     yield own
-    if library.rivals:
-        for plan in library.rivals:
-            told = library if plan == library.plan else replay.decided(plan=plan)
+    if untuned.rivals:
+        for plan in untuned.rivals:
+            told = untuned if plan == untuned.plan else replay.decided(plan=plan)
             for backend in _available(told):
                 if (backend, plan) != own[:2]:
                     yield Choice(backend, plan, plan)
         return
-    for backend, plans in _available(library).items():
+    for backend, plans in _available(untuned).items():
         for forward in plans:
             for backward in plans:
                 if (backend, forward, backward) != own:
                     yield Choice(backend, forward, backward)
+
+
+def by_library(usable: Sequence[Choice]) -> Choice | None:
+    """The choice that leaves the products to the library, as the eager formula does; None where none does.
+
+    Of several the one whose backend is that of the first, pyfused's own choice.
+    """
+    found = [choice for choice in usable if {(choice.backend, plan) for plan in choice[1:]} <= LIBRARY]
+    return min(found, key=lambda choice: choice.backend != usable[0].backend, default=None)
 
 
 def _available(told: Decision) -> order.Candidates:
@@ -100,7 +110,7 @@ def call_of(replay: Replay, part: Part) -> Call:
 
 
 def alike(replays: Sequence[Replay], every: Sequence[Choice]) -> tuple[list[Choice], tuple[tuple[str, str], ...]]:
-    """(those of the choices whose results are the library's, the others with why not); the first is the library's."""
+    """(those of the choices whose results are those of pyfused's own, the first; the others with why not)."""
     own = every[0]
     wanted = [replay.results(**by_name(own)) for replay in replays]
     wrong: dict[tuple[str, str], str] = {}
@@ -115,7 +125,7 @@ def alike(replays: Sequence[Replay], every: Sequence[Choice]) -> tuple[list[Choi
                     wrong[backend, plan] = why
                     break
         except Exception as error:
-            # Whatever a candidate raises, the library's own choice serves the call.
+            # Whatever a candidate raises, pyfused's own choice serves the call.
             wrong[backend, plan] = first_line(error)
     usable = [
         choice for choice in every if choice == own or not any((choice.backend, plan) in wrong for plan in choice[1:])

@@ -22,7 +22,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _absorbed_at_few_rows(monkeypatch):
-    """What it costs to begin with left aside, the library's choice is "absorbed", which the times given can change."""
+    """What it costs to begin with left aside, pyfused's own choice is "absorbed", which the times given can change."""
     monkeypatch.setattr(cross_attention_residual, "ABSORBED_STEPS", {})
 
 

@@ -24,7 +24,7 @@ from pyfused.choice.measured import Row, Table
 
 ROW = Row(
     "A CPU, 2 threads", (0, 0), "cross_attention_residual", "float32", 24, {"C": 32, "norm_match": False},
-    {"portable": 12.5}, {"date": "2026-01-01", "library": "portable absorbed", "gain": 1.5},
+    {"portable": 12.5}, {"date": "2026-01-01", "untuned": "portable absorbed", "gain": 1.5},
     {"portable": ("standard", "standard")},
 )  # fmt: skip
 FASTER = {"standard_forward": 0.5, "standard_backward": 0.5}

@@ -121,4 +121,4 @@ def test_what_fails_or_gives_other_results_is_not_timed(replay, monkeypatch):
     monkeypatch.setattr(Replay, "results", broken)
     clock = ConfigClock()
     assert found_for(replay, FORWARD, clock) == []
-    assert clock.seen == set(), "alone, the library's own has nothing to be compared with"
+    assert clock.seen == set(), "alone, pyfused's own has nothing to be compared with"

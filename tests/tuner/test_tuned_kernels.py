@@ -15,7 +15,7 @@ from pyfused.kernels.recording import Target
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter serves where no GPU is")
 PLANS = ("one_launch", "shrink_expand", "blas")
-# Forward, backward: each direction has another plan that is fastest, and neither is the library's.
+# Forward, backward: each direction has another plan that is fastest, and neither is pyfused's own.
 SECONDS = {("shrink_expand", "forward"): 0.4, ("blas", "backward"): 0.4}
 
 

@@ -42,7 +42,7 @@ def test_the_faster_plan_serves_from_then_on(timed, place):
     (row,) = cache.rows()
     assert row.found == {"portable": pytest.approx(1e6)}
     assert row.plans == {"portable": ("standard", "standard")}
-    assert (row.source["library"], row.source["gain"]) == ("portable absorbed", 2.0)
+    assert (row.source["untuned"], row.source["gain"]) == ("portable absorbed", 2.0)
     printed = str(report)
     assert "portable absorbed  portable standard  2.00x" in printed
     assert f"kept in {place}" in printed
@@ -68,19 +68,20 @@ def test_it_is_kept_for_the_next_process(timed):
     assert tuned.plans(model, *given) == ["standard", "standard"]
 
 
-def test_whatever_the_times_the_choice_is_not_slower_than_the_librarys(timed, monkeypatch):
-    """The property that tuning stands on, through the public function and the choice that it leads to."""
+def test_whatever_the_times_the_choice_is_slower_than_no_other_plan(timed, monkeypatch):
+    """The property that tuning stands on, through the public function and the choice that it leads to: beside pyfused's
+    own choice, "absorbed", there is the library's, "standard"."""
     model, given, draw = tuned.Towers(), tuned.inputs(), random.Random(0)
     names = [f"{plan}_{direction}" for plan in ("absorbed", "standard") for direction in ("forward", "backward")]
     seen = set()
     for _ in range(12):
-        seconds = {name: draw.uniform(0.9, 1.1) for name in names}
+        seconds = {name: draw.uniform(0.98, 1.02) for name in names}
         measured.use(())
         timed(**seconds)
         report = pyfused.tune(model, *given)
         (plan,) = set(tuned.plans(model, *given))
         taken = {name: seconds[f"{name}_forward"] + seconds[f"{name}_backward"] for name in ("absorbed", "standard")}
-        expected = "standard" if taken["absorbed"] >= 1.03 * taken["standard"] else "absorbed"
+        expected = min(taken, key=taken.__getitem__)
         assert plan == expected, seconds
         assert report.calls[0].gain == pytest.approx(taken["absorbed"] / taken[plan])
         seen.add(plan)
@@ -99,7 +100,7 @@ def test_the_direction_that_runs_more_often_counts_more(timed):
         for _ in range(3):
             model(*given).sum().backward()
     assert found.report.calls[0].count == 3
-    assert tuned.plans(model, *given) == ["absorbed", "absorbed"], "tuned anew, beside the library's choice"
+    assert tuned.plans(model, *given) == ["absorbed", "absorbed"], "tuned anew, beside pyfused's own choice"
 
 
 def test_what_wins_one_race_by_chance_does_not_win(timed):
@@ -309,7 +310,7 @@ def test_a_plan_with_other_results_is_dropped_and_named(timed, monkeypatch):
     call = next(call for call in report.calls if call.operator == "cross_attention_residual")
     ((name, why),) = call.dropped
     assert name == "portable standard"
-    assert "of its norm from the library's choice's" in why
+    assert "of its norm from that of pyfused's own choice" in why
     assert tuned.plans(model, *given) == ["absorbed", "absorbed"]
     assert {part.plan for clock in clocks.values() for part in clock.parts} == {"absorbed", "blas"}, "no time counted"
     assert "dropped: cross_attention_residual M=24 C=32 H=2 d=16 T=3: portable standard: " in str(report)
@@ -464,7 +465,7 @@ def test_outputs_of_every_kind_give_a_loss(timed):
 
 
 def test_a_real_run_on_this_machine(place):
-    """Real clocks; what is taken is not much slower than the library's own choice, timed once more."""
+    """Real clocks; what is taken is not much slower than pyfused's own choice, timed once more."""
     import time
 
     model = pyfused.ScaledCrossAttention(64, 48, 4)
@@ -474,7 +475,7 @@ def test_a_real_run_on_this_machine(place):
     assert call.note == ""
     assert call.dropped == ()
     assert report.path == place
-    assert call.gain == 1.0 or call.gain >= 1.03
+    assert call.gain >= 1.0
     assert tuned.plans(model, *given) == [call.now.forward]
 
     def best(plan):
@@ -500,7 +501,7 @@ def test_modes_around_it(timed, mode):
 
 
 def test_a_plan_that_is_dropped_later_serves_no_more(timed, monkeypatch):
-    """What was tuned before is compared anew, and the library's own choice is kept in its place."""
+    """What was tuned before is compared anew, and pyfused's own choice is kept in its place."""
     model, given = tuned.Towers(), tuned.inputs()
     timed(**FASTER)
     pyfused.tune(model, *given)
@@ -513,8 +514,8 @@ def test_a_plan_that_is_dropped_later_serves_no_more(timed, monkeypatch):
     assert tuned.plans(model, *given) == ["absorbed", "absorbed"]
 
 
-def test_the_librarys_choice_is_kept_against_a_neighbours_row(timed):
-    """A row holds for M within a factor of two; where the library's own choice won, that is what holds."""
+def test_pyfuseds_own_choice_is_kept_against_a_neighbours_row(timed):
+    """A row holds for M within a factor of two; where pyfused's own choice won, that is what holds."""
     model = tuned.Towers()
     timed(**FASTER)
     pyfused.tune(model, *tuned.inputs(12))

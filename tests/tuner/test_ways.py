@@ -51,7 +51,7 @@ class Told:
         return replace(CROSS, kernels="projection_residual", plan=plan, backward_plan=plan)
 
 
-def test_every_pair_of_plans_of_a_backend_the_librarys_first():
+def test_every_pair_of_plans_of_a_backend_pyfuseds_own_first():
     found = list(ways.choices(LORA, Told()))
     plans = ("one_launch", "shrink_expand", "blas")
     assert found[0] == Choice("triton", "blas", "one_launch")
@@ -69,6 +69,19 @@ def test_a_plan_before_a_backend_has_the_backends_that_serve_it():
         Choice("triton", "standard", "standard"),
         Choice("portable", "standard", "standard"),
     ]
+
+
+def test_the_librarys_plan_is_that_of_the_chosen_backend():
+    """The one that leaves the products to it; where that was dropped another backend's, or none."""
+    found = list(ways.choices(LORA, Told()))
+    assert ways.by_library(found) == Choice("triton", "blas", "blas")
+    found.remove(Choice("triton", "blas", "blas"))
+    assert ways.by_library(found) == Choice("portable", "blas", "blas")
+    found.remove(Choice("portable", "blas", "blas"))
+    assert ways.by_library(found) is None
+    assert ways.by_library(list(ways.choices(CROSS, Told()))) == Choice("portable", "standard", "standard")
+    adapter = replace(LORA, plan="save", backward_plan="save", plans=backends.NO_PLANS)
+    assert ways.by_library(list(ways.choices(adapter, Told()))) == Choice("portable", "", "")
 
 
 def test_what_auto_means_is_all_that_is_compared(monkeypatch):
@@ -131,11 +144,11 @@ def test_a_row_names_the_winner_first_and_the_best_of_each_backend():
     assert row.sizes == order.others(SIZES)
     assert list(row.found.items()) == [("triton", pytest.approx(2.0)), ("portable", pytest.approx(6.0))]
     assert row.plans == {"triton": ("one_launch", "shrink_expand"), "portable": ("blas", "blas")}
-    assert row.source["library"] == "triton blas / one_launch"
-    # Where the library's own choice stays, it is the one to take, whatever else was faster by less than counts.
+    assert row.source["untuned"] == "triton blas / one_launch"
+    # Where pyfused's own choice stays, it is the one to take, whatever else was faster by less than counts.
     times[group.own] *= 0.34
     kept = session._row(group, group.own, 1.0, times)
     assert (next(iter(kept.found)), kept.plans["triton"]) == ("triton", ("blas", "one_launch"))
-    slower = session._row(replace(group, library=replace(LORA, backend="portable", plan="blas", backward_plan="blas")),
+    slower = session._row(replace(group, untuned=replace(LORA, backend="portable", plan="blas", backward_plan="blas")),
                           Choice("portable", "blas", "blas"), 1.0, times)  # fmt: skip
     assert list(slower.found) == ["portable", "triton"]
