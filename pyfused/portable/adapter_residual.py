@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import add_outer_, add_product_, cast, product, sum_over_rows
+from pyfused.portable.gemm import add_outer_, add_product_, beside, cast, one_image, product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 # Elements of z in a block: products want many rows, copies in float32 of what comes in 16 bits want few.
@@ -23,6 +23,8 @@ _CPU_BLOCK, _CPU_WIDENED, _BLOCK = 1 << 22, 1 << 20, 1 << 26
 _CHAIN = 512
 # Up to as many rows two calls take less time than the one pass, which is seven.
 _FEW = 64
+# Images of up to so many rows are computed side by side.
+_SMALL = 49
 # Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
 _SKIPPED_ROWS = 16
 
@@ -74,7 +76,8 @@ def adapter_residual_fwd(
     y = _rows_like(z if residual is None else residual, z.shape[2], channels_first)
     hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else None
     scale = None if sample_scale is None else cast(sample_scale, wide)
-    pre = None if hidden is None else _rows_of(hidden, z, z_channels_first)
+    small = _small(z, z_channels_first)
+    pre = None if hidden is None else _rows_of(hidden, z, z_channels_first, small)
     by_sample = _by_sample(sample_scale, z, z if residual is None else residual, y, pre)
     for block in _blocks(by_sample[0], sample_scale):
         x, stream, out, pre = (None if tensor is None else block.of(tensor) for tensor in by_sample)
@@ -85,17 +88,25 @@ def adapter_residual_fwd(
             continue
         k = block.scale(scale)
         dead = _dead(k)
-        x = cast(_alive(x, dead), wide)
+        x = _wide(_alive(x, dead), wide, small)
         h = product(x, down, z_channels_first, d_bias, out=None if pre is None else _computed(pre, wide))
         if pre is not None:
             _store(h, pre)
         a = _activated(h, activation, seed, dropout_p, block.first)
         if k is not None:
             a.mul_(k)
-        total = _scaled(x, skip, gamma, k, _computed(out, wide), plus=stream)
+        total = _computed(out, wide)
+        if small:
+            # The product lies as x does and not as y: what is added to it takes it there.
+            _scaled(x, skip, gamma, k, total, product(a, up, True))
+            if stream is not None:
+                total.add_(stream)
+        else:
+            _scaled(x, skip, gamma, k, total, plus=stream)
         if u_bias is not None:
             total.add_(u_bias) if k is None else total.addcmul_(u_bias, k)
-        add_product_(total, a, up)
+        if not small:
+            add_product_(total, a, up)
         if dead is not None:
             torch.where(dead, stream.to(wide), total, out=total)
         _store(total, out)
@@ -129,8 +140,9 @@ def adapter_residual_bwd(
     gamma = None if layer_scale is None else cast(layer_scale, wide)
     gated_up = up if gamma is None else up * gamma[:, None]
     dz = _rows_like(dy, len(up), channels_first, dtype) if need_dz else None
+    small = _small(dy, channels_first)
     if hidden is not None:
-        hidden = _rows_of(hidden, dy, channels_first)
+        hidden = _rows_of(hidden, dy, channels_first, small)
     sums = _Sums()
     scale = None if sample_scale is None else cast(sample_scale, wide)
     by_sample = _by_sample(sample_scale, dy, z, hidden, dz)
@@ -143,17 +155,21 @@ def adapter_residual_bwd(
             continue
         k = block.scale(scale)
         dead = _dead(k)
-        g = cast(_alive(g, dead), wide)
-        x = None if x is None else cast(_alive(x, dead), wide)
+        g = _wide(_alive(g, dead), wide, small)
+        x = None if x is None else _wide(_alive(x, dead), wide, small)
         h = product(x, down, channels_first, d_bias) if h is None else cast(h, wide)
         t = _dropped(product(g, gated_up.t(), channels_first), seed, dropout_p, block.first)
         if k is not None:
             t.mul_(k)
-        dh = ACTIVATIONS[activation][1](t, h)
-        del t
+        dh = ACTIVATIONS[activation][1](t, h, t)
         if out is not None:
-            total = _scaled(g, skip, gamma, k, _computed(out, wide), plus)
-            add_product_(total, dh, down.t())
+            total = _computed(out, wide)
+            if small:
+                _scaled(g, skip, gamma, k, total, product(dh, down.t(), True))
+                if plus is not None:
+                    total.add_(plus)
+            else:
+                add_product_(_scaled(g, skip, gamma, k, total, plus), dh, down.t())
             _store(total, out)
         if need_down:
             if d_bias is not None:
@@ -162,7 +178,9 @@ def adapter_residual_bwd(
                 sums.add_outer("down", dh, x)
         if need_up:
             a = _activated(h, activation, seed, dropout_p, block.first)
-            sums.add_outer("outer", a if k is None else a.mul_(k), g)
+            a = a if k is None else a.mul_(k)
+            # As U's gradient lies, unless a is narrow: then the other way is faster by more than a transposition.
+            sums.add_outer("up", g, a) if 2 * len(down) >= len(up) else sums.add_outer("up^T", a, g)
             g = g if k is None else g * k
             if skip != 0.0 and x is not None:
                 dot, total = _sum_rows_with(g, x)
@@ -209,7 +227,9 @@ def _gradients(
     if not need_up:
         return d_down, d_down_bias, nothing(0), nothing(0), nothing(0, dtype=up.dtype)
     upstream = total("dy", channels)
-    d_up = torch.empty_like(up, memory_format=torch.contiguous_format).copy_(total("outer", width, channels).t())
+    if "up^T" in sums:
+        sums["up"] = torch.empty_like(up, memory_format=torch.contiguous_format).copy_(sums["up^T"].t())
+    d_up = total("up", channels, width)
     d_gamma = (d_up * up).sum(1)
     if "dy z" in sums:
         d_gamma.add_(sums["dy z"])
@@ -222,9 +242,11 @@ def _gradients(
     return d_down, d_down_bias, cast(d_up, up_weight.dtype), d_up_bias, d_gamma
 
 
-def _rows_of(hidden: Tensor, x: Tensor, channels_first: bool) -> Tensor:
-    """The buffer (M, h) as (B, L, h), which lies in memory as x (B, L, C) does."""
+def _rows_of(hidden: Tensor, x: Tensor, channels_first: bool, small: bool) -> Tensor:
+    """The buffer (M, h) as (B, L, h), which lies in memory as x (B, L, C) does, or side by side."""
     batch, length, _ = x.shape
+    if small:
+        return hidden.view(hidden.shape[1], batch, length).permute(1, 2, 0)
     if channels_first:
         return hidden.view(batch, hidden.shape[1], length).transpose(1, 2)
     return hidden.view(batch, length, hidden.shape[1])
@@ -278,7 +300,7 @@ def _alive(x: Tensor, dead: Tensor | None) -> Tensor:
 
 
 def _activated(h: Tensor, activation: str, seed: Tensor | None, p: float, first_row: int) -> Tensor:
-    return _dropped(ACTIVATIONS[activation][0](h), seed, p, first_row)
+    return _dropped(ACTIVATIONS[activation][0](h, None), seed, p, first_row)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float, first_row: int) -> Tensor:
@@ -295,6 +317,7 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if g.shape[0] * g.shape[1] <= _FEW:
         return (g * x).sum((0, 1)), g.sum((0, 1))
+    g, x = one_image(g, x)
     if g.is_contiguous() and x.is_contiguous():
         chains = [tensor.view(-1, tensor.shape[2]).split(_CHAIN) for tensor in (g, x)]
         parts = [[rows.t()[None, :, :, None] for rows in pair] for pair in zip(*chains, strict=True)]
@@ -311,6 +334,16 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         dot += weight
         total += bias
     return dot, total
+
+
+def _small(x: Tensor, channels_first: bool) -> bool:
+    """Whether images (B, L, C) are computed side by side: on a CPU products of so few rows are slow."""
+    return channels_first and x.device.type == "cpu" and len(x) > 1 and x.shape[1] <= _SMALL
+
+
+def _wide(x: Tensor, dtype: torch.dtype, small: bool) -> Tensor:
+    """x (images, rows, C) in a dtype, small images side by side."""
+    return beside(x, x.shape[2], dtype).copy_(x) if small else cast(x, dtype)
 
 
 def _computed(out: Tensor, dtype: torch.dtype) -> Tensor:

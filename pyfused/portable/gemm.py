@@ -73,6 +73,24 @@ def _runs_by_channels(x: Tensor) -> bool:
     return x.stride(2) != 1 and x.stride(1) == 1
 
 
+def beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Memory for as many images and rows as x (B, L, C) has, that runs (channels, B, L): one image to a product."""
+    return x.new_empty((channels, *x.shape[:2]), dtype=dtype).permute(1, 2, 0)
+
+
+def _lies_beside(x: Tensor) -> bool:
+    """Whether the memory of x (B, L, C) runs (C, B, L), densely, of several images."""
+    batch, length, _ = x.shape
+    return batch > 1 and x.stride() == (length, 1, batch * length)
+
+
+def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Those (B, L, C) as (1, B L, C), views, if all of them lie side by side; else as they are."""
+    if all(map(_lies_beside, tensors)):
+        return tuple([x.flatten(0, 1)[None] for x in tensors])
+    return tensors
+
+
 def _images(weight: Tensor, x: Tensor) -> Tensor:
     return weight.expand(x.shape[0], *weight.shape)
 
@@ -86,7 +104,7 @@ def product(
     alpha: float = 1.0,
 ) -> Tensor:
     """alpha x W^T + b: (..., K), (N, K) -> (..., N); of x (B, L, K) it lies in memory as (B, N, L) when
-    ``channels_first``.
+    ``channels_first``, or as (N, B, L) where x lies as (K, B, L).
 
     Rounded once, alpha and bias included: 16 bits may hold the result and not the product. ``out``, where given, lies
     so and receives it; ``alpha`` is for products without a bias.
@@ -96,10 +114,15 @@ def product(
         rows = x.reshape(-1, x.shape[-1])
         y = _by_onednn(rows, weight, bias) if _takes_onednn(x) else torch.nn.functional.linear(rows, weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-    if out is None and channels_first:
+    if out is None and channels_first and _lies_beside(x):
+        out = beside(x, weight.shape[0], x.dtype)
+    elif out is None and channels_first:
         out = x.new_empty((x.shape[0], weight.shape[0], x.shape[1])).transpose(1, 2)
     elif out is None:
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    made = out
+    if channels_first:
+        x, out = one_image(x, out)
     if not channels_first:
         rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
         if _takes_onednn(x):
@@ -118,7 +141,7 @@ def product(
         torch.baddbmm(images, _images(weight, x), x.transpose(1, 2), beta=0, alpha=alpha, out=images)
     else:
         torch.baddbmm(bias[:, None], _images(weight, x), x.transpose(1, 2), out=out.transpose(1, 2))
-    return out
+    return made
 
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> None:
@@ -128,6 +151,7 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> No
     elif y.dim() == 2:
         y.addmm_(x, weight.t(), alpha=alpha)
     elif _runs_by_channels(y):
+        y, x = one_image(y, x)
         y.transpose(1, 2).baddbmm_(_images(weight, x), x.transpose(1, 2), alpha=alpha)
     else:
         y.view(-1, y.shape[2]).addmm_(x.reshape(-1, x.shape[2]), weight.t(), alpha=alpha)
@@ -153,8 +177,8 @@ def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
 
 def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha a^T b, rounded once: (M, I), (M, J) -> (I, J)."""
-    # Either library is two to several times faster with the narrow matrix on the left.
-    if a.shape[1] > b.shape[1]:
+    # Either library is two to several times faster with a narrow matrix on the left.
+    if a.shape[1] > 2 * b.shape[1]:
         return _outer(b, a, alpha).t().contiguous()
     if _takes_onednn(a):
         product = _by_onednn(a.t(), b.t())
@@ -165,15 +189,26 @@ def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Images whose rows are to be summed over as one image, unless those run by channels and are long."""
+    """Images whose rows are to be summed over as one image, unless those run by channels, are long and lie apart."""
+    left, right = one_image(left, right)
     if len(left) > 1 and left.shape[1] >= _SHORT and (_runs_by_channels(left) or _runs_by_channels(right)):
         return left, right
     return left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
 
 
+def _by_image(left: Tensor, right: Tensor) -> bool:
+    """Whether each image's sum over rows is less to write than its rows are to read, and they come in one call."""
+    (batch, length, i), j = left.shape, right.shape[2]
+    return batch > 1 and i * j <= length * (i + j) and not _takes_onednn(left)
+
+
 def add_outer_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
     """total += alpha times the sum over rows of left^T right, in place: (I, J), (B, L, I), (B, L, J)."""
-    for a, b in zip(*_together(left, right), strict=True):
+    left, right = _together(left, right)
+    if _by_image(left, right):
+        total.add_(torch.bmm(left.mT, right).sum(0), alpha=alpha)
+        return
+    for a, b in zip(left, right, strict=True):
         if _takes_onednn(a):
             total.add_(_outer(a, b), alpha=alpha)
         else:
@@ -191,6 +226,9 @@ def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype, alpha: float 
         left, right = _together(left, right)
         if len(left) == 1:
             return _outer(left[0], right[0], alpha)
+        if dtype.itemsize >= 4 and _by_image(left, right):
+            total = torch.bmm(left.mT, right).sum(0)
+            return total if alpha == 1.0 else total.mul_(alpha)
         if dtype.itemsize >= 4:
             total = _outer(left[0], right[0], alpha)
             add_outer_(total, left[1:], right[1:], alpha)

@@ -43,12 +43,18 @@ def projection_residual_fwd(
         return y, o.new_empty(0)
     scale = factor if gate is None else cast(gate, wide)
     pre = product(o, weight, False, bias)
+    phi, memory = ACTIVATIONS[activation][0], _Memory(wide)
     for h, x, out in _blocks(pre, residual, y):
-        c = ACTIVATIONS[activation][0](h.to(wide))
-        x = x.to(wide)
-        if norm_match:
-            c = c.mul_(_match(c, x, eps)[0])
-        out.copy_(c.mul_(scale).add_(x, alpha=skip))
+        c, x = phi(cast(h, wide), memory.like(h)), cast(x, wide)
+        if not norm_match:
+            _add(x, skip, c, scale, out)
+            continue
+        rho = _match(c, x, eps)[0]
+        if gate is None:
+            rho.mul_(factor)
+        else:
+            c.mul_(scale)
+        _add(x, skip, c, rho, out)
     return y, pre if save else o.new_empty(0)
 
 
@@ -85,29 +91,30 @@ def projection_residual_bwd(
             out.copy_(upstream.to(wide) * scale)
     else:
         dh, largest = torch.empty_like(pre), torch.finfo(pre.dtype).max
+        (phi, times_derivative), memory, second = ACTIVATIONS[activation], _Memory(wide), _Memory(wide)
         blocks = _blocks(dy, pre, residual, d_residual if need_residual else None, dh)
         for upstream, h, x, dx, out in blocks:
-            upstream, h = upstream.to(wide), h.to(wide)
-            x = None if x is None else x.to(wide)
-            c = ACTIVATIONS[activation][0](h)
+            upstream, h = cast(upstream, wide), cast(h, wide)
+            x = None if x is None else cast(x, wide)
+            c, dc = phi(h, memory.like(h)), out if out.dtype == wide else second.like(out)
             if norm_match:
                 rho, length, norm, inverse = _match(c, x, eps)
                 along = _along(upstream, c, scale)
-                dc = upstream * (rho * scale)
+                torch.mul(upstream, rho * scale, out=dc)
                 dc.addcmul_(c, along * rho * inverse / norm.masked_fill(norm == 0, torch.inf), value=-1)
                 if dx is not None:
-                    towards = x * (along * inverse / length.masked_fill(length == 0, torch.inf))
-                    dx.copy_(towards.add_(upstream, alpha=skip))
+                    _add(upstream, skip, x, along * inverse / length.masked_fill(length == 0, torch.inf), dx)
                 c = c.mul_(rho) if need_gate else c
             else:
-                dc = upstream * scale
+                torch.mul(upstream, scale, out=dc)
             if need_gate:
-                d_gate += (upstream * c).sum((0, 1))
-            dh_part = ACTIVATIONS[activation][1](dc, h)
+                d_gate += c.mul_(upstream).sum((0, 1))
+            times_derivative(dc, h, dc)
             if norm_match and out.dtype == torch.float16:
                 # rho is |x| / eps where c is 0: times o = 0, where every key is masked, not NaN.
-                dh_part = torch.where(norm == 0, dh_part.clamp(-largest, largest), dh_part)
-            out.copy_(dh_part)
+                torch.where(norm == 0, dc.clamp(-largest, largest), dc, out=dc)
+            if dc is not out:
+                out.copy_(dc)
     d_o = product(dh, weight.t(), False, alpha=alpha) if need_do else weight.new_empty(0)
     d_weight = weight.new_empty(0)
     if need_weight and o is not None:
@@ -117,6 +124,33 @@ def projection_residual_bwd(
     else:
         d_bias = cast(dh.sum((0, 1), dtype=wide).mul_(alpha), bias.dtype)
     return d_o, d_weight, d_bias, d_residual, d_gate
+
+
+class _Memory:
+    """Of one block, for all of them: new memory at each costs more than the arithmetic."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._of: Tensor | None = None
+
+    def like(self, block: Tensor) -> Tensor:
+        """Of the shape of a block, as large as the first at the most."""
+        if self._of is None:
+            self._of = torch.empty(block.shape, dtype=self._dtype, device=block.device)
+        return self._of[: block.shape[0], : block.shape[1]]
+
+
+def _add(x: Tensor, skip: float, c: Tensor, w: float | Tensor, out: Tensor) -> None:
+    """out <- skip x + w c; in one pass where skip is 1."""
+    made = out if out.dtype == x.dtype else None
+    if skip != 1.0:
+        total = torch.mul(c, w, out=made).add_(x, alpha=skip)
+    elif isinstance(w, Tensor):
+        total = torch.addcmul(x, c, w, out=made)
+    else:
+        total = torch.add(x, c, alpha=w, out=made)
+    if total is not out:
+        out.copy_(total)
 
 
 def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +164,7 @@ def _match(c: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Te
 def _along(upstream: Tensor, c: Tensor, scale: float | Tensor) -> Tensor:
     """w dy . c of each row, (images, rows, 1)."""
     if not isinstance(scale, Tensor):
-        return (upstream * c).sum(-1, keepdim=True).mul_(scale)
+        return torch.linalg.vecdot(upstream, c)[..., None].mul_(scale)
     return (upstream * c) @ scale.expand(c.shape[-1])[:, None]
 
 

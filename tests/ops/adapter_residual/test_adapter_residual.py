@@ -235,6 +235,26 @@ def test_sums_over_rows_in_several_groups(backend, plan, monkeypatch):
     check(draw((200, 40), 34), backend, plan, dropout_p=0.3, seed=seed())
 
 
+@pytest.mark.parametrize("drop", [None, "kept", "some"])
+@pytest.mark.parametrize("side", [6, 9])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_images_in_several_blocks(layout, side, drop, monkeypatch):
+    """Small images lie side by side in a block, and a block ends where dropped ones begin."""
+    from pyfused.portable import adapter_residual as portable
+
+    assert 6 * 6 <= portable._SMALL < 9 * 9
+    shape, channel_dim = image(side, 12, layout, batch=5)
+    # Blocks of part of an image, then of two images; the last one is shorter.
+    for block in (12 * 20, 12 * 2 * side**2):
+        monkeypatch.setattr(portable, "_CPU_BLOCK", block)
+        monkeypatch.setattr(portable, "_CPU_WIDENED", block)
+        # U's gradient is summed up as it lies, or transposed.
+        for hidden, dtype, plan in ((7, torch.float32, "save"), (4, torch.float32, "save"), (7, torch.float16, "auto")):
+            tensors = draw(shape, hidden, dtype, residual=torch.float32, channel_dim=channel_dim)
+            options = {"sample_scale": sample_scale(5, drop), "dropout_p": 0.3, "seed": seed()}
+            check(tensors, "portable", plan, channel_dim=channel_dim, **options)
+
+
 @pytest.mark.parametrize("gate", ["layer_scale", "sample_scale"])
 @every_backend
 def test_gates_are_not_rounded_to_16_bits(backend, gate):
