@@ -139,7 +139,7 @@ def adapter_residual_bwd(
     down, d_bias, up, u_bias = _rounded(wide, dtype, down_weight, down_bias, up_weight, up_bias)
     gamma = None if layer_scale is None else cast(layer_scale, wide)
     gated_up = up if gamma is None else up * gamma[:, None]
-    dz = _rows_like(dy, len(up), channels_first, dtype) if need_dz else None
+    dz = _rows_like(dy, up.shape[0], channels_first, dtype) if need_dz else None
     small = _small(dy, channels_first)
     if hidden is not None:
         hidden = _rows_of(hidden, dy, channels_first, small)
@@ -180,7 +180,7 @@ def adapter_residual_bwd(
             a = _activated(h, activation, seed, dropout_p, block.first)
             a = a if k is None else a.mul_(k)
             # As U's gradient lies, unless a is narrow: then the other way is faster by more than a transposition.
-            sums.add_outer("up", g, a) if 2 * len(down) >= len(up) else sums.add_outer("up^T", a, g)
+            sums.add_outer("up", g, a) if 2 * down.shape[0] >= up.shape[0] else sums.add_outer("up^T", a, g)
             g = g if k is None else g * k
             if skip != 0.0 and x is not None:
                 dot, total = _sum_rows_with(g, x)
@@ -256,9 +256,9 @@ def _by_sample(sample_scale: Tensor | None, *tensors: Tensor | None) -> list[Ten
     """(1, M, C) as (S, M / S, C), so that every image has one k; views."""
 
     def split(x: Tensor | None) -> Tensor | None:
-        if x is None or len(x) != 1 or sample_scale is None:
+        if x is None or x.shape[0] != 1 or sample_scale is None:
             return x
-        samples = len(sample_scale)
+        samples = sample_scale.shape[0]
         return x[0].unflatten(0, (samples, x.shape[1] // max(1, samples)))
 
     return [split(tensor) for tensor in tensors]
@@ -317,7 +317,8 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if g.shape[0] * g.shape[1] <= _FEW:
         return (g * x).sum((0, 1)), g.sum((0, 1))
-    g, x = one_image(g, x)
+    if g.stride(2) != 1:
+        g, x = one_image(g, x)
     if g.is_contiguous() and x.is_contiguous():
         chains = [tensor.view(-1, tensor.shape[2]).split(_CHAIN) for tensor in (g, x)]
         parts = [[rows.t()[None, :, :, None] for rows in pair] for pair in zip(*chains, strict=True)]
@@ -326,19 +327,24 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         return (g * x).sum((0, 1)), g.sum((0, 1))
     zero, one = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
-    dot, total = torch.zeros_like(zero), torch.zeros_like(zero)
-    for pair in parts:
-        _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-            *pair, one, zero, one, None, None, False, 0.0, [False, True, True]
-        )
-        dot += weight
-        total += bias
+    dot, total = _by_batch_norm(*parts[0], one, zero)
+    for pair in parts[1:]:
+        more, also = _by_batch_norm(*pair, one, zero)
+        dot += more
+        total += also
     return dot, total
+
+
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
+def _by_batch_norm(g: Tensor, x: Tensor, one: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    return _batch_norm_backward(g, x, one, zero, one, None, None, False, 0.0, [False, True, True])[1:]
 
 
 def _small(x: Tensor, channels_first: bool) -> bool:
     """Whether images (B, L, C) are computed side by side: on a CPU products of so few rows are slow."""
-    return channels_first and x.device.type == "cpu" and len(x) > 1 and x.shape[1] <= _SMALL
+    return channels_first and x.shape[0] > 1 and x.shape[1] <= _SMALL and x.device.type == "cpu"
 
 
 def _wide(x: Tensor, dtype: torch.dtype, small: bool) -> Tensor:
@@ -365,7 +371,7 @@ def _scaled(x: Tensor, skip: float, gamma: Tensor | None, k: Tensor | None, out:
         return torch.mul(x, skip, out=out) if plus is None else torch.add(cast(plus, x.dtype), x, alpha=skip, out=out)
     gate = gates[0] if len(gates) == 1 else gates[0] * gates[1]
     if plus is None:
-        return torch.mul(x, gate * skip, out=out)
+        return torch.mul(x, gate if skip == 1.0 else gate * skip, out=out)
     return torch.addcmul(cast(plus, x.dtype), x, gate, value=skip, out=out)
 
 

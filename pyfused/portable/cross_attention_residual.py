@@ -166,12 +166,12 @@ def _with_bias(f: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _of(tensor: Tensor | None, images: slice) -> Tensor | None:
     """The part that belongs to the images: all of it where one serves every image."""
-    return tensor if tensor is None or len(tensor) == 1 else tensor[images]
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[images]
 
 
 def _add(total: Tensor, images: slice, part: Tensor) -> None:
-    if len(total) == 1:
-        total.add_(part.sum(0, keepdim=True) if len(part) > 1 else part)
+    if total.shape[0] == 1:
+        total.add_(part.sum(0, keepdim=True) if part.shape[0] > 1 else part)
     else:
         total[images].add_(part)
 

@@ -160,9 +160,9 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> No
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """left right: (B, M, K), (B or 1, K, N) -> (B, M, N)."""
     if not _takes_onednn(left):
-        return torch.bmm(left, right.expand(len(left), *right.shape[1:]))
+        return torch.bmm(left, right.expand(left.shape[0], *right.shape[1:]))
     y = left.new_empty((*left.shape[:2], right.shape[2]))
-    for x, matrix, part in zip(left, right.expand(len(left), *right.shape[1:]), y, strict=True):
+    for x, matrix, part in zip(left, right.expand(left.shape[0], *right.shape[1:]), y, strict=True):
         part.copy_(_by_onednn(x, matrix.t()))
     return y
 
@@ -172,7 +172,7 @@ def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     if _takes_onednn(left) and left.shape[2] > _NARROW:
         torch.add(y, bmm(left, right), out=out)
     else:
-        torch.baddbmm(y, left, right.expand(len(left), *right.shape[1:]), out=out)
+        torch.baddbmm(y, left, right.expand(left.shape[0], *right.shape[1:]), out=out)
 
 
 def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
@@ -190,8 +190,11 @@ def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Images whose rows are to be summed over as one image, unless those run by channels, are long and lie apart."""
-    left, right = one_image(left, right)
-    if len(left) > 1 and left.shape[1] >= _SHORT and (_runs_by_channels(left) or _runs_by_channels(right)):
+    if left.shape[0] > 1 and (_runs_by_channels(left) or _runs_by_channels(right)):
+        left, right = one_image(left, right)
+        if left.shape[1] >= _SHORT:
+            return left, right
+    if left.shape[0] == 1:
         return left, right
     return left.reshape(1, -1, left.shape[2]), right.reshape(1, -1, right.shape[2])
 
@@ -224,7 +227,7 @@ def sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype, alpha: float 
         if left.dim() == 2:
             return _outer(left, right, alpha)
         left, right = _together(left, right)
-        if len(left) == 1:
+        if left.shape[0] == 1:
             return _outer(left[0], right[0], alpha)
         if dtype.itemsize >= 4 and _by_image(left, right):
             total = torch.bmm(left.mT, right).sum(0)
