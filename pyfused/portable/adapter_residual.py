@@ -156,12 +156,16 @@ def adapter_residual_bwd(
         k = block.scale(scale)
         dead = _dead(k)
         g = _wide(_alive(g, dead), wide, small)
-        x = None if x is None else _wide(_alive(x, dead), wide, small)
-        h = product(x, down, channels_first, d_bias) if h is None else cast(h, wide)
-        t = _dropped(product(g, gated_up.t(), channels_first), seed, dropout_p, block.first)
+        x = None if x is None else _alive(x, dead)
+        if h is None:
+            x = _wide(x, wide, small)
+            h = product(x, down, channels_first, d_bias)
+        else:
+            h = cast(h, wide)
+        dh = _dropped(product(g, gated_up.t(), channels_first), seed, dropout_p, block.first)
         if k is not None:
-            t.mul_(k)
-        dh = ACTIVATIONS[activation][1](t, h, t)
+            dh.mul_(k)
+        ACTIVATIONS[activation][1](dh, h, dh)
         if out is not None:
             total = _computed(out, wide)
             if small:
@@ -171,23 +175,29 @@ def adapter_residual_bwd(
             else:
                 add_product_(_scaled(g, skip, gamma, k, total, plus), dh, down.t())
             _store(total, out)
+            del total
+        # What is small or of 16 bits has a copy of x, which lives no longer than it must, as dh does.
+        if x is not None and hidden is not None:
+            x = _wide(x, wide, small)
         if need_down:
             if d_bias is not None:
                 sums.add("down_bias", dh.sum((0, 1)))
             if x is not None:
                 sums.add_outer("down", dh, x)
+        del dh
         if need_up:
+            scaled = g if k is None else g * k
+            if skip != 0.0 and x is not None:
+                dot, upstream = _sum_rows_with(scaled, x)
+                sums.add("dy z", dot if skip == 1.0 else dot.mul_(skip))
+                sums.add("dy", upstream)
+            elif u_bias is not None:
+                sums.add("dy", scaled.sum((0, 1)))
+            del scaled, x
             a = _activated(h, activation, seed, dropout_p, block.first)
             a = a if k is None else a.mul_(k)
             # As U's gradient lies, unless a is narrow: then the other way is faster by more than a transposition.
             sums.add_outer("up", g, a) if 2 * down.shape[0] >= up.shape[0] else sums.add_outer("up^T", a, g)
-            g = g if k is None else g * k
-            if skip != 0.0 and x is not None:
-                dot, total = _sum_rows_with(g, x)
-                sums.add("dy z", dot if skip == 1.0 else dot.mul_(skip))
-                sums.add("dy", total)
-            elif u_bias is not None:
-                sums.add("dy", g.sum((0, 1)))
     del gated_up
     parameters = _gradients(sums.of, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
     return dy.new_empty(0, dtype=dtype) if dz is None else dz, *parameters
