@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from pyfused.portable.activations import ACTIVATIONS
-from pyfused.portable.gemm import add_outer_, add_product_, beside, cast, one_image, product, sum_over_rows
+from pyfused.portable.gemm import (
+    add_outer_,
+    add_product_,
+    beside,
+    cast,
+    narrow_first,
+    one_image,
+    product,
+    sum_over_rows,
+)
 from pyfused.portable.philox import dropout_
 
 # Elements of z in a block: products want many rows, copies in float32 of what comes in 16 bits want few.
@@ -144,6 +153,7 @@ def adapter_residual_bwd(
     if hidden is not None:
         hidden = _rows_of(hidden, dy, channels_first, small)
     sums = _Sums()
+    transposed = narrow_first(dy.shape[0] * dy.shape[1], *up.shape)
     scale = None if sample_scale is None else cast(sample_scale, wide)
     by_sample = _by_sample(sample_scale, dy, z, hidden, dz)
     for block in _blocks(by_sample[0], sample_scale):
@@ -196,8 +206,7 @@ def adapter_residual_bwd(
             del scaled, x
             a = _activated(h, activation, seed, dropout_p, block.first)
             a = a if k is None else a.mul_(k)
-            # As U's gradient lies, unless a is narrow: then the other way is faster by more than a transposition.
-            sums.add_outer("up", g, a) if 2 * down.shape[0] >= up.shape[0] else sums.add_outer("up^T", a, g)
+            sums.add_outer("up^T", a, g) if transposed else sums.add_outer("up", g, a)
     del gated_up
     parameters = _gradients(sums.of, down_weight, down_bias, up_weight, up_bias, up, u_bias, gamma, need_down, need_up)
     return dy.new_empty(0, dtype=dtype) if dz is None else dz, *parameters

@@ -38,6 +38,8 @@ _ROWS = 1024
 _NARROW = 32
 # Images of fewer rows than this are gathered for a sum over rows: products of so few rows are slow.
 _SHORT = 32
+# Up to so many rows a transposition of their sum costs more than what it gains.
+_FEW = 64
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,10 +177,17 @@ def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.baddbmm(y, left, right.expand(left.shape[0], *right.shape[1:]), out=out)
 
 
+def narrow_first(rows: int, i: int, j: int) -> bool:
+    """Whether the sum over rows of a^T b, (rows, i) and (rows, j), is faster as b^T a, transposition included.
+
+    Either library is two to several times faster with a narrow matrix on the left, but for few rows.
+    """
+    return i > 2 * j and rows > _FEW
+
+
 def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha a^T b, rounded once: (M, I), (M, J) -> (I, J)."""
-    # Either library is two to several times faster with a narrow matrix on the left.
-    if a.shape[1] > 2 * b.shape[1]:
+    if narrow_first(a.shape[0], a.shape[1], b.shape[1]):
         return _outer(b, a, alpha).t().contiguous()
     if _takes_onednn(a):
         product = _by_onednn(a.t(), b.t())
