@@ -7,7 +7,7 @@ nothing; inputs of 16 bits are widened block by block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -346,9 +346,9 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         return (g * x).sum((0, 1)), g.sum((0, 1))
     zero, one = x.new_zeros(x.shape[2]), x.new_ones(x.shape[2])
-    dot, total = _by_batch_norm(*parts[0], one, zero)
+    dot, total = _by_batch_norm(parts[0], one, zero)
     for pair in parts[1:]:
-        more, also = _by_batch_norm(*pair, one, zero)
+        more, also = _by_batch_norm(pair, one, zero)
         dot += more
         total += also
     return dot, total
@@ -357,8 +357,9 @@ def _sum_rows_with(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-def _by_batch_norm(g: Tensor, x: Tensor, one: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    return _batch_norm_backward(g, x, one, zero, one, None, None, False, 0.0, [False, True, True])[1:]
+def _by_batch_norm(pair: Sequence[Tensor], one: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a g and an x, images or rows in the first dimension and channels in the second."""
+    return _batch_norm_backward(*pair, one, zero, one, None, None, False, 0.0, [False, True, True])[1:]
 
 
 def _small(x: Tensor, channels_first: bool) -> bool:

@@ -398,31 +398,31 @@ def test_equal_to_training_with_the_references(small, tmp_path, monkeypatch):
 
 def test_resuming_goes_on_with_the_same_bits(small, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(*small, "--epochs", 3, "--output", whole) == 0
+    assert run(*small, "--epochs", 2, "--output", whole) == 0
     save = recipe.Training.save
 
-    def killed_after_the_second(training):
+    def killed_after_the_first(training):
         save(training)
-        if training.epoch == 2:
+        if training.epoch == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe.Training, "save", killed_after_the_second)
-        assert run(*small, "--epochs", 3, "--output", parts) == 130
-    assert len(checkpoint(parts / "adapters.pt")["losses"]) == 8
+        patch.setattr(recipe.Training, "save", killed_after_the_first)
+        assert run(*small, "--epochs", 2, "--output", parts) == 130
+    assert len(checkpoint(parts / "adapters.pt")["losses"]) == 4
     saved = []
     monkeypatch.setattr(recipe.Training, "save", lambda training: saved.append(training.epoch) or save(training))
-    assert run(*small, "--epochs", 3, "--output", parts, "--resume") == 0
-    assert saved == [3]
+    assert run(*small, "--epochs", 2, "--output", parts, "--resume") == 0
+    assert saved == [2]
     first, second = (checkpoint(path / "adapters.pt") for path in (whole, parts))
-    assert len(first["losses"]) == 12
+    assert len(first["losses"]) == 8
     for name in ("losses", "norms"):
         assert first[name] == second[name]
     assert first["model"].keys() == second["model"].keys()
     assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
     histories = [json.loads((path / "adapters-scales.json").read_text()) for path in (whole, parts)]
     assert histories[0] == histories[1]
-    assert histories[0].keys() == {"0", "1", "2", "3"}
+    assert histories[0].keys() == {"0", "1", "2"}
 
 
 def test_nan_stops_and_the_last_checkpoint_stays(small, tmp_path, monkeypatch, capsys):
@@ -452,9 +452,11 @@ def test_nan_stops_and_the_last_checkpoint_stays(small, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("order", ["right", "broken"])
 def test_bfloat16(small, tmp_path, order):
-    assert run(*small, "--epochs", 1, "--precision", "bfloat16", "--output", tmp_path, "--order", order) == 0
+    # Without instructions for them a CPU takes seconds for a step of such convolutions.
+    small = (*small, "--epochs", 1, "--batch-size", 20)
+    assert run(*small, "--precision", "bfloat16", "--output", tmp_path, "--order", order) == 0
     losses = checkpoint(tmp_path / "adapters.pt")["losses"]
-    assert len(losses) == 4
+    assert len(losses) == 2
     assert losses[-1] < losses[0]
 
 
