@@ -100,6 +100,10 @@ def test_the_librarys_plan_needs_no_gain():
     assert best(own=1.0, blas=0.999, a=0.96) == "a"
     assert best(own=1.0, blas=0.95, a=0.96) == "blas"
     assert best(own=1.0, blas=1.001, a=0.98) == "own"
+    # A difference that noise hides takes more rounds, where less than the least gain of another's is told at once.
+    clocks = {"cold": FakeClock({"own": 1.0, "blas": 1.0, "a": 1.0}, noise=0.01)}
+    assert race(contenders, dict.fromkeys(contenders, lambda: None), clocks).rounds == 5
+    assert race(contenders, dict.fromkeys(contenders, lambda: None), clocks, library="blas").rounds > 5
     # By the sum of the clocks alone.
     times = {"cold": {"own": 4.0, "blas": 1.0}, "warm": {"own": 1.0, "blas": 1.01}}
     assert winner({name: {name: 1} for name in ("own", "blas")}, times, "blas")[0] == "blas"

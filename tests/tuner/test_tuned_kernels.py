@@ -122,3 +122,23 @@ def test_a_plan_before_a_backend_gets_both(clock, monkeypatch):
     assert (now.backend, now.plan) == ("triton", "standard")
     assert now.why[0].startswith("measured at M = 40: triton standard ")
     assert "not triton" not in " ".join(now.why)
+
+
+def test_where_a_lucky_winner_loses_the_librarys_plan_may_win(clock, monkeypatch):
+    """The second race is between pyfused's own choice, the library's plan and the winner of the first."""
+    layer, x = pyfused.LoRALinear(32, 48, rank=4), torch.randn(40, 32, requires_grad=True)
+    (own,) = pyfused.explain(layer, x).calls
+    assert (own.backend, own.plan, own.backward_plan) == ("triton", "one_launch", "blas")
+    monkeypatch.setitem(SECONDS, ("blas", "forward"), 0.99)
+    timed, rounds = clock.round, []
+
+    def lucky(calls):
+        rounds.append(set(calls))
+        # The first is about shares; a race has five rounds where the times agree.
+        monkeypatch.setitem(SECONDS, ("shrink_expand", "forward"), 0.4 if len(rounds) <= 6 else 1.2)
+        return timed(calls)
+
+    monkeypatch.setattr(clock, "round", lucky)
+    (call,) = pyfused.tune(layer, x).calls
+    assert call.now == Choice("triton", "blas", "blas")
+    assert call.gain == pytest.approx((1.0 + 0.4) / (0.99 + 0.4))
