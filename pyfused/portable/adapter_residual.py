@@ -104,18 +104,7 @@ def adapter_residual_fwd(
         a = _activated(h, activation, seed, dropout_p, block.first)
         if k is not None:
             a.mul_(k)
-        total = _computed(out, wide)
-        if small:
-            # The product lies as x does and not as y: what is added to it takes it there.
-            _scaled(x, skip, gamma, k, total, product(a, up, True))
-            if stream is not None:
-                total.add_(stream)
-        else:
-            _scaled(x, skip, gamma, k, total, plus=stream)
-        if u_bias is not None:
-            total.add_(u_bias) if k is None else total.addcmul_(u_bias, k)
-        if not small:
-            add_product_(total, a, up)
+        total = _total(x, skip, gamma, k, _computed(out, wide), stream, a, up, u_bias, small)
         if dead is not None:
             torch.where(dead, stream.to(wide), total, out=total)
         _store(total, out)
@@ -177,13 +166,7 @@ def adapter_residual_bwd(
             dh.mul_(k)
         ACTIVATIONS[activation][1](dh, h, dh)
         if out is not None:
-            total = _computed(out, wide)
-            if small:
-                _scaled(g, skip, gamma, k, total, product(dh, down.t(), True))
-                if plus is not None:
-                    total.add_(plus)
-            else:
-                add_product_(_scaled(g, skip, gamma, k, total, plus), dh, down.t())
+            total = _total(g, skip, gamma, k, _computed(out, wide), plus, dh, down.t(), None, small)
             _store(total, out)
             del total
         # What is small or of 16 bits has a copy of x, which lives no longer than it must, as dh does.
@@ -393,6 +376,33 @@ def _scaled(x: Tensor, skip: float, gamma: Tensor | None, k: Tensor | None, out:
     if plus is None:
         return torch.mul(x, gate if skip == 1.0 else gate * skip, out=out)
     return torch.addcmul(cast(plus, x.dtype), x, gate, value=skip, out=out)
+
+
+def _total(
+    x: Tensor,
+    skip: float,
+    gamma: Tensor | None,
+    k: Tensor | None,
+    out: Tensor,
+    plus: Tensor | None,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    small: bool,
+) -> Tensor:
+    """out <- plus + skip k gamma x + k b + a W^T."""
+    if small:
+        # The product lies as a does and not as out: what is added takes it there.
+        _scaled(x, skip, gamma, k, out, product(a, weight, True))
+        if plus is not None:
+            out.add_(plus)
+    else:
+        _scaled(x, skip, gamma, k, out, plus)
+    if bias is not None:
+        out.add_(bias) if k is None else out.addcmul_(bias, k)
+    if not small:
+        add_product_(out, a, weight)
+    return out
 
 
 def _rounded(wide: torch.dtype, dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:

@@ -23,11 +23,11 @@ from pyfused.tuner.replay import Recorded, Replay, further
 from pyfused.tuner.report import TunedCall, named
 from pyfused.tuner.ways import (
     alike,
-    by_library,
     call_of,
     choices,
     chosen_by,
     first_line,
+    library_choice,
     nothing_to_compare,
     parts_of,
     row_key,
@@ -167,7 +167,7 @@ class Session:
             calls = {part: call_of(replays[part.call], part) for part in every}
             return race(parts, calls, self.clocks(device), lambda: self._now() > until, library)
 
-        library = by_library(usable)
+        library = library_choice(usable)
         outcome = timed(usable, self._now() + 0.7 * (end - self._now()))
         seconds = dict(outcome.seconds)
         winner, gain = outcome.winner, outcome.gain

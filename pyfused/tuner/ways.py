@@ -66,7 +66,7 @@ def choices(untuned: Decision, replay: Replay) -> Iterator[Choice]:
                     yield Choice(backend, forward, backward)
 
 
-def by_library(usable: Sequence[Choice]) -> Choice | None:
+def library_choice(usable: Sequence[Choice]) -> Choice | None:
     """The choice that leaves the products to the library, as the eager formula does; None where none does.
 
     Of several the one whose backend is that of the first, pyfused's own choice.

@@ -74,14 +74,14 @@ def test_a_plan_before_a_backend_has_the_backends_that_serve_it():
 def test_the_librarys_plan_is_that_of_the_chosen_backend():
     """The one that leaves the products to it; where that was dropped another backend's, or none."""
     found = list(ways.choices(LORA, Told()))
-    assert ways.by_library(found) == Choice("triton", "blas", "blas")
+    assert ways.library_choice(found) == Choice("triton", "blas", "blas")
     found.remove(Choice("triton", "blas", "blas"))
-    assert ways.by_library(found) == Choice("portable", "blas", "blas")
+    assert ways.library_choice(found) == Choice("portable", "blas", "blas")
     found.remove(Choice("portable", "blas", "blas"))
-    assert ways.by_library(found) is None
-    assert ways.by_library(list(ways.choices(CROSS, Told()))) == Choice("portable", "standard", "standard")
+    assert ways.library_choice(found) is None
+    assert ways.library_choice(list(ways.choices(CROSS, Told()))) == Choice("portable", "standard", "standard")
     adapter = replace(LORA, plan="save", backward_plan="save", plans=backends.NO_PLANS)
-    assert ways.by_library(list(ways.choices(adapter, Told()))) == Choice("portable", "", "")
+    assert ways.library_choice(list(ways.choices(adapter, Told()))) == Choice("portable", "", "")
 
 
 def test_what_auto_means_is_all_that_is_compared(monkeypatch):
