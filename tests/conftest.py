@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import tempfile
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items):
         # Not by the keywords, which hold the names of folders too.
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    # What was imported and collected stays: the collector would look through its millions of objects again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

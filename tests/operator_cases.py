@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -155,6 +157,18 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in ``dtype`` on `DEVICE` with its strides: an elementwise cast would lose those of an expanded tensor."""
     stored = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).to(dtype).to(DEVICE)
     return stored.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def far_apart(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """x in memory of which only the pages that are touched exist: its elements may lie over 2**31 apart."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    file = os.memfd_create("far apart")
+    try:
+        os.truncate(file, (last + 1) * x.itemsize)
+        memory = mmap.mmap(file, 0)
+    finally:
+        os.close(file)
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
 
 def strided(

@@ -30,7 +30,8 @@ import images
 import recipe
 from PIL import Image
 from timm.layers import DropPath
-from timm.models.fastvit import LayerScale2d
+from timm.models import register_model
+from timm.models.fastvit import LayerScale2d, fastvit_t8
 
 from pyfused import models, reference
 from pyfused.bench.models.training import Classifier, reference_operators
@@ -46,6 +47,12 @@ TRAINABLE = {
     "conv_lora": sum(80 * c for c in CHANNELS) + HEAD,
     "head": HEAD,
 }
+
+
+@register_model
+def fastvit_small(pretrained: bool = False, **settings: object):
+    """A tower of every kind of layer that fastvit_t8 has, for tests of what does not depend on a tower's size."""
+    return fastvit_t8(pretrained, layers=(1, 2, 1, 1), embed_dims=(16, 32, 64, 128), **settings)
 
 
 def arguments(*argv: object):
@@ -83,8 +90,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(folder):
-    """Options of an epoch of 4 steps, in which drop-path draws matter."""
-    return ("--data", folder, "--image-size", 16, "--batch-size", 10, "--drop-path", 0.5, "--method", "adapters")
+    """Options of an epoch of 4 steps of a small tower, in which drop-path draws matter."""
+    tower = ("--model", "fastvit_small", "--image-size", 16, "--drop-path", 0.5)
+    return (*tower, "--data", folder, "--batch-size", 10, "--method", "adapters")
 
 
 # ---- what the command does
@@ -389,7 +397,7 @@ def test_equal_to_training_with_the_references(small, tmp_path, monkeypatch):
     assert not calls
     with reference_operators():
         assert run(*small, "--output", tmp_path / "reference") == 0
-    assert len(calls) >= 20 * 10
+    assert len(calls) >= 20 * 5
     ours, theirs = (checkpoint(tmp_path / name / "adapters.pt")["losses"] for name in ("pyfused", "reference"))
     assert len(ours) == 20
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -452,11 +460,8 @@ def test_nan_stops_and_the_last_checkpoint_stays(small, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("order", ["right", "broken"])
 def test_bfloat16(small, tmp_path, order):
-    # Without instructions for them a CPU takes seconds for a step of such convolutions.
-    small = (*small, "--epochs", 1, "--batch-size", 20)
     assert run(*small, "--precision", "bfloat16", "--output", tmp_path, "--order", order) == 0
     losses = checkpoint(tmp_path / "adapters.pt")["losses"]
-    assert len(losses) == 2
     assert losses[-1] < losses[0]
 
 

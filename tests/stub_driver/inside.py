@@ -1,7 +1,7 @@
-"""In a process of its own: torch and Triton believe in one GPU, whose driver is the stub.
+"""In processes of their own: torch and Triton believe in one GPU, whose driver is the stub.
 
 Triton's JIT, binder and C launcher are the real ones. Meta tensors stand for those on the GPU: they have shapes,
-strides and offsets, no memory, and cost nothing at any size. Only this process has anything replaced.
+strides and offsets, no memory, and cost nothing at any size. Only these processes have anything replaced.
 """
 
 from __future__ import annotations
@@ -229,13 +229,49 @@ class _StandIn:
         return CompiledKernel(None, {"kernel.json": str(path), "kernel.cubin": str(self.code)}, "")
 
 
-def main(libcuda: str, compiling: str, module: str, function: str, arguments: str) -> None:
-    """Run a function of a module over the stub and print what it returns, as JSON."""
-    start(libcuda, compiling == "True")
-    value = functools.reduce(getattr, function.split("."), importlib.import_module(module))(*json.loads(arguments))
-    print(json.dumps(value, default=dataclasses.asdict))
+@dataclass(frozen=True)
+class Question:
+    """What `serve` is asked.
+
+    Attributes:
+        folder: where the process leaves what the function returned, as JSON, in "answer", and what was printed in
+            "said". environment: the GPU's facts. path: folders that modules are in.
+        compiling: as of `start`. module, function, arguments: what is called.
+    """
+
+    folder: str
+    environment: dict[str, str]
+    path: list[str]
+    compiling: bool
+    module: str
+    function: str
+    arguments: list
+
+
+def serve(libcuda: str) -> None:
+    """Answer each question, a line of JSON, in a process that is forked for it, and print the process's exit code."""
+    importlib.import_module("triton")
+    importlib.import_module("pyfused")
+    for line in sys.stdin:
+        process = os.fork()
+        if process == 0:
+            # It ends as any does, behind its last line.
+            return _answer(libcuda, Question(**json.loads(line)))
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _answer(libcuda: str, asked: Question) -> None:
+    said = os.open(Path(asked.folder, "said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for file in (1, 2):
+        os.dup2(said, file)
+    os.environ |= asked.environment
+    sys.path[:0] = asked.path
+    start(libcuda, asked.compiling)
+    function = functools.reduce(getattr, asked.function.split("."), importlib.import_module(asked.module))
+    Path(asked.folder, "answer").write_text(json.dumps(function(*asked.arguments), default=dataclasses.asdict))
 
 
 if __name__ == "__main__":
     # Under the name by which functions import it.
-    importlib.import_module("stub_driver.inside").main(*sys.argv[1:])
+    importlib.import_module("stub_driver.inside").serve(sys.argv[1])

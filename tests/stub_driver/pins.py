@@ -244,6 +244,7 @@ def model_steps(name: str) -> dict[str, list[int]]:
     """ "train 8" and so on -> launches of the step, and the compilations that it adds."""
     make, side = MODELS[name]
     model, found = make(), {}
+    inside.forget()
     for batch, train in BATCHES:
         model.train(train)
         images = empty(batch, 3, side, side, dtype=BF16)

@@ -1,12 +1,15 @@
-"""Runs a function of a test over the stub driver, in a process of its own."""
+"""Runs a function of a test over the stub driver, in a process of its own that a server forks."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,28 +39,44 @@ def over_stub(
     from pyfused.kernels.audit import TARGETS
 
     (target,) = (target for target in TARGETS if target.capability == divmod(gpu, 10))
-    libcuda = build.library()
     home = Path(sys.modules[function.__module__].__file__).with_suffix("")
     # A test file is no part of a package; the stub driver's own files are, also where one runs as a program.
     module = f"{home.parent.name}.{home.name}" if home.parent.name == "stub_driver" else home.name
     # Of each room whose tests run in this process pytest has put the folder there.
     rooms = [Path(folder) for folder in sys.path if Path(folder).is_relative_to(TESTS)]
-    path = _before("PYTHONPATH", TESTS, TESTS / "contract", *rooms)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": path, "PYFUSED_BACKEND": "triton", "OMP_NUM_THREADS": "1",
-        "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", libcuda), "TRITON_LIBCUDA_PATH": str(libcuda),
-        "TRITON_CACHE_DIR": str(build.CACHE / "triton"),
+    environment = {
         "STUB_CAPABILITY": str(gpu), "STUB_MULTIPROCESSORS": str(target.multiprocessors),
         "STUB_SHARED_MEMORY": str(target.shared_memory),
     }  # fmt: skip
-    command = [sys.executable, "-m", "stub_driver.inside", str(libcuda / "libcuda.so.1"), str(compiling)]
-    command += [module, function.__qualname__, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
-    if not quiet:
-        sys.stderr.write(done.stderr)
-    if done.returncode != 0:
-        raise RuntimeError(f"{function.__qualname__} over the stub driver, exit code {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        question = inside.Question(
+            folder, environment, list(map(str, rooms)), compiling, module, function.__qualname__, arguments
+        )
+        server = _server()
+        print(json.dumps(vars(question)), file=server.stdin, flush=True)
+        status = server.stdout.readline().strip()
+        said = Path(folder, "said").read_text()
+        if not quiet:
+            sys.stderr.write(said)
+        if status != "0":
+            raise RuntimeError(f"{function.__qualname__} over the stub driver, exit code {status}:\n{said}")
+        return json.loads(Path(folder, "answer").read_text())
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """It has imported what every process over the stub driver would, which takes seconds, and ends with this one."""
+    libcuda = build.library()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": _before("PYTHONPATH", TESTS, TESTS / "contract"), "PYFUSED_BACKEND": "triton",
+        "OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": _before("LD_LIBRARY_PATH", libcuda),
+        "TRITON_LIBCUDA_PATH": str(libcuda), "TRITON_CACHE_DIR": str(build.CACHE / "triton"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "stub_driver.inside", str(libcuda / "libcuda.so.1")]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=TESTS.parent)
+    atexit.register(server.communicate)
+    return server
 
 
 def _before(variable: str, *folders: Path) -> str:

@@ -1,4 +1,5 @@
-"""Two processes that run cases together, over gloo: started once, and each case reported alone.
+"""Two processes that run cases together, over gloo: forked once from one that has imported what they need, and each
+case reported alone.
 
 A case is a function of (rank, folder) that raises where something is wrong; a module has them by name in ``CASES``.
 Each has a process group of its own, so that one that fails in one process does not take the others with it.
@@ -6,14 +7,16 @@ Each has a process group of its own, so that one that fails in one process does 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,22 +33,19 @@ def together(modules: Sequence[str], folder: Path) -> dict[str, str]:
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
     # What tests/conftest.py sets up comes before torch is used.
-    command = [sys.executable, "-c", "import conftest, pair; pair.work()", str(folder)]
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
-    started = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            started.append(subprocess.Popen([*command, str(rank), *modules], env=environment, stdout=out, stderr=out))
+    command = [sys.executable, "-c", "import conftest, pair; pair.work()", str(folder), *modules]
+    log = folder / "log"
+    with log.open("w") as out:
+        started = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
-        for process in started:
-            process.wait(timeout=500)
+        started.wait(timeout=500)
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
     found = [folder / f"{rank}.json" for rank in range(WORLD)]
     if not all(path.exists() for path in found):
-        raise RuntimeError("\n".join(log.read_text()[-3000:] for log in logs))
+        raise RuntimeError(log.read_text()[-6000:])
     ranks = [json.loads(path.read_text()) for path in found]
     return {
         name: "\n".join(f"rank {rank}: {raised[name]}" for rank, raised in enumerate(ranks) if raised[name])
@@ -54,14 +54,24 @@ def together(modules: Sequence[str], folder: Path) -> dict[str, str]:
 
 
 def work() -> None:
-    """One of the two processes: its arguments are the folder, its rank and the modules."""
-    import torch.distributed as dist
-
-    folder, rank, modules = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    """Of the process that the two are forked from: its arguments are the folder and the modules."""
+    folder, modules = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     cases = {
         f"{module}: {name}": case for module in modules for name, case in importlib.import_module(module).CASES.items()
     }
+    processes = []
+    for rank in range(WORLD):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            return _run(cases, rank, folder)
+    for process in processes:
+        os.waitpid(process, 0)
+
+
+def _run(cases: dict[str, Callable[[int, Path], None]], rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+
     raised = {}
     for number, (name, case) in enumerate(cases.items()):
         store = dist.FileStore(str(folder / f"store{number}"), WORLD)
