@@ -1,8 +1,8 @@
 """Modes are a product: grad mode x autocast x eager or compiled x two values of every float setting.
 
 Asked of every public function and module. The numbers are the same bits in all three grad modes, and compiled as in
-eager mode; a second value of a setting, which makes torch.compile take it for a symbol, breaks no graph. Compiled, what
-is no new code path (a mode without grad beside another, a setting under autocast) is left out.
+eager mode; a second value of every setting, which makes torch.compile take them for symbols, breaks no graph. Compiled,
+what is no new code path (a mode without grad beside another, a second value under autocast) is left out.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ CALLED = {operator: _function(operator) for operator in OPERATORS} | {
 @pytest.mark.parametrize("name", CALLED)
 def test_every_mode(name, autocast):
     called, dtype = CALLED[name], AUTOCASTS[autocast]
+    # To a compiler one autocast is like the other.
+    compiling = dtype != torch.float16
 
     def under(mode, function):
         region = contextlib.nullcontext() if dtype is None else torch.autocast(DEVICE, dtype)
@@ -148,26 +150,25 @@ def test_every_mode(name, autocast):
         with mode(), region:
             return function().detach().clone()
 
-    for setting, values in {None: [None], **called.floats}.items():
-        # One process meets both values; a graph that takes the first for a constant would break at the second, or stay
-        # what it was.
-        torch._dynamo.reset()
-        results = []
-        # To a second value one autocast is like the other.
-        for value in values if dtype != torch.float16 else values[:1]:
-            function = called.make(**{} if setting is None else {setting: value})
-            results.append(under(torch.enable_grad, function))
-            assert results[-1].isfinite().all()
-            for mode in (torch.no_grad, torch.inference_mode):
-                assert torch.equal(under(mode, function), results[-1]), (setting, value, mode)
+    def in_eager_mode(**settings):
+        function = called.make(**settings)
+        result = under(torch.enable_grad, function)
+        assert result.isfinite().all()
+        for mode in (torch.no_grad, torch.inference_mode):
+            assert torch.equal(under(mode, function), result), (settings, mode)
+        return function, result
+
+    for setting, values in called.floats.items():
+        _, first = in_eager_mode(**{setting: values[0]})
+        if compiling:
+            _, second = in_eager_mode(**{setting: values[1]})
+            assert setting == "eps" or not torch.equal(first, second), setting
+    # One process meets both values of all settings; a graph that takes the first for a constant
+    # would break at the second, or stay what it was.
+    torch._dynamo.reset()
+    for turn in range(2 if called.floats and dtype is None else 1):
+        function, result = in_eager_mode(**{setting: values[turn] for setting, values in called.floats.items()})
+        # To a compiler one mode without grad is like the other.
+        for mode in (torch.enable_grad, torch.inference_mode)[: 2 - turn] if compiling else ():
             compiled = torch.compile(function, fullgraph=True, backend="eager")
-            for mode in _compiled_modes(setting, dtype):
-                assert torch.equal(under(mode, compiled), results[-1]), (setting, value, mode, "compiled")
-        assert len(results) == 1 or setting == "eps" or not torch.equal(*results), setting
-
-
-def _compiled_modes(setting, dtype):
-    # To a compiler one mode without grad is like the other, and one autocast.
-    if dtype == torch.float16 or (setting is not None and dtype is not None):
-        return ()
-    return (torch.enable_grad,) if setting is not None else (torch.enable_grad, torch.inference_mode)
+            assert torch.equal(under(mode, compiled), result), (turn, mode, "compiled")
