@@ -36,8 +36,8 @@ _onednn = _find_onednn()
 _ROWS = 1024
 # Up to this K a product added to y costs little more than the pass over y, and oneDNN's would need a second one.
 _NARROW = 32
-# Images of fewer rows than this are gathered for a sum over rows: products of so few rows are slow.
-_SHORT = 32
+# Of images of fewer rows than this, by channels, the rows are gathered: products of so few are slow.
+SHORT = 32
 # Up to so many rows a transposition of their sum costs more than what it gains.
 _FEW = 64
 
@@ -201,7 +201,7 @@ def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Images whose rows are to be summed over as one image, unless those run by channels, are long and lie apart."""
     if left.shape[0] > 1 and (_runs_by_channels(left) or _runs_by_channels(right)):
         left, right = one_image(left, right)
-        if left.shape[1] >= _SHORT:
+        if left.shape[1] >= SHORT:
             return left, right
     if left.shape[0] == 1:
         return left, right

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused.portable.gemm import add_product_, cast, product, sum_over_rows
+from pyfused.portable.gemm import SHORT, add_product_, cast, product, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 
@@ -25,18 +25,17 @@ def lora_linear_fwd(
     adapters: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
-    (batch, length, _), dtype = x.shape, x.dtype
-    rows = x if channels_first else x.reshape(-1, x.shape[2])
-    p = product(_dropped(rows, seed, dropout_p), cast(lora_a, dtype), channels_first)
+    dtype = x.dtype
+    by_channels = channels_first and not _small(x)
+    rows = x if by_channels else x.reshape(-1, x.shape[2])
+    p = product(_dropped(rows, seed, dropout_p), cast(lora_a, dtype), by_channels)
     if adapter_index is not None:
         _keep_own_(p, adapter_index, adapters)
-    y = product(rows, cast(weight, dtype), channels_first, None if bias is None else cast(bias, dtype))
+    y = product(rows, cast(weight, dtype), by_channels, None if bias is None else cast(bias, dtype))
     add_product_(y, p, cast(lora_b, dtype), scaling)
-    if not channels_first:
-        y = y.view(batch, length, weight.shape[0])
-    elif save:
+    if by_channels and save:
         p = p.reshape(-1, p.shape[2]).contiguous()
-    return y, p if save else x.new_empty((0, lora_a.shape[0]))
+    return _as_images(y, x, channels_first), p if save else x.new_empty((0, lora_a.shape[0]))
 
 
 def lora_linear_bwd(
@@ -59,17 +58,18 @@ def lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx = da = db = None
-    (batch, length, _), dtype = dy.shape, dy.dtype
-    if not channels_first:
+    images, dtype = dy, dy.dtype
+    by_channels = channels_first and not _small(dy)
+    if not by_channels:
         dy, x = dy.reshape(-1, dy.shape[2]), None if x is None else x.reshape(-1, x.shape[2])
     elif need_db:
-        p = p.view(batch, length, p.shape[1])
+        p = p.view(*dy.shape[:2], p.shape[1])
     if need_dx or need_da:
-        q = product(dy, cast(lora_b, dtype).t(), channels_first, alpha=scaling)
+        q = product(dy, cast(lora_b, dtype).t(), by_channels, alpha=scaling)
         if adapter_index is not None:
             _keep_own_(q, adapter_index, adapters)
     if need_dx:
-        dx = product(dy, cast(weight, dtype).t(), channels_first)
+        dx = product(dy, cast(weight, dtype).t(), by_channels)
         a = cast(lora_a, dtype).t()
         if dropout_p > 0.0:
             low_rank = product(q, a)
@@ -77,8 +77,7 @@ def lora_linear_bwd(
             dx.add_(low_rank)
         else:
             add_product_(dx, q, a)
-        if not channels_first:
-            dx = dx.view(batch, length, a.shape[0])
+        dx = _as_images(dx, images, channels_first)
     if need_da:
         da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
@@ -88,6 +87,19 @@ def lora_linear_bwd(
         lora_a.new_empty(0) if da is None else da,
         lora_b.new_empty(0) if db is None else db,
     )
+
+
+def _small(x: Tensor) -> bool:
+    """Whether images (B, L, C) that lie by channels are gathered as rows: a CPU's products of so few are slow."""
+    return x.shape[0] > 1 and x.shape[1] < SHORT and x.device.type == "cpu"
+
+
+def _as_images(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """y, of as many rows as x (B, L, K) has, as (B, L, N) that lies by channels when ``channels_first``."""
+    if y.dim() == 3:
+        return y
+    y = y.view(*x.shape[:2], y.shape[1])
+    return y.mT.contiguous().mT if channels_first else y
 
 
 def _keep_own_(p: Tensor, adapter_index: Tensor, adapters: int) -> None:
