@@ -137,6 +137,7 @@ LAYOUTS = {
 IMAGES = {
     "NCHW": lambda: randn(*IMAGE),
     "channels_last": lambda: randn(*IMAGE).to(memory_format=torch.channels_last),
+    "one position": lambda: randn(5, 20, 1, 1),
     "NCL": lambda: randn(2, 20, 9),
     "NCDHW": lambda: randn(2, 20, 2, 3, 2),
     "empty NCHW": lambda: randn(0, 20, 3, 4),
@@ -145,6 +146,15 @@ IMAGES = {
     "crop of channels_last": lambda: randn(2, 23, 6, 9).to(memory_format=torch.channels_last)[:, 3:, 1:, 2:],
     "expanded batch": lambda: randn(1, 20, 3, 4).expand(2, 20, 3, 4),
 }
+
+
+def assert_format_kept(x: Tensor, y: Tensor) -> None:
+    """y lies in memory as images x do, where those are dense and have elements."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if x.dim() == 4 and x.numel() > 0 and x.is_contiguous(memory_format=memory_format):
+            assert y.is_contiguous(memory_format=memory_format)
+
+
 COTANGENTS = {
     "transposed": lambda y: randn(*y.shape[::-1], dtype=y.dtype, device=y.device).permute(*range(y.dim())[::-1]),
     "expanded": lambda y: randn(1, dtype=y.dtype, device=y.device).expand(y.shape),

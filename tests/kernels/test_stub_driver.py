@@ -133,7 +133,7 @@ def _many_images() -> dict[str, list[str]]:
 
     found = {}
     for name, call in {
-        "adapter_residual": lambda: pins.adapter("save", MANY, 64, 1, 1),
+        "adapter_residual": lambda: pins.adapter("save", MANY, 64, 1, 2),
         "lora_linear": lambda: pins.lora("shrink_expand", MANY * 128, p=0.1),
         "lora_linear blas": lambda: pins.lora("blas", MANY * 128, p=0.1),
         "cross_attention_residual": lambda: pins.attention("absorbed", MANY, 2),

@@ -43,7 +43,7 @@ VIEWS = {
     "channels_last": (_channels_last(2, 20, 5, 7), 1, (1, 70, 20), False),
     "channels_last by rows": (_channels_last(2, 20, 5, 7).movedim(1, -1), -1, (1, 70, 20), False),
     "one channel": (randn(2, 1, 5, 7), 1, (2, 35, 1), True),
-    "one position": (randn(2, 20, 1, 1), 1, (2, 1, 20), True),
+    "one position": (randn(2, 20, 1, 1), 1, (1, 2, 20), False),
     "slice of images": (randn(4, 20, 5, 7)[::2], 1, (2, 35, 20), True),
 }
 

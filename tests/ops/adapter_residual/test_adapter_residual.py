@@ -10,6 +10,7 @@ from operator_cases import (
     DEVICE,
     IMAGES,
     LAYOUTS,
+    assert_format_kept,
     cast,
     every_backend,
     far_apart,
@@ -163,11 +164,9 @@ def test_layouts_of_z(backend, layout, residual):
 def test_layouts_of_images(backend, layout, residual):
     z = IMAGES[layout]()
     results = _check_layout(z, 1, backend, residual)
-    if z.dim() == 4 and z.is_contiguous() != z.is_contiguous(memory_format=torch.channels_last):
-        kept = torch.contiguous_format if z.is_contiguous() else torch.channels_last
-        assert results["dz"].is_contiguous(memory_format=kept)
-        if residual == "z":
-            assert results["output"].is_contiguous(memory_format=kept)
+    assert_format_kept(z, results["dz"])
+    if residual == "z":
+        assert_format_kept(z, results["output"])
 
 
 @pytest.mark.parametrize("formats", [FORMATS[1:], FORMATS[:0:-1]], ids="residual ".join)

@@ -9,6 +9,7 @@ from operator_cases import (
     DEVICE,
     IMAGES,
     LAYOUTS,
+    assert_format_kept,
     cast,
     every_backend,
     far_apart,
@@ -111,10 +112,8 @@ def test_layouts_of_x(backend, layout, p):
 def test_layouts_of_images(backend, layout, p):
     x = IMAGES[layout]()
     results = _check_layout(x, 1, backend, p)
-    if x.dim() == 4 and x.is_contiguous() != x.is_contiguous(memory_format=torch.channels_last):
-        kept = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        assert results["output"].is_contiguous(memory_format=kept)
-        assert results["dx"].is_contiguous(memory_format=kept)
+    assert_format_kept(x, results["output"])
+    assert_format_kept(x, results["dx"])
 
 
 STRIDED = {
