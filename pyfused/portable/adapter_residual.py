@@ -34,8 +34,9 @@ _CHAIN = 512
 _FEW = 64
 # Images of up to so many rows are computed side by side.
 _SMALL = 49
-# Samples of fewer rows than this are computed, dropped or not: one block holds many of them.
-_SKIPPED_ROWS = 16
+# Samples of fewer multiplications, rows x C x h, are computed, dropped or not: those between two dropped ones would be
+# a block of their own, which takes the host longer.
+_SKIPPED = 1 << 21
 
 
 class _Block(NamedTuple):
@@ -88,7 +89,7 @@ def adapter_residual_fwd(
     small = _small(z, z_channels_first)
     pre = None if hidden is None else _rows_of(hidden, z, z_channels_first, small)
     by_sample = _by_sample(sample_scale, z, z if residual is None else residual, y, pre)
-    for block in _blocks(by_sample[0], sample_scale):
+    for block in _blocks(by_sample[0], down.shape[0], sample_scale):
         x, stream, out, pre = (None if tensor is None else block.of(tensor) for tensor in by_sample)
         if not block.live:
             out.copy_(stream)
@@ -106,7 +107,7 @@ def adapter_residual_fwd(
             a.mul_(k)
         total = _total(x, skip, gamma, k, _computed(out, wide), stream, a, up, u_bias, small)
         if dead is not None:
-            torch.where(dead, stream.to(wide), total, out=total)
+            _copy_dead(dead, stream, total)
         _store(total, out)
     return y, z.new_empty(0) if hidden is None else hidden
 
@@ -145,7 +146,7 @@ def adapter_residual_bwd(
     transposed = narrow_first(dy.shape[0] * dy.shape[1], *up.shape)
     scale = None if sample_scale is None else cast(sample_scale, wide)
     by_sample = _by_sample(sample_scale, dy, z, hidden, dz)
-    for block in _blocks(by_sample[0], sample_scale):
+    for block in _blocks(by_sample[0], down.shape[0], sample_scale):
         g, x, h, out = (None if tensor is None else block.of(tensor) for tensor in by_sample)
         plus = g if z_is_residual else None
         if not block.live:
@@ -266,8 +267,8 @@ def _by_sample(sample_scale: Tensor | None, *tensors: Tensor | None) -> list[Ten
     return [split(tensor) for tensor in tensors]
 
 
-def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
-    """Blocks that cover all rows of (B, L, C).
+def _blocks(x: Tensor, width: int, sample_scale: Tensor | None) -> Iterator[_Block]:
+    """Blocks that cover all rows of (B, L, C), whose bottleneck has ``width``.
 
     Dropped samples are told apart on a CPU alone: elsewhere that would wait for the device.
     """
@@ -275,7 +276,7 @@ def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
     if x.numel() == 0:
         return
     runs = [(batch, True)]
-    if sample_scale is not None and x.device.type == "cpu" and length >= _SKIPPED_ROWS:
+    if sample_scale is not None and x.device.type == "cpu" and length * channels * width > _SKIPPED:
         runs = [(len(list(run)), live) for live, run in itertools.groupby((sample_scale != 0).tolist())]
     block = _BLOCK if x.device.type != "cpu" else _CPU_BLOCK if x.dtype.itemsize >= 4 else _CPU_WIDENED
     most = max(16, block // channels)
@@ -290,15 +291,28 @@ def _blocks(x: Tensor, sample_scale: Tensor | None) -> Iterator[_Block]:
 
 
 def _dead(k: Tensor | None) -> Tensor | None:
-    """Which rows belong to dropped samples; None where none does, as far as that is known without waiting."""
-    if k is None or (k.device.type == "cpu" and bool(k.all())):
+    """Which samples are dropped: their numbers, None where there are none; where asking would wait, a mask like k."""
+    if k is None:
         return None
-    return k == 0
+    if k.device.type != "cpu":
+        return k == 0
+    dead = (k.view(-1) == 0).nonzero().view(-1)
+    return dead if dead.numel() else None
 
 
 def _alive(x: Tensor, dead: Tensor | None) -> Tensor:
-    """x with zeros in dead rows, whatever those hold."""
-    return x if dead is None else x.masked_fill(dead, 0.0)
+    """x (images, rows, C) with zeros in dead samples, whatever those hold."""
+    if dead is None:
+        return x
+    return x.masked_fill(dead, 0.0) if dead.dtype == torch.bool else x.index_fill(0, dead, 0.0)
+
+
+def _copy_dead(dead: Tensor, x: Tensor, out: Tensor) -> None:
+    """out <- x in dead samples."""
+    if dead.dtype == torch.bool:
+        torch.where(dead, x.to(out.dtype), out, out=out)
+    else:
+        out.index_copy_(0, dead, x.index_select(0, dead).to(out.dtype))
 
 
 def _activated(h: Tensor, activation: str, seed: Tensor | None, p: float, first_row: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused.ops.adapter_residual import PLANS
+from pyfused.portable import adapter_residual as portable
 
 BATCH = 4
 # Rows of each sample: one, fewer than a tile of rows, more.
@@ -28,6 +29,15 @@ SHAPES = {
     "channels_last": ((BATCH, 20, 5, 7), 1),
 }
 HOMES = {"portable": "pyfused.portable.adapter_residual", "triton": "pyfused.kernels.adapter_residual"}
+
+
+@pytest.fixture(params=["together", "apart"])
+def blocks(request, monkeypatch):
+    """Portable computes small samples together, dropped or not; large ones that are kept are blocks of their own."""
+    if request.param == "apart":
+        if request.getfixturevalue("backend") != "portable":
+            pytest.skip("portable's alone")
+        monkeypatch.setattr(portable, "_SKIPPED", 0)
 
 
 def _gradients(leaves, dy, **options):
@@ -44,6 +54,7 @@ def _spoiled(x, dead):
     return x
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("residual", [None, torch.float32], ids=["z is residual", "float32 residual"])
 @pytest.mark.parametrize("case", SHAPES)
 @every_backend
@@ -84,6 +95,7 @@ def test_what_a_dropped_sample_holds_does_not_matter(backend, case, residual):
 @pytest.mark.parametrize("residual", [None, torch.bfloat16], ids=["z is residual", "bfloat16 residual"])
 @pytest.mark.parametrize("drop", ["some", "all"])
 @pytest.mark.parametrize("case", ["one row", "rows", "channels_last"])
+@pytest.mark.usefixtures("blocks")
 @every_backend
 def test_nothing_aliases(backend, case, drop, residual):
     shape, channel_dim = SHAPES[case]
@@ -144,6 +156,7 @@ def test_dropped_samples_do_no_arithmetic(backend, plan, channel_dim, monkeypatc
         pytest.skip("the emulator counts no products")
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("counts the interpreter's products")
+    monkeypatch.setattr(portable, "_SKIPPED", 0)
     # A sample is a tile of rows without a tail.
     shape = (BATCH, 32, 20) if channel_dim == -1 else (BATCH, 20, 4, 8)
     tensors = draw(shape, 12, residual=torch.float32, channel_dim=channel_dim)
@@ -166,6 +179,7 @@ def test_dropped_samples_do_no_arithmetic(backend, plan, channel_dim, monkeypatc
         assert products["kept"] == 2 * products["half"] == 4 * products["one"] > 0, direction
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("length", [1, 7, 40])
 @every_backend
 def test_a_dropped_residual_keeps_its_sign_of_zero(backend, length):
