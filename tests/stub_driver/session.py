@@ -52,14 +52,15 @@ def over_stub(
         question = inside.Question(
             folder, environment, list(map(str, rooms)), compiling, module, function.__qualname__, arguments
         )
+        said = Path(folder, "said")
+        said.touch()
         server = _server()
         print(json.dumps(vars(question)), file=server.stdin, flush=True)
         status = server.stdout.readline().strip()
-        said = Path(folder, "said").read_text()
         if not quiet:
-            sys.stderr.write(said)
+            sys.stderr.write(said.read_text())
         if status != "0":
-            raise RuntimeError(f"{function.__qualname__} over the stub driver, exit code {status}:\n{said}")
+            raise RuntimeError(f"{function.__qualname__} over the stub driver, exit code {status}:\n{said.read_text()}")
         return json.loads(Path(folder, "answer").read_text())
 
 

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from adapter_residual_cases import draw, every_plan, sample_scale
-from operator_cases import DEVICE, RawCalls, every_backend, leaves_of, plain_dtype, run
+from operator_cases import DEVICE, RawCalls, leaves_of, plain_dtype, run, skips
 from oracle import randn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,13 +31,23 @@ SHAPES = {
 HOMES = {"portable": "pyfused.portable.adapter_residual", "triton": "pyfused.kernels.adapter_residual"}
 
 
-@pytest.fixture(params=["together", "apart"])
-def blocks(request, monkeypatch):
-    """Portable computes small samples together, dropped or not; large ones that are kept are blocks of their own."""
-    if request.param == "apart":
-        if request.getfixturevalue("backend") != "portable":
-            pytest.skip("portable's alone")
+@pytest.fixture
+def apart(request, monkeypatch):
+    """Whether samples are told apart: portable computes small ones together, dropped or not."""
+    if request.param:
         monkeypatch.setattr(portable, "_SKIPPED", 0)
+
+
+_WAYS = [
+    pytest.param(backend, apart, marks=skips(backend), id=f"{backend}-apart" if apart else backend)
+    for backend, apart in (("portable", False), ("portable", True), ("triton", False), ("cuda", False))
+]
+
+
+def every_way(test):
+    """Parametrizes ``backend``, and portable's two ways."""
+    parametrized = pytest.mark.parametrize(("backend", "apart"), _WAYS, indirect=["apart"])(test)
+    return pytest.mark.usefixtures("apart")(parametrized)
 
 
 def _gradients(leaves, dy, **options):
@@ -54,10 +64,9 @@ def _spoiled(x, dead):
     return x
 
 
-@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("residual", [None, torch.float32], ids=["z is residual", "float32 residual"])
 @pytest.mark.parametrize("case", SHAPES)
-@every_backend
+@every_way
 def test_what_a_dropped_sample_holds_does_not_matter(backend, case, residual):
     shape, channel_dim = SHAPES[case]
     plan = PLANS[(list(SHAPES).index(case) + (residual is None)) % 2]
@@ -95,8 +104,7 @@ def test_what_a_dropped_sample_holds_does_not_matter(backend, case, residual):
 @pytest.mark.parametrize("residual", [None, torch.bfloat16], ids=["z is residual", "bfloat16 residual"])
 @pytest.mark.parametrize("drop", ["some", "all"])
 @pytest.mark.parametrize("case", ["one row", "rows", "channels_last"])
-@pytest.mark.usefixtures("blocks")
-@every_backend
+@every_way
 def test_nothing_aliases(backend, case, drop, residual):
     shape, channel_dim = SHAPES[case]
     dtype = plain_dtype(backend)
@@ -179,9 +187,8 @@ def test_dropped_samples_do_no_arithmetic(backend, plan, channel_dim, monkeypatc
         assert products["kept"] == 2 * products["half"] == 4 * products["one"] > 0, direction
 
 
-@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("length", [1, 7, 40])
-@every_backend
+@every_way
 def test_a_dropped_residual_keeps_its_sign_of_zero(backend, length):
     options = {"dtype": plain_dtype(backend), "device": DEVICE}
     z = randn(4, length, 6, **options)
