@@ -373,7 +373,7 @@ def prepare(args: argparse.Namespace) -> tuple[Classifier, tuple[images.Images, 
         raise ValueError(f"--layer-scale must be left out with --pretrained, got {args.layer_scale}")
     torch.manual_seed(args.seed)
     made = tower(args.model, args.pretrained, args.drop_path)
-    # Convolutions of one channel each are faster so, on a CPU about twice as fast.
+    # On a CPU a step takes half to two thirds of the time so.
     made.visual.to(memory_format=torch.channels_last)
     args.image_size = args.image_size or (_DIGITS_SIZE if args.data == "digits" else made.images["size"])
     settings = made.images | {"size": args.image_size}

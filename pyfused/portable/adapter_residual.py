@@ -22,6 +22,7 @@ from pyfused.portable.gemm import (
     narrow_first,
     one_image,
     product,
+    small_images,
     sum_over_rows,
 )
 from pyfused.portable.philox import dropout_
@@ -32,8 +33,8 @@ _CPU_BLOCK, _CPU_WIDENED, _BLOCK = 1 << 22, 1 << 20, 1 << 26
 _CHAIN = 512
 # Up to as many rows two calls take less time than the one pass, which is seven.
 _FEW = 64
-# Images of up to so many rows are computed side by side.
-_SMALL = 49
+# Images of fewer rows than this are computed side by side.
+_SMALL = 50
 # Samples of fewer multiplications, rows x C x h, are computed, dropped or not: those between two dropped ones would be
 # a block of their own, which takes the host longer.
 _SKIPPED = 1 << 21
@@ -86,7 +87,7 @@ def adapter_residual_fwd(
     y = _rows_like(z if residual is None else residual, z.shape[2], channels_first)
     hidden = z.new_empty((z.shape[0] * z.shape[1], down.shape[0])) if save else None
     scale = None if sample_scale is None else cast(sample_scale, wide)
-    small = _small(z, z_channels_first)
+    small = small_images(z, z_channels_first, _SMALL)
     pre = None if hidden is None else _rows_of(hidden, z, z_channels_first, small)
     by_sample = _by_sample(sample_scale, z, z if residual is None else residual, y, pre)
     for block in _blocks(by_sample[0], down.shape[0], sample_scale):
@@ -139,7 +140,7 @@ def adapter_residual_bwd(
     gamma = None if layer_scale is None else cast(layer_scale, wide)
     gated_up = up if gamma is None else up * gamma[:, None]
     dz = _rows_like(dy, up.shape[0], channels_first, dtype) if need_dz else None
-    small = _small(dy, channels_first)
+    small = small_images(dy, channels_first, _SMALL)
     if hidden is not None:
         hidden = _rows_of(hidden, dy, channels_first, small)
     sums = _Sums()
@@ -357,11 +358,6 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 def _by_batch_norm(pair: Sequence[Tensor], one: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The same of a g and an x, images or rows in the first dimension and channels in the second."""
     return _batch_norm_backward(*pair, one, zero, one, None, None, False, 0.0, [False, True, True])[1:]
-
-
-def _small(x: Tensor, channels_first: bool) -> bool:
-    """Whether images (B, L, C) are computed side by side: on a CPU products of so few rows are slow."""
-    return channels_first and x.shape[0] > 1 and x.shape[1] <= _SMALL and x.device.type == "cpu"
 
 
 def _wide(x: Tensor, dtype: torch.dtype, small: bool) -> Tensor:

@@ -36,7 +36,7 @@ _onednn = _find_onednn()
 _ROWS = 1024
 # Up to this K a product added to y costs little more than the pass over y, and oneDNN's would need a second one.
 _NARROW = 32
-# Of images of fewer rows than this, by channels, the rows are gathered: products of so few are slow.
+# Images of fewer rows than this, by channels, have their rows gathered: products of so few are slow.
 SHORT = 32
 # Up to so many rows a transposition of their sum costs more than what it gains.
 _FEW = 64
@@ -73,6 +73,11 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _runs_by_channels(x: Tensor) -> bool:
     """Whether the memory of x (B, L, C) runs (B, C, L)."""
     return x.stride(2) != 1 and x.stride(1) == 1
+
+
+def small_images(x: Tensor, channels_first: bool, rows: int) -> bool:
+    """Whether x (B, L, C) holds images by channels of fewer than ``rows`` each, whose products are slow on a CPU."""
+    return channels_first and x.shape[0] > 1 and x.shape[1] < rows and x.device.type == "cpu"
 
 
 def beside(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

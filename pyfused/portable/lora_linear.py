@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfused.portable.gemm import SHORT, add_product_, cast, product, sum_over_rows
+from pyfused.portable.gemm import SHORT, add_product_, cast, product, small_images, sum_over_rows
 from pyfused.portable.philox import dropout_
 
 
@@ -26,7 +26,7 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     dtype = x.dtype
-    by_channels = channels_first and not _small(x)
+    by_channels = channels_first and not small_images(x, channels_first, SHORT)
     rows = x if by_channels else x.reshape(-1, x.shape[2])
     p = product(_dropped(rows, seed, dropout_p), cast(lora_a, dtype), by_channels)
     if adapter_index is not None:
@@ -59,7 +59,7 @@ def lora_linear_bwd(
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx = da = db = None
     images, dtype = dy, dy.dtype
-    by_channels = channels_first and not _small(dy)
+    by_channels = channels_first and not small_images(dy, channels_first, SHORT)
     if not by_channels:
         dy, x = dy.reshape(-1, dy.shape[2]), None if x is None else x.reshape(-1, x.shape[2])
     elif need_db:
@@ -87,11 +87,6 @@ def lora_linear_bwd(
         lora_a.new_empty(0) if da is None else da,
         lora_b.new_empty(0) if db is None else db,
     )
-
-
-def _small(x: Tensor) -> bool:
-    """Whether images (B, L, C) that lie by channels are gathered as rows: a CPU's products of so few are slow."""
-    return x.shape[0] > 1 and x.shape[1] < SHORT and x.device.type == "cpu"
 
 
 def _as_images(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:

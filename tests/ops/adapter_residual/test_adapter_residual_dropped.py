@@ -32,22 +32,30 @@ HOMES = {"portable": "pyfused.portable.adapter_residual", "triton": "pyfused.ker
 
 
 @pytest.fixture
-def apart(request, monkeypatch):
-    """Whether samples are told apart: portable computes small ones together, dropped or not."""
-    if request.param:
-        monkeypatch.setattr(portable, "_SKIPPED", 0)
+def way(request, monkeypatch):
+    """How portable treats dropped samples: small ones are computed like others, large ones are told apart, and where
+    asking which are dropped would wait for a GPU, a mask zeroes them."""
+    if request.param != "together":
+        monkeypatch.setattr(portable, "_SKIPPED", 0 if request.param == "apart" else 1 << 62)
+    if request.param == "masked":
+        monkeypatch.setattr(portable, "_dead", lambda k: None if k is None else k == 0)
 
 
 _WAYS = [
-    pytest.param(backend, apart, marks=skips(backend), id=f"{backend}-apart" if apart else backend)
-    for backend, apart in (("portable", False), ("portable", True), ("triton", False), ("cuda", False))
+    pytest.param(backend, way, marks=skips(backend), id=backend if way == "together" else f"{backend}-{way}")
+    for backend, ways in (
+        ("portable", ("together", "apart", "masked")),
+        ("triton", ("together",)),
+        ("cuda", ("together",)),
+    )
+    for way in ways
 ]
 
 
 def every_way(test):
-    """Parametrizes ``backend``, and portable's two ways."""
-    parametrized = pytest.mark.parametrize(("backend", "apart"), _WAYS, indirect=["apart"])(test)
-    return pytest.mark.usefixtures("apart")(parametrized)
+    """Parametrizes ``backend``, and portable's ways."""
+    parametrized = pytest.mark.parametrize(("backend", "way"), _WAYS, indirect=["way"])(test)
+    return pytest.mark.usefixtures("way")(parametrized)
 
 
 def _gradients(leaves, dy, **options):
