@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "call.h"
 #include "operators.h"
 
 namespace pyfused {

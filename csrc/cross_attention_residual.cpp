@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "call.h"
 #include "operators.h"
 #include "row_sums.h"
 

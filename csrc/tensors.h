@@ -1,7 +1,6 @@
-// The torch side of a launch: what a kernel is told of torch's tensors, through the stable ABI of torch 2.10 alone.
+// What a kernel is told of torch's tensors, through the stable ABI of torch 2.10 alone.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -17,9 +16,6 @@
 
 #ifdef PYFUSED_EMULATOR
 #include "emulator.h"
-#else
-// A torch without CUDA lacks it, and loads the library all the same.
-#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace pyfused {
@@ -27,35 +23,6 @@ namespace pyfused {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-/// The launches of one operator call: the tensor's device is current meanwhile, and they go to its current stream.
-class Call {
- public:
-#ifdef PYFUSED_EMULATOR
-  explicit Call(const Tensor&) {}
-  ~Call() { emulator::clear(); }
-#else
-  explicit Call(const Tensor& tensor) : guard_(checked_index(tensor)) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
-  }
-#endif
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
-
-  void* stream() const { return stream_; }
-
- private:
-#ifndef PYFUSED_EMULATOR
-  static int32_t checked_index(const Tensor& tensor) {
-    if (!tensor.is_cuda()) throw std::runtime_error("pyfused: the kernels take CUDA tensors, got one elsewhere");
-    if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("pyfused: this torch was built without CUDA");
-    return tensor.get_device_index();
-  }
-
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-  void* stream_ = nullptr;
-};
 
 namespace detail {
 
