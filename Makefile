@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test peft-tests bench bench-compare document check audit gpu gpu-kit clean
+.PHONY: test peft-tests bench bench-compare document check audit sanitize gpu gpu-kit clean
 .DELETE_ON_ERROR:
 
 # The last step, which may fail, gets PEFT's tests: the test that runs some of them is skipped without them, and says so.
 # The pins keep the resolver from downloading what it would then reject; without build isolation the build sees them too.
 # torch comes first: the CUDA C++ kernels are compiled against it.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -46,6 +46,10 @@ check: $(STAMP)
 audit: $(STAMP)
 	$(BIN)/python csrc/audit.py
 	$(BIN)/python -m pyfused.kernels.audit $(ARGS)
+
+# The C++ kernels for CPUs under the compiler's sanitizers.
+sanitize: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m cpu.sanitized
 
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
 gpu:

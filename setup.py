@@ -1,9 +1,11 @@
-"""Builds `pyfused._C`, the CUDA C++ kernels, where nvcc is; all else about the package stands in pyproject.toml.
+"""Builds `pyfused._C`, the CUDA C++ kernels, where nvcc is, and `pyfused._cpu`, the C++ kernels for CPUs, where a C++
+compiler is; all else about the package stands in pyproject.toml.
 
-PYFUSED_CUDA=1 turns what is missing into an error, PYFUSED_CUDA=0 leaves the kernels out. PYFUSED_CUDA_ARCHS, by
-default "80;90;100;120", or "80;90" where nvcc is older than 12.8, names the compute capabilities to compile for; the
-newest is added as PTX. MAX_JOBS is how many compilers run at once. ninja keeps the objects in build/cuda, with what
-ptxas says of each kernel (*.log), and compiles again what changed. `rm -rf build` starts anew.
+PYFUSED_CUDA=1 and PYFUSED_CPU=1 turn what is missing into an error, PYFUSED_CUDA=0 and PYFUSED_CPU=0 leave the kernels
+out. PYFUSED_CUDA_ARCHS, by default "80;90;100;120", or "80;90" where nvcc is older than 12.8, names the compute
+capabilities to compile for; the newest is added as PTX. MAX_JOBS is how many compilers run at once. ninja keeps the
+objects in build/cuda and build/cpu, with what ptxas says of each kernel (*.log), and compiles again what changed.
+`rm -rf build` starts anew.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -31,9 +34,14 @@ MIN_TORCH = (2, 10)
 # The first nvcc that knows the last two of them.
 BLACKWELL_NVCC = (12, 8)
 ARCHITECTURES, OLDER_ARCHITECTURES = "80;90;100;120", "80;90"
-OBJECTS = Path("build", "cuda")
-# What says why the build made no pyfused._C; pyfused/choice/backends.py reads it.
-ABSENT = "_C.absent"
+# Of a processor, the compilers' options by the name of each instruction set; a library has kernels for all, and takes
+# those that the machine runs. Others have the compiler's default alone.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    }
+}
 
 
 class Missing(Exception):
@@ -42,35 +50,32 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What builds the kernels here, and for which GPUs."""
+    """What builds kernels here.
+
+    Attributes:
+        name: of the library, a module of pyfused's.
+        kernels: what the library holds, in words.
+        variable: that forces or forbids it.
+        objects: the folder of its objects.
+    """
 
     ninja: str
-    nvcc: str
-    nvcc_version: str
     cxx: str
     torch: Path
     torch_version: str
-    architectures: tuple[str, ...]
+
+    # No fields: without an annotation they stay the class's own, also where setuptools executes this file as no module.
+    name, kernels, variable, objects = "", "", "", Path()
 
     @classmethod
     def find(cls) -> Toolchain:
         """Raises `Missing`, which names the first thing that is not there."""
         if sys.platform != "linux":
             raise Missing(f"the kernels are built on Linux, this is {sys.platform}")
-        home = os.environ.get("CUDA_HOME")
-        places = [f"{home}/bin"] if home else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-        nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
-        if nvcc is None:
-            where = f"CUDA_HOME={home}" if home else "PATH and /usr/local/cuda/bin; CUDA_HOME is not set"
-            raise Missing(f"nvcc was not found (looked in {where})")
+        own = cls.find_own()
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(cxx) is None:
             raise Missing(f"the C++ compiler {cxx!r} was not found (CXX names another)")
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            raise Missing("Python.h was not found: Python's development files are not installed")
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        nvcc_version = re.search(r"V([\d.]+)", said).group(1)
-        _at_least("nvcc", nvcc_version, MIN_NVCC)
         torch = importlib.util.find_spec("torch")
         if torch is None:
             raise Missing("torch is not installed where the package is built (pip builds apart from it unless told "
@@ -81,39 +86,148 @@ class Toolchain:
         ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
         if ninja is None:
             raise Missing("ninja, which builds the kernels, was not found (pip install ninja)")
-        return cls(
-            ninja, nvcc, nvcc_version, cxx, Path(torch.origin).parent, torch_version, _architectures(nvcc_version)
-        )
+        return cls(ninja, cxx, Path(torch.origin).parent, torch_version, *own)
+
+    @classmethod
+    def find_own(cls) -> tuple:
+        """What this library needs beside a compiler and torch: the values of its own fields."""
+        return ()
+
+    @classmethod
+    def absent(cls) -> str:
+        """The file that says why the build made no library; pyfused/choice/backends.py reads it."""
+        return f"{cls.name}.absent"
+
+    @classmethod
+    def sources(cls) -> list[str]:
+        raise NotImplementedError
+
+    def rules(self) -> dict[str, list[str]]:
+        """ninja's rule -> its command, of ninja's variables and words for a shell."""
+        raise NotImplementedError
+
+    def steps(self, sources: list[str]) -> dict[str, tuple[str, str]]:
+        """Object -> (the rule that makes it, its source)."""
+        return {f"{Path(source).name}.o": (Path(source).suffix[1:], source) for source in sources}
+
+    def build_info(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def options(self) -> list[str]:
+        # Hidden: symbols of inline variables are else one for the whole process, another library's included.
+        return ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["-c", "$in", "-o", "$out.part", "-MMD", "-MF", "$out.d", "-MT", "$out"]
+
+    @property
+    def torch_side(self) -> list[str]:
+        """The command for sources that include torch's headers."""
+        return [
+            self.cxx, *self.options, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-isystem", str(self.torch / "include"), "-I", str(self.objects), *self.outputs,
+        ]  # fmt: skip
+
+    @property
+    def linked(self) -> list[str]:
+        # libtorch brings libtorch_cuda along where there is one; no symbol of it is needed to link.
+        return ["$in", "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu", "-o", "$out.part"]
+
+
+@dataclass(frozen=True)
+class Cuda(Toolchain):
+    """Builds for GPUs of some architectures."""
+
+    nvcc: str
+    nvcc_version: str
+    architectures: tuple[str, ...]
+
+    name = "_C"
+    kernels = "the CUDA C++ kernels"
+    variable = "PYFUSED_CUDA"
+    objects = Path("build", "cuda")
+
+    @classmethod
+    def find_own(cls) -> tuple:
+        home = os.environ.get("CUDA_HOME")
+        places = [f"{home}/bin"] if home else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+        nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+        if nvcc is None:
+            where = f"CUDA_HOME={home}" if home else "PATH and /usr/local/cuda/bin; CUDA_HOME is not set"
+            raise Missing(f"nvcc was not found (looked in {where})")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise Missing("Python.h was not found: Python's development files are not installed")
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        nvcc_version = re.search(r"V([\d.]+)", said).group(1)
+        _at_least("nvcc", nvcc_version, MIN_NVCC)
+        return nvcc, nvcc_version, _architectures(nvcc_version)
+
+    @classmethod
+    def sources(cls) -> list[str]:
+        return sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in Path("csrc").glob(pattern))
 
     @property
     def targets(self) -> list[str]:
         return [*(f"sm_{name}" for name in self.architectures), f"compute_{self.architectures[-1]}"]
 
     def rules(self) -> dict[str, list[str]]:
-        """ninja's rule -> its command, of ninja's variables and words for a shell."""
-        # Hidden: symbols of inline variables are else one for the whole process, another library's included.
-        options = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-        outputs = ["-c", "$in", "-o", "$out.part", "-MMD", "-MF", "$out.d", "-MT", "$out"]
-        cpp = [
-            self.cxx, *options, "-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-isystem", str(self.torch / "include"), *outputs,
-        ]  # fmt: skip
-        cu = [self.nvcc, "-ccbin", self.cxx, options[0], "-O3", "-Xcompiler", ",".join(options[1:])]
+        cu = [self.nvcc, "-ccbin", self.cxx, self.options[0], "-O3", "-Xcompiler", ",".join(self.options[1:])]
         for name in self.architectures:
             cu += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
         newest = self.architectures[-1]
         cu += ["-gencode", f"arch=compute_{newest},code=compute_{newest}", "-Xptxas", "-v"]
-        cu += ["-I", sysconfig.get_path("include"), "-I", str(OBJECTS), *outputs]
-        # libtorch brings libtorch_cuda along where there is one; no symbol of it is needed to link.
+        cu += ["-I", sysconfig.get_path("include"), "-I", str(self.objects), *self.outputs]
         link = [
             self.nvcc, "-ccbin", self.cxx, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL",
-            "-Xlinker", "--no-as-needed", "$in", "-L", str(self.torch / "lib"), "-ltorch", "-ltorch_cpu", "-o",
-            "$out.part",
+            "-Xlinker", "--no-as-needed", *self.linked,
         ]  # fmt: skip
-        return {"cpp": cpp, "cu": cu, "link": link}
+        return {"cpp": [*self.torch_side, "-DUSE_CUDA"], "cu": cu, "link": link}
 
     def build_info(self) -> str:
         return json.dumps({"nvcc": self.nvcc_version, "targets": self.targets, "torch": self.torch_version})
+
+
+@dataclass(frozen=True)
+class Cpu(Toolchain):
+    """Builds for every instruction set of this machine's kind of processor."""
+
+    name = "_cpu"
+    kernels = "the C++ kernels for CPUs"
+    variable = "PYFUSED_CPU"
+    objects = Path("build", "cpu")
+
+    @classmethod
+    def sources(cls) -> list[str]:
+        return [*sorted(str(path) for path in Path("csrc", "cpu").glob("*.cpp")), "csrc/activation.cpp"]
+
+    @property
+    def sets(self) -> dict[str, list[str]]:
+        return {"baseline": [], **INSTRUCTION_SETS.get(platform.machine(), {})}
+
+    def rules(self) -> dict[str, list[str]]:
+        rules = {"cpp": self.torch_side, "link": [self.cxx, "-shared", "-Wl,--no-as-needed", *self.linked]}
+        for name, options in self.sets.items():
+            rules[name] = [
+                self.cxx, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions",
+                *self.options, *options,
+                f"-DPYFUSED_KERNELS=kernels_{name}", *self.outputs,
+            ]  # fmt: skip
+        return rules
+
+    def steps(self, sources: list[str]) -> dict[str, tuple[str, str]]:
+        steps = {}
+        for made, (rule, source) in super().steps(sources).items():
+            if source.endswith("_kernels.cpp"):
+                steps |= {f"{Path(source).stem}.{name}.o": (name, source) for name in self.sets}
+            else:
+                steps[made] = rule, source
+        return steps
+
+    def build_info(self) -> str:
+        said = subprocess.run([self.cxx, "--version"], capture_output=True, text=True, check=True).stdout
+        return json.dumps({"compiler": said.splitlines()[0], "sets": list(self.sets), "torch": self.torch_version})
 
 
 def _older(version: str, least: tuple[int, int]) -> bool:
@@ -139,25 +253,25 @@ def build(toolchain: Toolchain, sources: list[str], target: Path) -> None:
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     if not re.fullmatch(r"[1-9]\d*", jobs):
         raise SystemExit(f"pyfused: MAX_JOBS must be a number from 1 on, got {jobs!r}")
-    OBJECTS.mkdir(parents=True, exist_ok=True)
+    toolchain.objects.mkdir(parents=True, exist_ok=True)
     plan, library = _write_plan(toolchain, sources)
     # ninja prints by itself: what was printed before must not come after.
     sys.stdout.flush()
     if subprocess.run([toolchain.ninja, "-f", str(plan), "-j", jobs, "-k", "0"]).returncode:
-        raise CompileError("see above; PYFUSED_CUDA=0 installs pyfused without the CUDA C++ kernels")
+        raise CompileError(f"see above; {toolchain.variable}=0 installs pyfused without {toolchain.kernels}")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(library, target)
 
 
 def _write_plan(toolchain: Toolchain, sources: list[str]) -> tuple[Path, Path]:
     """What ninja reads, and the library that it makes."""
-    # Every object depends on it: other versions of nvcc and torch make something else of the same command.
-    info = OBJECTS / "build_info.h"
+    # Every object depends on it: other versions of compilers and torch make something else of the same command.
+    info = toolchain.objects / "build_info.h"
     text = f"#define PYFUSED_BUILD_INFO {json.dumps(toolchain.build_info())}\n"
     if not info.exists() or info.read_text() != text:
         info.write_text(text)
-    plan, library = OBJECTS / "build.ninja", OBJECTS / "_C.so"
-    lines = [f"builddir = {OBJECTS}"]
+    plan, library = toolchain.objects / "build.ninja", toolchain.objects / f"{toolchain.name}.so"
+    lines = [f"builddir = {toolchain.objects}"]
     for name, command in toolchain.rules().items():
         words = " ".join(word if word[0] == "$" else shlex.quote(word).replace("$", "$$") for word in command)
         # Only a whole file gets its name: ninja would take half a library for a whole one where its log knows the
@@ -168,17 +282,18 @@ def _write_plan(toolchain: Toolchain, sources: list[str]) -> tuple[Path, Path]:
             lines.append("  description = linking $out")
         else:
             lines += ["  description = compiling $in", "  depfile = $out.d", "  deps = gcc"]
-    objects = {source: str(OBJECTS / f"{Path(source).name}.o") for source in sources}
-    for source, target in objects.items():
-        lines.append(f"build {target}: {Path(source).suffix[1:]} {source} | {info}")
-    lines.append(f"build {library}: link {' '.join(objects.values())}")
+    steps = {toolchain.objects / made: step for made, step in toolchain.steps(sources).items()}
+    for made, (rule, source) in steps.items():
+        lines.append(f"build {made}: {rule} {source} | {info}")
+    lines.append(f"build {library}: link {' '.join(map(str, steps))}")
     plan.write_text("\n".join(lines) + "\n")
     return plan, library
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        build(Toolchain.find(), ext.sources, Path(self.get_ext_fullpath(ext.name)))
+        (kind,) = (kind for kind in TOOLCHAINS if ext.name == f"pyfused.{kind.name}")
+        build(kind.find(), ext.sources, Path(self.get_ext_fullpath(ext.name)))
 
 
 class BuildPackage(build_py):
@@ -187,37 +302,40 @@ class BuildPackage(build_py):
     def run(self) -> None:
         super().run()
         package = Path(self.get_package_dir("pyfused") if self.editable_mode else f"{self.build_lib}/pyfused")
-        (package / ABSENT).unlink(missing_ok=True)
-        if ABSENCE is not None:
-            print(f"pyfused._C, the CUDA C++ kernels, is not built: {ABSENCE}", flush=True)
-            (package / ABSENT).write_text(ABSENCE + "\n")
-            for old in package.glob("_C.*so"):
-                old.unlink()
+        for kind, absence in ABSENCES.items():
+            (package / kind.absent()).unlink(missing_ok=True)
+            if absence is not None:
+                print(f"pyfused.{kind.name}, {kind.kernels}, is not built: {absence}", flush=True)
+                (package / kind.absent()).write_text(absence + "\n")
+                for old in package.glob(f"{kind.name}.*so"):
+                    old.unlink()
 
 
-def _absence() -> str | None:
+def _absence(kind: type[Toolchain]) -> str | None:
     """Why the kernels are not built; None when they are."""
-    wanted = os.environ.get("PYFUSED_CUDA", "")
+    wanted = os.environ.get(kind.variable, "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"pyfused: PYFUSED_CUDA must be 0 or 1, got {wanted!r}")
+        raise SystemExit(f"pyfused: {kind.variable} must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return "it was installed with PYFUSED_CUDA=0"
+        return f"it was installed with {kind.variable}=0"
     try:
-        Toolchain.find()
+        kind.find()
     except Missing as missing:
         if wanted == "1":
-            raise SystemExit(f"pyfused: PYFUSED_CUDA=1, but {missing}") from None
+            raise SystemExit(f"pyfused: {kind.variable}=1, but {missing}") from None
         return f"when it was installed, {missing}"
     return None
 
 
-ABSENCE = _absence()
-if ABSENCE is None:
-    sources = sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in Path("csrc").glob(pattern))
-    kernels = {
-        "ext_modules": [Extension("pyfused._C", sources, py_limited_api=True)],
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-else:
-    kernels = {}
-setup(cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage}, **kernels)
+TOOLCHAINS = (Cuda, Cpu)
+ABSENCES = {kind: _absence(kind) for kind in TOOLCHAINS}
+extensions = [
+    Extension(f"pyfused.{kind.name}", kind.sources(), py_limited_api=True)
+    for kind, absence in ABSENCES.items()
+    if absence is None
+]
+setup(
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
+    ext_modules=extensions,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)

@@ -172,7 +172,7 @@ def _positive_seconds(text: str) -> float:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    print("\n".join(f"{name:12s}{value}" for name, value in _facts()))
+    print("\n".join(f"{name:14s}{value}" for name, value in _facts()))
     print("\nbackends")
     for name, reason in pyfused.available_backends().items():
         print(f"  {name:10s}{'available' if reason is None else f'not available: {reason}'}")
@@ -196,6 +196,10 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield "pyfused._C", f"{kernels}, beside torch {built['torch']}"
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             yield f"  cuda:{index}", _how_kernels_run(torch.device("cuda", index), built["targets"])
+    if backends.CPU_REFUSAL is None:
+        built = backends.cpu_build_info()
+        sets = f"{backends.cpu_instruction_set()} of {', '.join(built['sets'])}"
+        yield "pyfused._cpu", f"{sets}, by {built['compiler']}, beside torch {built['torch']}"
     for distribution, purpose in _OPTIONAL.items():
         yield distribution.removesuffix("_torch"), _version(distribution) or f"not installed ({purpose})"
 

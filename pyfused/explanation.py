@@ -215,8 +215,8 @@ def _drop_last(path: list[str]) -> None:
 
 
 def _not_taken(decided: Decision) -> list[str]:
-    """On a GPU the times between which was chosen; then for each backend that did not serve the call, but for those
-    that would have taken longer, why."""
+    """Where backends can be chosen between, what decided; then for each backend that did not serve the call, but for
+    those that would have taken longer, why."""
     device, chosen, kernels = decided.device, decided.backend, decided.kernels
     found = backends.available(device, decided.dtype, kernels, decided.limits, decided.plans)
     reasons: list[str] = []
@@ -224,12 +224,16 @@ def _not_taken(decided: Decision) -> list[str]:
     if set(found) != {"portable"}:
         call = kernels, device, decided.dtype, decided.sizes, found
         reasons += order.reasons(*call, decided.choice)
-        best = decided.measured_backend if decided.measured_backend in found else order.choose(*call).backend
-    for name in ("cuda", "triton", "portable"):
+        best = decided.measured_backend if decided.measured_backend in found else backends.planned(*call).backend
+    # A GPU is none of its affairs.
+    for_cpus = ("cpu",) if device.type == "cpu" else ()
+    for name in ("cuda", *for_cpus, "triton", "portable"):
         reason = backends.refusal(name, device, decided.dtype, kernels) or decided.limits.get(name)
-        if reason is None and device.type == "cpu" and name != "portable":
+        if reason is None and device.type == "cpu" and name in _ON_A_CPU:
             # Interpreter and emulator serve a CPU tensor only on request.
             reason = f"on a CPU it is {_ON_A_CPU[name]}, and used only by name"
+        if reason is None and name == "cpu":
+            reason = (backends.CPU_BY_NAME if name not in found else order.slow_on_a_cpu(decided.sizes)) or None
         if reason is None and name == best:
             reason = "not asked for"
         if name != chosen and reason is not None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 
 import torch
-from operator_cases import DEVICE, planned, seed
+from operator_cases import DEVICE, every_backend_of, planned, seed, serving
 from oracle import Tensors, assert_as_accurate_as_torch, exact, randn
 from torch import Tensor
 
 import pyfused
 from pyfused import reference
-from pyfused.choice import backends
 from pyfused.ops.adapter_residual import PLANS
 
-every_plan = planned(dict.fromkeys(backends.BACKENDS, PLANS))
+every_backend = every_backend_of("adapter_residual")
+every_plan = planned(dict.fromkeys(serving("adapter_residual"), PLANS))
 FORMATS = ("rows", "NCHW", "channels_last")
 # Every argument that gets a gradient.
 NAMES = ("z", "down_weight", "down_bias", "up_weight", "up_bias", "residual", "layer_scale")

@@ -23,11 +23,32 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def skips(backend: str) -> list[pytest.MarkDecorator]:
     # conftest.py loads the kernels of "cuda" when a test wants them.
     reason = None if backend == "cuda" else pyfused.available_backends()[backend]
-    return [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
+    if backend == "cpu" and DEVICE != "cpu":
+        reason = f"tensors are on {DEVICE}"
+    skipped = [] if reason is None else [pytest.mark.skip(reason=f"{backend}: {reason}")]
+    # A GPU has no part in it.
+    return [pytest.mark.host, *skipped] if backend == "cpu" else skipped
 
 
-BACKENDS = [pytest.param(backend, marks=skips(backend), id=backend) for backend in backends.BACKENDS]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Those that take every shape at no cost; the others are interpreted or emulated where no GPU is.
+FAST = ("portable", "cpu")
+# The operators that backend "cpu" has kernels for.
+ON_A_CPU = ("adapter_residual",)
+
+
+def serving(operator: str) -> list[str]:
+    """The backends that have kernels for an operator, or may have in time."""
+    return [name for name in backends.BACKENDS if name != "cpu" or operator in ON_A_CPU]
+
+
+def every_backend_of(operator: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(name, marks=skips(name), id=name) for name in serving(operator)]
+    )
+
+
+# Of operators that a CPU has no kernels of its own for.
+every_backend = every_backend_of("")
 # Tests of the CUDA C++ kernels alone.
 cuda_backend = pytest.mark.parametrize("backend", ["cuda"])
 
@@ -48,13 +69,13 @@ def planned(plans: Mapping[str, Sequence[str]]) -> pytest.MarkDecorator:
 
 
 def rotated(plans: Mapping[str, Sequence[str]], **axes: Sequence) -> pytest.MarkDecorator:
-    """Every plan of every backend with values of the axes: all products on the portable backend; on the others, which
-    an interpreter or the emulator serves, as few as hold every value of each axis."""
+    """Every plan of every backend with values of the axes: all products on backends that are fast anywhere; on the
+    others, which an interpreter or the emulator serves, as few as hold every value of each axis."""
     cases = []
     for backend, names in plans.items():
         for shift, plan in enumerate(names):
             products = list(itertools.product(*axes.values()))
-            if backend != "portable":
+            if backend not in FAST:
                 count = max(map(len, axes.values()))
                 products = [tuple(axis[(i + shift) % len(axis)] for axis in axes.values()) for i in range(count)]
             for values in products:

@@ -1,12 +1,14 @@
 """Which backends exist here, and which one serves a call.
 
-A backend is a namespace of raw operators: ``portable`` (plain torch), ``triton`` and ``cuda`` (a compiled library).
+A backend is a namespace of raw operators: ``portable`` (plain torch), ``triton``, and ``cuda`` and ``cpu``, a compiled
+library each.
 ``auto`` asks `order` which of those that do not refuse a call is to serve it; a backend named explicitly is used or the
 call is an error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -15,18 +17,27 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pyfused.choice import cache, measured, order
 from pyfused.choice.order import Candidates, Choice
 
-BACKENDS = ("portable", "triton", "cuda")
+BACKENDS = ("portable", "triton", "cuda", "cpu")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 # What kernels compute in, and the same in words.
-KERNEL_DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
-_TAKEN = {"triton": "float32, float16 and bfloat16", "cuda": "float16 and bfloat16"}
+KERNEL_DTYPES = {
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+}
+_TAKEN = {
+    "triton": "float32, float16 and bfloat16",
+    "cuda": "float16 and bfloat16",
+    "cpu": "float32, float16 and bfloat16",
+}
 
 
 def _triton_refusal() -> str | None:
@@ -43,15 +54,54 @@ def _cuda_refusal() -> str | None:
     try:
         library = importlib.import_module("pyfused._C")
     except ModuleNotFoundError:
-        # The build leaves word of why it made no library; a bare checkout has neither.
-        record = Path(__file__).parent.with_name("_C.absent")
-        why = f": {record.read_text().strip()}" if record.exists() else ""
-        return f"this installation has no compiled kernels (pyfused._C){why}"
+        return _not_built("_C")
     except ImportError as error:
         return f"its compiled kernels (pyfused._C) do not load: {error}"
     if not hasattr(library, "probe"):
         return "its compiled kernels (pyfused._C) are older than this version: they have to be built again"
     return None
+
+
+def _cpu_refusal() -> str | None:
+    # No Python module: its operators are all that there is to it.
+    path = next(Path(__file__).parent.parent.glob("_cpu.*so"), None)
+    if path is None:
+        return _not_built("_cpu")
+    try:
+        load_cpu(path)
+    except OSError as error:
+        return f"its compiled kernels (pyfused._cpu) do not load: {error.__cause__ or error}"
+    return None
+
+
+def load_cpu(path: str | os.PathLike[str]) -> None:
+    """Take kernels for CPUs from a shared library.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    global CPU_LIBRARY
+    torch.ops.load_library(os.fspath(path))
+    CPU_LIBRARY = ctypes.CDLL(os.fspath(path))
+    for function in (CPU_LIBRARY.pyfused_cpu_instruction_set, CPU_LIBRARY.pyfused_cpu_build_info):
+        function.restype = ctypes.c_char_p
+
+
+def cpu_instruction_set() -> str:
+    """The one whose kernels the library takes on this machine: "avx512", "avx2" or "baseline"; "" without a library."""
+    return CPU_LIBRARY.pyfused_cpu_instruction_set().decode() if CPU_LIBRARY is not None else ""
+
+
+def cpu_build_info() -> dict[str, Any]:
+    """What the library was built with: compiler, instruction sets, torch."""
+    return json.loads(CPU_LIBRARY.pyfused_cpu_build_info()) if CPU_LIBRARY is not None else {}
+
+
+def _not_built(library: str) -> str:
+    # The build leaves word of why it made no library; a bare checkout has neither.
+    record = Path(__file__).parent.with_name(f"{library}.absent")
+    why = f": {record.read_text().strip()}" if record.exists() else ""
+    return f"this installation has no compiled kernels (pyfused.{library}){why}"
 
 
 def load_cuda(library: str | os.PathLike[str]) -> None:
@@ -63,16 +113,16 @@ def load_cuda(library: str | os.PathLike[str]) -> None:
     global CUDA_REFUSAL
     torch.ops.load_library(os.fspath(library))
     CUDA_REFUSAL = None
-    CUDA_OPERATORS.update(_registered())
+    CUDA_OPERATORS.update(_registered("cuda"))
     measured.changed()
 
 
-def _registered() -> dict[str, frozenset[str]]:
-    """Device type -> operators that a library has registered for it, in both directions."""
-    found = {}
+def _registered(backend: str) -> dict[str, frozenset[str]]:
+    """Device type -> operators that a backend's library has registered for it, in both directions."""
+    found, namespace = {}, f"pyfused_{backend}::"
     for key in ("CPU", "CUDA"):
         names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
-        own = {name.removeprefix("pyfused_cuda::") for name in names if name.startswith("pyfused_cuda::")}
+        own = {name.removeprefix(namespace) for name in names if name.startswith(namespace)}
         forward = {name.removesuffix("_fwd") for name in own if name.endswith("_fwd")}
         found[key.lower()] = frozenset(operator for operator in forward if f"{operator}_bwd" in own)
     return found
@@ -90,8 +140,16 @@ def _default_backend() -> str:
 TRITON_REFUSAL = _triton_refusal()
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_REFUSAL = _cuda_refusal()
+CPU_LIBRARY: ctypes.CDLL | None = None
+CPU_REFUSAL = _cpu_refusal()
+# Why "auto" leaves the C++ kernels for CPUs alone; "" where it does not. With narrow vectors they were never measured.
+CPU_BY_NAME = (
+    "" if cpu_instruction_set() != "baseline" else "on a CPU without AVX2 it is plain code, and used only by name"
+)
 # Device type -> the operators that have CUDA C++ kernels there.
-CUDA_OPERATORS = _registered()
+CUDA_OPERATORS = _registered("cuda")
+# Those that have C++ kernels for CPUs.
+CPU_OPERATORS = _registered("cpu")["cpu"]
 DEFAULT_BACKEND = _default_backend()
 measured.use(cache.rows())
 # Index of a GPU -> why `pyfused._C` does not run there; those that it has been launched on.
@@ -101,24 +159,34 @@ _PROBED: dict[int, str | None] = {}
 def refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: str | None = None) -> str | None:
     """Why ``backend`` cannot serve tensors of this device and dtype; None when it can.
 
-    Not every operator has CUDA C++ kernels: without ``operator`` the answer is for those that have.
+    Not every operator has kernels in a compiled library: without ``operator`` the answer is for those that have.
     """
     if backend == "portable":
         return None
-    missing = TRITON_REFUSAL if backend == "triton" else CUDA_REFUSAL
+    missing = {"triton": TRITON_REFUSAL, "cuda": CUDA_REFUSAL, "cpu": CPU_REFUSAL}[backend]
     if missing is not None:
         return missing
     if dtype not in KERNEL_DTYPES[backend]:
         return f"its kernels take {_TAKEN[backend]}, not {dtype}"
     if backend == "triton" and device.type == "cpu":
         return None if TRITON_INTERPRETED else "a CPU tensor needs TRITON_INTERPRET=1, set before Python starts"
-    operators = CUDA_OPERATORS.get(device.type, frozenset())
-    served = bool(operators) if backend == "cuda" else device.type == "cuda"
+    if backend == "triton":
+        served = device.type == "cuda"
+    else:
+        operators = _operators(backend, device)
+        served = bool(operators)
     if not served:
         return f"it has no kernels for device type {device.type!r}"
-    if backend == "cuda" and operator is not None and operator not in operators:
+    if backend != "triton" and operator is not None and operator not in operators:
         return f"it has no kernels for {operator}"
     return _gpu_refusal(backend, device) if device.type == "cuda" else None
+
+
+def _operators(backend: str, device: torch.device) -> frozenset[str]:
+    """Those that a backend's library has kernels for."""
+    if backend == "cpu":
+        return CPU_OPERATORS if device.type == "cpu" else frozenset()
+    return CUDA_OPERATORS.get(device.type, frozenset())
 
 
 def _absence(device: torch.device) -> str | None:
@@ -267,10 +335,16 @@ def planned(
     """Of the backends that can serve a call, and their plans, what does; arguments as `order.choose` has them."""
     first, *more = candidates
     given = candidates[first] or ("",)
-    if device.type == "cpu" or (not more and len(given) == 1):
+    if not more and (device.type == "cpu" or len(given) == 1):
         # Nothing to choose; or interpreted, where the plan that is given first is the cheapest to interpret.
         return Choice(first, given[0], given[0])
-    return order.choose(operator, device, dtype, sizes, candidates)
+    if device.type != "cpu":
+        return order.choose(operator, device, dtype, sizes, candidates)
+    found, left = order.by_row(operator, device, dtype, sizes, candidates)
+    if "cpu" in left and len(left) > 1 and order.slow_on_a_cpu(sizes):
+        left = {name: each for name, each in left.items() if name != "cpu"}
+    first, given = next(iter(left.items()))
+    return found or Choice(first, given[0], given[0])
 
 
 def measured_plan(
@@ -299,6 +373,8 @@ def available(
     plans = plans or NO_PLANS
     # The interpreter and the emulator are for tests: they serve CPU tensors only when they are asked by name. Fake
     # tensors can be on a GPU where there is none.
+    if not CPU_BY_NAME and "cpu" not in limits and refusal("cpu", device, dtype, operator) is None:
+        return {"cpu": plans["cpu"], "portable": plans["portable"]}
     if device.type != "cuda" or _absence(device) is not None:
         return {"portable": plans["portable"]}
     found = {
@@ -322,4 +398,4 @@ def available_backends() -> dict[str, str | None]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # In float16, which every backend takes.
-    return {name: refusal(name, device, torch.float16) for name in BACKENDS}
+    return {name: refusal(name, torch.device("cpu") if name == "cpu" else device, torch.float16) for name in BACKENDS}

@@ -111,13 +111,13 @@ def _driver() -> str:
 
 
 def _source() -> str:
-    """A hash of what computes: the backends' Python files, and the compiled library by its size and date."""
+    """A hash of what computes: the backends' Python files, and the compiled libraries by size and date."""
     package = Path(__file__).parent.parent
     found = hashlib.sha256()
     for folder in ("kernels", "portable"):
         for file in sorted((package / folder).glob("*.py")):
             found.update(file.name.encode() + file.read_bytes())
-    for library in sorted(package.glob("_C.*")):
+    for library in sorted([*package.glob("_C.*"), *package.glob("_cpu.*")]):
         status = library.stat()
         found.update(f"{library.name} {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()[:12]

@@ -39,6 +39,8 @@ _Sizes = tuple[tuple[str, float], ...]
 # Sizes that kernels pad to powers of two from 16 on, and those that they cut into tiles.
 _PADDED = ("R", "h", "J")
 _WIDE = ("N", "K", "C")
+# The widest middle with which the C++ kernels for CPUs were measured to be no slower than products of the library.
+_WIDEST_ON_A_CPU = 512
 # Rows are told apart up to here; a program that is exported for any number of rows is planned for `_EXPORTED`.
 _MOST_ROWS, _EXPORTED = 1 << 31, 1 << 13
 
@@ -46,10 +48,7 @@ _MOST_ROWS, _EXPORTED = 1 << 31, 1 << 13
 def choose(
     operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], candidates: Candidates
 ) -> Choice:
-    """What serves a call on a GPU.
-
-    A row measured on this GPU for such sizes decides between the backends, and between the plans where it names them,
-    else the times by arithmetic.
+    """What serves a call on a GPU: by a measured row, or else by the times that arithmetic gives.
 
     Args:
         operator: whose kernels serve the call.
@@ -61,15 +60,33 @@ def choose(
             weight, or of a parameter that is trained, as the call has it: a wider one is converted.
         candidates: the backends that can serve the call, and their plans.
     """
+    found, left = by_row(operator, device, dtype, sizes, candidates)
+    return found or by_times(operator, torch.cuda.get_device_capability(device), dtype, sizes, left)
+
+
+def by_row(
+    operator: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, float], candidates: Candidates
+) -> tuple[Choice | None, Candidates]:
+    """What a row measured on this machine for such sizes decides: all of the choice, or the candidates that it leaves.
+
+    It decides between the backends, and between the plans where it names them; arguments as `choose` has them.
+    """
     row = measured_row(operator, device, dtype, sizes)
     if row is not None:
         name = next((name for name in row.found if name in candidates), None)
         if name is not None and name not in row.plans:
-            candidates = {name: candidates[name]}
-        elif name is not None and all(plan in candidates[name] for plan in row.plans[name]):
-            return Choice(name, *row.plans[name])
+            return None, {name: candidates[name]}
+        if name is not None and all(plan in candidates[name] for plan in row.plans[name]):
+            return Choice(name, *row.plans[name]), candidates
         # Else a plan was asked for by name, and the row knows others.
-    return by_times(operator, torch.cuda.get_device_capability(device), dtype, sizes, candidates)
+    return None, candidates
+
+
+def slow_on_a_cpu(sizes: Mapping[str, float]) -> str:
+    """Why "auto" leaves a call of such sizes to portable on a CPU; "" where the kernels for CPUs are the faster."""
+    if sizes["h"] <= _WIDEST_ON_A_CPU:
+        return ""
+    return f"beyond h = {_WIDEST_ON_A_CPU} the library's products are faster"
 
 
 def by_times(
@@ -285,11 +302,13 @@ def reasons(
     candidates: Candidates,
     chosen: Choice,
 ) -> Iterator[str]:
-    """Why a call on a GPU is served so: what was measured, then for each direction the time of what serves it, of the
+    """Why a call is served so: what was measured, then on a GPU for each direction the time of what serves it, of the
     runner-up and of the eager formula."""
     row = measured_row(operator, device, dtype, sizes)
     if row is not None:
         yield told_row(row)
+    if device.type == "cpu":
+        return
     capability = torch.cuda.get_device_capability(device)
     like = dict(_bucketed(sizes)) | {"M": _stands_for(sizes["M"])}
     # What was asked for by name is no candidate of "auto"'s.

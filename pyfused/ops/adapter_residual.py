@@ -214,8 +214,8 @@ def adapter_residual(
         down_weight: D, (h, C); z's dtype or float32 (under autocast float32, float16 or bfloat16). A float32 parameter
             is cast to z's dtype for the products; its gradient is accumulated and returned in float32. The Triton
             kernels take h up to 512, in float32 up to 128, the CUDA C++ kernels up to 256 and a C that fits into shared
-            memory beside it (2300 to 2700 where a block has 227 KB, 480 to 900 where it has 99 KB), the portable
-            backend any.
+            memory beside it (2300 to 2700 where a block has 227 KB, 480 to 900 where it has 99 KB), the C++ kernels for
+            CPUs and the portable backend any.
         down_bias: d, (h,) or None; dtypes as ``down_weight``.
         up_weight: U, (C, h); dtypes as ``down_weight``.
         up_bias: u, (C,) or None; dtypes as ``down_weight``.
@@ -236,7 +236,7 @@ def adapter_residual(
         channel_dim: -1 (the default) or 1.
         plan: "save" keeps h (M x h) for backward, "recompute" keeps nothing beyond z; "auto" (the default) saves up to
             h = C / 2.
-        backend: "auto" (the default), "portable", "triton" or "cuda".
+        backend: "auto" (the default), "portable", "triton", "cuda" or "cpu".
 
     Returns:
         z's shape, in the dtype of the residual (z's without one). Under autocast z is cast to its dtype for the branch

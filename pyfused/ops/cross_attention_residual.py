@@ -443,7 +443,7 @@ def cross_attention_residual(
             kernels take up to 256 columns H T in the absorbed plans, 128 in float32, half as many with ``norm_match``,
             H and T each padded to a power of two; the CUDA kernels 256 without padding, 128 with ``norm_match``; the
             portable backend takes any, with a matrix of H T x H T for ``norm_match``.
-        backend: "auto" (the default), "portable", "triton" or "cuda".
+        backend: "auto" (the default), "portable", "triton", "cuda" or "cpu".
 
     Returns:
         (B, L, C) in x's dtype, contiguous. Under autocast everything but x's own part of the sum is cast to its dtype.

@@ -210,7 +210,7 @@ def lora_linear(
             Parameters must be finite: rows of other adapters are multiplied by zeros. Not on cuda. Default None.
         plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand"; on cuda
             only "one_launch".
-        backend: "auto" (the default), "portable", "triton" or "cuda".
+        backend: "auto" (the default), "portable", "triton", "cuda" or "cpu".
 
     Returns:
         (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...), contiguous,

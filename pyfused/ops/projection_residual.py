@@ -168,7 +168,7 @@ def projection_residual(
             the norms are differentiated too, their gradients at 0 are 0, and so is the row where ``|c| + eps`` is 0.
             Default False.
         eps: a Python number from 0 on. Default 1e-6.
-        backend: "auto" (the default), "portable", "triton" or "cuda".
+        backend: "auto" (the default), "portable", "triton", "cuda" or "cpu".
 
     Returns:
         (..., C) in the residual's dtype, contiguous. Under autocast o and weight are cast to its dtype, the residual

@@ -199,19 +199,19 @@ def _refusal(backend, device, dtype, operator=None):
     """`backend.refusal` without a look at the device itself."""
     if backend == "cuda" and operator == "projection_residual":
         return "it has no kernels for projection_residual"
-    return None
+    return "it is for CPUs" if backend == "cpu" else None
 
 
 @pytest.mark.usefixtures("card")
 def test_every_backend_and_every_plan_of_it_is_named():
-    lora, adapter, attention, projection = (
-        cases.refusals(dataclasses.replace(case, dtype=torch.bfloat16), GPU) for case in SMALL
-    )
+    found = [cases.refusals(dataclasses.replace(case, dtype=torch.bfloat16), GPU) for case in SMALL]
+    assert [each.pop("cpu") for each in found] == ["it is for CPUs"] * 4
+    lora, adapter, attention, projection = found
     assert lora == dict.fromkeys(
         ["portable", "triton", "triton one_launch", "triton shrink_expand", "triton blas", "cuda"]
     )
     plans = ("", " save", " recompute")
-    assert adapter == dict.fromkeys(f"{backend}{plan}" for backend in backends.BACKENDS for plan in plans)
+    assert adapter == dict.fromkeys(f"{backend}{plan}" for backend in ("portable", "triton", "cuda") for plan in plans)
     refused = {name: reason for name, reason in attention.items() if reason is not None}
     assert len(attention) == 12
     # Which plan "auto" is at this size too.

@@ -194,14 +194,18 @@ def test_check_says_why_a_backend_is_left_out_of_a_case(monkeypatch, capsys, emu
     printed = capsys.readouterr().out
     assert "skipped triton: not now\n" in printed
     assert f"skipped {SMALL.name}, cuda one_launch: its kernels take float16 and bfloat16, not torch.float32" in printed
-    assert f"skipped {SMALL_PROJECTION.name}, cuda auto: " in printed
+    assert f"skipped {SMALL_PROJECTION.operator}, cuda: it has no kernels for projection_residual" in printed
+    # Once, and not for every case.
+    assert printed.count("skipped lora_linear, cpu: it has no kernels for lora_linear\n") == 1
     assert f"ok     {lora.name}, cuda one_launch: nearest " in printed
     for plan in ("save", "recompute"):
         assert f"ok     {adapter.name}, cuda {plan}: nearest " in printed
         (line,) = [line for line in printed.splitlines() if f"{wide.name}, cuda {plan}" in line]
         assert line.startswith("skipped ")
         assert "h <= 256 there" in line
-    assert "10 of 10 as close" in printed
+    for case in (adapter, wide):
+        assert f"ok     {case.name}, cpu save: nearest " in printed
+    assert "14 of 14 as close" in printed
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
@@ -210,9 +214,11 @@ def test_check_leaves_slow_stand_ins_to_the_tests(monkeypatch):
         None,
         "its interpreter is too slow for these shapes; the tests run it at small ones",
         "its emulator is too slow for these shapes; the tests run it at small ones",
+        backends.CPU_REFUSAL,
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert [check.absence(name, torch.device("cuda", 0)) for name in backends.BACKENDS] == [None] * 3
+    assert [check.absence(name, torch.device("cuda", 0)) for name in backends.BACKENDS[:3]] == [None] * 3
+    assert check.absence("cpu", torch.device("cuda", 0)) == "it has no kernels for device type 'cuda'"
     monkeypatch.setattr(backends, "CUDA_REFUSAL", "no library")
     assert check.absence("cuda", CPU) == "no library"
 

@@ -73,7 +73,7 @@ def _narrow(
     floats = operator == "cross_attention_residual"
     needed = {rows: cuda_shared_memory(width, int(sizes["C"]), rows=rows, float_middle=floats) for rows in tiles}
     fitting = next((rows for rows in tiles if needed[rows] <= shared_memory), 0)
-    plans = dict(backends.NO_PLANS)
+    plans = {name: each for name, each in backends.NO_PLANS.items() if name != "cpu"}
     if not fitting:
         del plans["cuda"]
     return name, operator, sizes | {"cuda_rows": fitting}, plans

@@ -13,13 +13,12 @@ import pytest
 import torch
 from adapter_residual_cases import sample_scale
 from cross_attention_cases import ABSORBED, padding
-from operator_cases import DEVICE, RawCalls, leaves_of, plain_dtype, skips
+from operator_cases import DEVICE, FAST, RawCalls, leaves_of, plain_dtype, serving, skips
 from oracle import Tensors, cotangent
 from torch import Tensor
 
 import pyfused
 from pyfused import reference
-from pyfused.choice import backends
 from pyfused.ops import OPERATORS as ALL
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
@@ -118,7 +117,7 @@ OPERATORS = {
     "adapter_residual": Operator(
         name="adapter_residual",
         draw=_adapter(2, 3, 6, residual=torch.float32),
-        plans=dict.fromkeys(backends.BACKENDS, ADAPTER_PLANS),
+        plans=dict.fromkeys(serving("adapter_residual"), ADAPTER_PLANS),
         options={"skip": 0.5},
         variants={
             "z alone": (_adapter(2, 4, 6, bias=False, layer_scale=None), {}),
@@ -141,7 +140,7 @@ OPERATORS = {
     "cross_attention_residual absorbed": Operator(
         name="cross_attention_residual",
         draw=_cross(2, 3, 4, 6, 2, 5),
-        plans=dict.fromkeys(backends.BACKENDS, ABSORBED),
+        plans=dict.fromkeys(serving("cross_attention_residual"), ABSORBED),
         options={"num_heads": 2},
         variants={
             "no bias": (_cross(2, 3, 4, 6, 2, 5, absent=("q_bias", "out_bias"), weight=None), {}),
@@ -224,8 +223,8 @@ _FIRST = _calls(lambda row, backend: row.plans[backend][:1])
 every_call, every_backend_of_it = _parametrize(_ALL), _parametrize(_FIRST)
 every_portable_call = _parametrize([call for call in _FIRST if call.values[1] == "portable"])
 every_variant = _with_variants(_ALL, lambda backend, i: True)
-# Every variant on the portable backend, one on each of the others.
-some_variants = _with_variants(_FIRST, lambda backend, i: backend == "portable" or i == 0)
+# Every variant on backends that are fast anywhere, one on each of the others.
+some_variants = _with_variants(_FIRST, lambda backend, i: backend in FAST or i == 0)
 
 
 def function_of(operator: str, backend: str, plan: str, **options) -> Callable[..., Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import COTANGENTS, DEVICE, RawCalls, leaves_of, plain_dtype
+from operator_cases import COTANGENTS, DEVICE, FAST, RawCalls, leaves_of, plain_dtype
 from operators import (
     OPERATORS,
     call,
@@ -36,7 +36,7 @@ def _step(function, tensors, dy=cotangent, requiring=None):
 def test_opcheck(operator, backend, plan, variant):
     for op, arguments in raw_calls(*variant_of(operator, backend, plan, variant)):
         # What is compiled holds no kernel: one backend's traces stand for all.
-        wanted = {} if backend == "portable" else {"test_utils": ("test_schema", "test_faketensor")}
+        wanted = {} if backend in FAST else {"test_utils": ("test_schema", "test_faketensor")}
         opcheck(op, tuple(arguments), **wanted)
 
 
@@ -71,7 +71,7 @@ def test_what_requires_grad_gets_it_and_nothing_else_does(operator, backend, pla
     _, expected = _step(function, tensors)
     alone, others = _subsets(tensors)
     # A kernel that is interpreted or emulated is asked for half of them.
-    for subset in (*alone, *(others if backend == "portable" else others[:1])):
+    for subset in (*alone, *(others if backend in FAST else others[:1])):
         leaves = leaves_of(tensors, subset)
         y = function(**leaves)
         y.backward(cotangent(y))
@@ -89,7 +89,7 @@ def test_differentiating_twice_raises(operator, backend, plan, loss):
     function, tensors = call(operator, backend, plan)
     names = [name for name in tensors if tensors[name] is not None]
     # One class of function serves all backends: of kernels that are interpreted or emulated a few gradients do.
-    for name in names if backend == "portable" else names[::4]:
+    for name in names if backend in FAST else names[::4]:
         leaves = leaves_of(tensors, (name,))
         y = loss(function(**leaves))
         with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True is for"):

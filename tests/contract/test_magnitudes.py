@@ -12,7 +12,7 @@ import torch
 from adapter_residual_cases import draw as draw_adapter
 from cross_attention_cases import PROJECTIONS, draw, draw_projection
 from lora_linear_cases import draw as draw_lora
-from operator_cases import DEVICE
+from operator_cases import DEVICE, FAST
 from operators import OPERATORS, every_call, function_of
 from oracle import cotangent, exact, forward_backward, randn
 
@@ -53,7 +53,7 @@ CALLS = {
 
 def _magnitudes(backend, dtype, i):
     """Interpreted or emulated kernels meet the ends: both in float16, one in turn in bfloat16, which has the range."""
-    if backend == "portable":
+    if backend in FAST:
         return MAGNITUDES
     return MAGNITUDES[::2] if dtype == torch.float16 else (MAGNITUDES[2 * (i % 2)],)
 
@@ -66,7 +66,7 @@ def _times(tensor, magnitude):
 @every_call
 def test_each_tensor_at_each_magnitude(operator, backend, plan, dtype):
     plans = OPERATORS[operator].plans[backend]
-    if backend != "portable" and len(plans) > 1 and plans.index(plan) % 2 == DTYPES.index(dtype):
+    if backend not in FAST and len(plans) > 1 and plans.index(plan) % 2 == DTYPES.index(dtype):
         pytest.skip("interpreted and emulated, an operator's plans share the dtypes")
     broken = []
     for drawn, options in CALLS[operator]:

@@ -25,7 +25,7 @@ from pyfused.choice import backends
 def test_info_names_versions_and_every_backend_with_its_reason(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert f"pyfused     {pyfused.__version__}" in printed
+    assert f"pyfused       {pyfused.__version__}" in printed
     assert torch.__version__ in printed
     for name, reason in pyfused.available_backends().items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
@@ -40,7 +40,7 @@ def test_info_says_how_the_kernels_were_built(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyfused._C", library)
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert "\npyfused._C  2 kernels by nvcc 13.0.88 for sm_80, compute_80, beside torch 2.10.0\n" in printed
+    assert "\npyfused._C    2 kernels by nvcc 13.0.88 for sm_80, compute_80, beside torch 2.10.0\n" in printed
 
 
 def test_info_says_what_each_gpu_runs_of_the_kernels(capsys, monkeypatch):
@@ -81,17 +81,19 @@ def test_info_says_what_each_gpu_runs_of_the_kernels(capsys, monkeypatch):
     finally:
         backends._unfit.cache_clear()
     printed = capsys.readouterr().out
-    _, _, after = printed.partition("\npyfused._C  1 kernels by nvcc 12.4.131 for sm_90, compute_90")
+    _, _, after = printed.partition("\npyfused._C    1 kernels by nvcc 12.4.131 for sm_90, compute_90")
     lines = after.splitlines()[1:5]
-    assert lines[0] == "  cuda:0    runs sm_90"
-    assert lines[1].startswith("  cuda:1    runs what its driver compiles from compute_90: the first forward and the ")
+    assert lines[0] == "  cuda:0      runs sm_90"
+    assert lines[1].startswith(
+        "  cuda:1      runs what its driver compiles from compute_90: the first forward and the "
+    )
     assert "up to about a minute each" in lines[1]
     assert lines[2] == (
-        "  cuda:2    does not run: its library has no code for this GPU: it was built for sm_90, compute_90; "
+        "  cuda:2      does not run: its library has no code for this GPU: it was built for sm_90, compute_90; "
         "the device has 8.9"
     )
     assert lines[3] == (
-        "  cuda:3    does not run: an empty kernel of its library failed there: "
+        "  cuda:3      does not run: an empty kernel of its library failed there: "
         "out of memory (cudaErrorMemoryAllocation)"
     )
     assert "\n  cuda      available\n" in printed, "on the current one"
@@ -195,9 +197,11 @@ def test_check_prints_a_line_for_each_case(monkeypatch, capsys):
     for case in adapter:
         assert f"ok     {case.name}, portable save: nearest " in printed
         assert f"ok     {case.name}, portable recompute: nearest " in printed
+        assert (f"ok     {case.name}, cpu save: nearest " in printed) == (backends.CPU_REFUSAL is None)
     assert "skipped triton: " in printed
     assert "skipped cuda: " in printed
-    assert "6 of 6 as close to float64 as plain torch" in printed
+    count = 6 if backends.CPU_REFUSAL is not None else 10
+    assert f"{count} of {count} as close to float64 as plain torch" in printed
 
 
 def test_check_covers_dropout_and_mixed_dtypes():
@@ -270,7 +274,7 @@ sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
         capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "3 of 3 as close" in done.stdout
+    assert f"{3 + 2 * (backends.CPU_REFUSAL is None)} of" in done.stdout
 
 
 def test_a_selection_without_rows_is_an_error(tmp_path):

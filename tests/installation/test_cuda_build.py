@@ -27,7 +27,7 @@ PROBE = {
 #pragma once
 #include <string>
 #include <tuple>
-#include "tensors.h"
+#include "call.h"
 namespace pyfused {
 std::tuple<Tensor, Tensor> probe_fwd(const Tensor& x, const OptionalTensor& seed, double factor,
                                      const std::string& kind, bool channels_first);
@@ -217,6 +217,8 @@ def test_fake_tensors_pass_through(operator, monkeypatch):
 def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
     """Standard output and error of a command that must succeed, or fail."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
+    # test_cpu_build.py has the kernels for CPUs.
+    environment["PYFUSED_CPU"] = "0"
     done = subprocess.run(
         command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300
     )  # fmt: skip
@@ -338,10 +340,11 @@ def test_architectures_that_are_none(checkout, given):
 def test_architectures_that_this_nvcc_knows(monkeypatch, nvcc, expected):
     monkeypatch.setattr("setuptools.setup", lambda **settings: None)
     monkeypatch.setenv("PYFUSED_CUDA", "0")
+    monkeypatch.setenv("PYFUSED_CPU", "0")
     monkeypatch.delenv("PYFUSED_CUDA_ARCHS", raising=False)
     build = runpy.run_path(str(ROOT / "setup.py"))
     assert build["_architectures"](nvcc) == expected
-    toolchain = build["Toolchain"]("ninja", nvcc, nvcc, "g++", ROOT, "2.10.0", expected)
+    toolchain = build["Cuda"]("ninja", "g++", ROOT, "2.10.0", nvcc, nvcc, expected)
     assert toolchain.targets == [*(f"sm_{name}" for name in expected), f"compute_{expected[-1]}"]
     monkeypatch.setenv("PYFUSED_CUDA_ARCHS", "120;86")
     assert build["_architectures"](nvcc) == ("86", "120"), "what is asked for is nvcc's to refuse"

@@ -55,7 +55,7 @@ print(json.dumps({
     "version": about["Version"],
     "files": [str(file) for file in importlib.metadata.files("pyfused")],
     "console": [entry.value for entry in importlib.metadata.entry_points(group="console_scripts", name="pyfused")],
-    "cuda": pyfused.available_backends()["cuda"],
+    "kernels": [pyfused.available_backends()[name] for name in ("cuda", "cpu")],
     "needs": [line for line in importlib.metadata.requires("pyfused") if "extra" not in line],
 }))
 """
@@ -63,8 +63,8 @@ print(json.dumps({
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
-    # Kernels take minutes to compile: test_cuda_build.py builds a small one.
-    environment["PYFUSED_CUDA"] = "0"
+    # Kernels take long to compile: test_cuda_build.py builds a small one, test_cpu_build.py those for CPUs.
+    environment |= {"PYFUSED_CUDA": "0", "PYFUSED_CPU": "0"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -83,7 +83,7 @@ def modules(package: Path) -> set[str]:
 def clone(copy: Path) -> Path:
     """A copy of what a clone holds: builds leave folders behind, and editable installs point into it."""
     skip = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results", "_C.*"
+        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results", "_C.*", "_cpu.*"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skip)
     return copy
@@ -117,8 +117,8 @@ def installation(kind: str, home: Path) -> tuple[Path, Path, Path]:
         run(sys.executable, "-c", build, home, cwd=checkout)
         (source,) = home.glob("pyfused-*.tar.gz")
         with tarfile.open(source) as archive:
-            packed = {Path(name).name for name in archive.getnames() if Path(name).parent.name == "csrc"}
-        assert packed == set(os.listdir(checkout / "csrc"))
+            packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+        assert packed >= {path.relative_to(checkout) for path in (checkout / "csrc").rglob("*.*")}
         pip("wheel", *OFFLINE, "--wheel-dir", home, source)
         (wheel,) = home.glob("pyfused-*.whl")
         install(wheel)
@@ -157,6 +157,7 @@ def test_installation(kind, tmp_path):
     assert about["licence"] == "MIT"
     assert any(file.endswith("licenses/LICENSE") for file in about["files"])
     assert about["version"] == pyfused.__version__
-    assert about["cuda"].endswith("(pyfused._C): it was installed with PYFUSED_CUDA=0")
+    for library, variable, why in zip(("_C", "_cpu"), ("PYFUSED_CUDA", "PYFUSED_CPU"), about["kernels"], strict=True):
+        assert why.endswith(f"(pyfused.{library}): it was installed with {variable}=0")
     assert set(about["console"]) == {"pyfused.cli:main"}
     assert about["needs"] == ["torch>=2.10"]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_residual_cases import FORMATS, check, check_drawn, draw, every_plan, image, sample_scale
+from adapter_residual_cases import FORMATS, check, check_drawn, draw, every_backend, every_plan, image, sample_scale
 from operator_cases import (
     COTANGENTS,
     DEVICE,
+    FAST,
     IMAGES,
     LAYOUTS,
     assert_format_kept,
     cast,
-    every_backend,
     far_apart,
     leaves_of,
     plain_dtype,
     seed,
+    skips,
 )
 from oracle import norms, randn
 
@@ -58,10 +59,14 @@ def _grid():
         yield pytest.param(side, h, c, options, id=f"{side}x{side}-h{h}-C{c}-{layout}-{str(z_dtype)[6:]}")
 
 
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=skips(name)) for name in FAST])
 @pytest.mark.parametrize(("side", "hidden", "channels", "options"), list(_grid()))
-def test_portable_grid(side, hidden, channels, options):
+def test_grid(side, hidden, channels, options, backend):
+    if backend == "cpu" and options["dtype"] == torch.float64:
+        narrow = {"dtype": torch.float32, "residual": options["residual"] and torch.float32}
+        options = options | narrow
     shape, channel_dim = image(side, channels, options["layout"], batch=3 if side == 7 else 1)
-    check_drawn(shape, channel_dim, hidden, "portable", options)
+    check_drawn(shape, channel_dim, hidden, backend, options)
 
 
 # Rows of each image, C and h are two tiles of the interpreter's configuration, the second a tail.
@@ -103,7 +108,7 @@ def test_several_tiles_and_a_tail(backend, activation, layout):
 def test_mixed_dtypes(backend, plan, dtype, adapters, residual):
     dtype = plain_dtype(backend, dtype)
     # More rows where that costs nothing: they are summed piece by piece.
-    rows = 2100 if backend == "portable" else 70
+    rows = 2100 if backend in FAST else 70
     tensors = draw((2, rows // 2, 36), 20, dtype, adapters=adapters, residual=residual)
     results = check(tensors, backend, plan, sample_scale=sample_scale(2, "kept", torch.float64))
     assert results["output"].dtype == (residual or dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_residual_cases import check, draw, sample_scale
-from operator_cases import BACKENDS, plain_dtype, seed, strided
+from adapter_residual_cases import check, draw, every_backend, sample_scale
+from operator_cases import plain_dtype, seed, strided
 
 from pyfused.ops.adapter_residual import ACTIVATIONS, PLANS
 
@@ -47,7 +47,7 @@ def _calls(draw_from):
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @hypothesis.given(call=_calls())
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_any_call(backend, call):
     shape, channel_dim, dtype = call["shape"], call["channel_dim"], plain_dtype(backend, call["lies"]["z"]["dtype"])
     tensors = draw(

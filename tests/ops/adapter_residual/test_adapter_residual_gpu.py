@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_residual_cases import check, draw, every_plan, sample_scale
-from operator_cases import every_backend, plain_dtype, planned, seed
+from adapter_residual_cases import check, draw, every_backend, every_plan, sample_scale
+from operator_cases import plain_dtype, planned, seed
 
 import pyfused
 from pyfused.choice import backends

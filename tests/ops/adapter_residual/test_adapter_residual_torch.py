@@ -7,12 +7,11 @@ import itertools
 
 import pytest
 import torch
-from adapter_residual_cases import NAMES, draw, every_plan, sample_scale
+from adapter_residual_cases import NAMES, draw, every_backend, every_plan, sample_scale
 from operator_cases import (
     DEVICE,
     RawCalls,
     autocast,
-    every_backend,
     leaves_of,
     plain_dtype,
     run,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_linear_cases import check, draw
-from operator_cases import BACKENDS, plain_dtype, seed, strided
+from operator_cases import every_backend, plain_dtype, seed, strided
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 st = pytest.importorskip("hypothesis.strategies")
@@ -39,7 +39,7 @@ def _calls(draw_from):
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @hypothesis.given(call=_calls())
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_any_call(backend, call):
     shape, channel_dim = call["shape"], call["channel_dim"]
     dtype = plain_dtype(backend) if call["dtype"] == torch.float32 else call["dtype"]

@@ -1,0 +1,417 @@
+// The kernels of adapter_residual, compiled once for each instruction set: see simd.h.
+#include "adapter_residual.h"
+
+#include "activate.h"
+#include "philox.h"
+#include "products.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace pyfused {
+namespace {
+
+/// Memory from the front of what a caller gave.
+struct Scratch {
+  float* next;
+
+  float* take(int64_t count) {
+    float* taken = next;
+    next = guarded(taken, count);
+    return taken;
+  }
+  Tile tile(int64_t rows, int64_t columns) {
+    const int64_t pitch = pitch_of(columns);
+    return {take(rows * pitch), pitch};
+  }
+};
+
+struct Vectors {
+  float *down_bias, *up_bias, *gate, *gamma, *plain_up_bias;
+};
+Vectors vectors_of(const Adapter& p) {
+  const int64_t width = rounded_up(p.width, kMostPanel), channels = rounded_up(p.channels, kMostPanel);
+  float* first = p.vectors;
+  return {first, first + width, first + width + channels, first + width + 2 * channels, first + width + 3 * channels};
+}
+
+Rows transposed(Rows x) {
+  const int64_t stride = x.stride_l;
+  x.stride_l = x.stride_c;
+  x.stride_c = stride;
+  return x;
+}
+
+/// A tile as a 16-bit type holds it.
+void round_tile(Number number, int64_t rows, int64_t columns, Tile tile) {
+  with_number(number, [&](auto constant) INLINE_LAMBDA {
+    typedef Elements<decltype(constant)::value> As;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        typename As::Element narrow[kLanes];
+        float* there = tile.data + r * tile.pitch + c;
+        As::store(narrow, load(there));
+        store(there, As::load(narrow));
+      }
+  });
+}
+
+/// Part of a weight in float32, rounded as the products want it.
+void load_weight(const Rows& weight, Number number, int64_t rows, int64_t column, int64_t columns, Tile tile) {
+  const Span all{0, 0, rows};
+  load_tile(weight, whole(all), 0, rows, column, columns, tile);
+  if (number != Number::kFloat32 && number != weight.number) round_tile(number, rows, columns, tile);
+}
+
+void load_vector(const Vector& vector, Number number, int64_t count, float* out) {
+  load_weight({vector.data, vector.number, 0, 0, vector.stride}, number, 1, 0, count, {out, 0});
+}
+
+void prepare(const Adapter& p) {
+  const Vectors v = vectors_of(p);
+  const int64_t channels = rounded_up(p.channels, kMostPanel), width = rounded_up(p.width, kMostPanel);
+  for (int64_t i = 0; i < width; ++i) v.down_bias[i] = 0.0f;
+  for (int64_t c = 0; c < channels; ++c) v.plain_up_bias[c] = 0.0f, v.gamma[c] = 1.0f;
+  if (p.down_bias.data) load_vector(p.down_bias, p.number, p.width, v.down_bias);
+  if (p.up_bias.data) load_vector(p.up_bias, p.number, p.channels, v.plain_up_bias);
+  if (p.gamma.data) load_vector(p.gamma, Number::kFloat32, p.channels, v.gamma);
+  for (int64_t c = 0; c < channels; ++c) {
+    v.gate[c] = p.skip * v.gamma[c];
+    v.up_bias[c] = v.gamma[c] * v.plain_up_bias[c];
+  }
+}
+
+/// A panel of a weight (depth, columns), with a factor for each row or each column where there is one.
+void pack_panel(const Rows& weight, Number number, int64_t depth, int64_t columns, int64_t panel, const float* by_row,
+                const float* by_column, float* packed) {
+  const int64_t column = panel * kPanel, some = least(kPanel, columns - column), pitch = rounded_up(some, kLanes);
+  if (some <= 0) return;
+  const Tile tile{packed + column * depth, pitch};
+  load_weight(weight, number, depth, column, some, tile);
+  if (!by_row && !by_column) return;
+  for (int64_t r = 0; r < depth; ++r)
+    for (int64_t c = 0; c < some; c += kLanes) {
+      float* there = tile.data + r * pitch + c;
+      store(there, load(there) * (by_row ? splat(by_row[r]) : load(by_column + column + c)));
+    }
+}
+
+void pack_forward(const Adapter& p, int64_t panel) {
+  if (p.down_t) pack_panel(transposed(p.down), p.number, p.channels, p.width, panel, nullptr, nullptr, p.down_t);
+  if (p.up_t) pack_panel(transposed(p.up), p.number, p.width, p.channels, panel, nullptr, vectors_of(p).gamma, p.up_t);
+}
+
+void pack_backward(const Adapter& p, int64_t panel) {
+  if (p.gated_up) pack_panel(p.up, p.number, p.channels, p.width, panel, vectors_of(p).gamma, nullptr, p.gated_up);
+  if (p.plain_down) pack_panel(p.down, p.number, p.width, p.channels, panel, nullptr, nullptr, p.plain_down);
+}
+
+/// out (rows, columns `begin` to `end` of the matrix) = left times a packed matrix (depth, columns).
+///
+/// Every panel meets a part of the depth before the next part comes: those columns of `left` stay in a cache.
+void multiply(int64_t rows, Tile left, const float* packed, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+              Tile out) {
+  for (int64_t start = 0; start < depth; start += kChain)
+    for (int64_t column = begin; column < end; column += kPanel) {
+      const int64_t some = least(kPanel, columns - column), pitch = rounded_up(some, kLanes);
+      product(rows, some, least(kChain, depth - start), rows_of(left.data + start, left.pitch),
+              packed + column * depth + start * pitch, pitch, out.data + column - begin, out.pitch, start > 0);
+    }
+}
+
+/// Factors k of the samples that these rows belong to.
+void load_scales(const Adapter& p, int64_t first, int64_t count, float* k) {
+  pieces(p.live, first, count, [&](int64_t image, int64_t position, int64_t some, int64_t at) INLINE_LAMBDA {
+    const int64_t row = image * p.live.length + position;
+    for (int64_t r = 0; r < some; ++r) k[at + r] = p.sample_scale ? p.sample_scale[(row + r) / p.per_sample] : 1.0f;
+  });
+}
+
+void load_mask(const Adapter& p, int64_t first, int64_t count, Tile mask) {
+  pieces(p.live, first, count, [&](int64_t image, int64_t position, int64_t some, int64_t at) INLINE_LAMBDA {
+    const int64_t row = image * p.live.length + position;
+    for (int64_t r = 0; r < some; ++r) {
+      dropout_factors(p.dropout, row + r, p.width, mask.data + (at + r) * mask.pitch);
+    }
+  });
+}
+
+/// Dropout's factors of these rows; without data where there are none.
+Tile mask_of(const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
+  if (!p.dropout.seed) return {};
+  const Tile mask = scratch.tile(kMostRows, p.width);
+  load_mask(p, first, count, mask);
+  return mask;
+}
+
+/// These rows, where they lie or else in a tile of their own.
+Tile block_of(const Rows& x, const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
+  Tile tile = in_place(x, p.live, first, count);
+  // Rows whole pages apart would meet in one set of a cache.
+  if (tile.data && tile.pitch % 1024 != 0) return tile;
+  tile = scratch.tile(kMostRows, p.channels);
+  load_tile(x, p.live, first, count, 0, p.channels, tile);
+  return tile;
+}
+
+/// h before the activation: z D^T + d.
+void load_hidden(const Adapter& p, const Vectors& v, int64_t count, Tile z, Tile h) {
+  multiply(count, z, p.down_t, p.channels, p.width, 0, p.width, h);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < p.width; c += kLanes) {
+      float* there = h.data + r * h.pitch + c;
+      store(there, load(there) + load(v.down_bias + c));
+    }
+}
+
+/// Rows of `to` <- those of `from`, or zeros where it has no data.
+void copy(const Rows& from, const Rows& to, const Live& live, int64_t first, int64_t count, int64_t columns,
+          float* memory) {
+  const Tile tile = Scratch{memory}.tile(count, columns);
+  if (from.data) {
+    load_tile(from, live, first, count, 0, columns, tile);
+  } else {
+    std::memset(tile.data, 0, count * tile.pitch * sizeof(float));
+  }
+  store_tile(to, live, first, count, 0, columns, tile);
+}
+
+/// Products of a block with a packed matrix (width, channels), some channels at a time, so that what is done with them
+/// goes through long pieces of rows: end(channel, channels).
+template <class End>
+INLINE void for_channels(const Adapter& p, int64_t count, Tile left, const float* packed, Tile tile, End&& end) {
+  for (int64_t first = 0; first < p.channels; first += kMostColumns) {
+    const int64_t columns = least(kMostColumns, p.channels - first);
+    multiply(count, left, packed, p.width, p.channels, first, first + columns, tile);
+    end(first, columns);
+  }
+}
+
+/// Calls body(row, column, columns) for every vector of a tile, the last of which may have fewer columns than lanes.
+template <class Body>
+INLINE void for_vectors(int64_t count, int64_t columns, Body&& body) {
+  const int64_t wholes = columns / kLanes * kLanes;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < wholes; c += kLanes) body(r, c, int64_t{kLanes});
+    if (wholes < columns) body(r, wholes, columns - wholes);
+  }
+}
+
+void forward(const AdapterForward& p, int64_t first, int64_t count, float* memory) {
+  Scratch scratch{memory};
+  const Vectors v = vectors_of(p);
+  const Tile a = scratch.tile(kMostRows, p.width), mask = mask_of(p, first, count, scratch);
+  const Tile tile = scratch.tile(kMostRows, kMostColumns), other = scratch.tile(kMostRows, kMostColumns);
+  float* k = scratch.take(kMostRows);
+  const Tile z = block_of(p.z, p, first, count, scratch);
+  load_hidden(p, v, count, z, a);
+  if (p.hidden.data) store_tile(p.hidden, p.live, first, count, 0, p.width, a);
+  activate(p.activation, count, p.width, a, mask, a);
+  load_scales(p, first, count, k);
+  const Tile residual = in_place(p.residual, p.live, first, count), y = in_place(p.y, p.live, first, count);
+  for_channels(p, count, a, p.up_t, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
+    Tile plus{residual.data + column, residual.pitch}, out{y.data + column, y.pitch};
+    if (!residual.data) {
+      plus = other;
+      load_tile(p.residual, p.live, first, count, column, columns, plus);
+    }
+    if (!y.data) out = tile;
+    for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
+      Vec branch = load(tile.data + r * tile.pitch + c) + load(v.up_bias + column + c);
+      branch += load(v.gate + column + c) * load_some<Number::kFloat32>(z.data + r * z.pitch + column + c, some);
+      const Vec from = load_some<Number::kFloat32>(plus.data + r * plus.pitch + c, some);
+      store_some<Number::kFloat32>(out.data + r * out.pitch + c, from + splat(k[r]) * branch, some);
+    });
+    if (!y.data) store_tile(p.y, p.live, first, count, column, columns, tile);
+  });
+}
+
+void backward_rows(const AdapterBackwardRows& p, int64_t first, int64_t count, float* memory) {
+  Scratch scratch{memory};
+  const Vectors v = vectors_of(p);
+  const Tile tile = scratch.tile(kMostRows, kMostColumns), h = scratch.tile(kMostRows, p.width);
+  const Tile mask = mask_of(p, first, count, scratch);
+  float* k = scratch.take(kMostRows);
+  // Sums over all rows read them later, dz now.
+  Tile dh{p.dh + first * p.pitch, p.pitch}, a{p.activated + first * p.pitch, p.pitch};
+  if (!p.dh) dh = scratch.tile(kMostRows, p.width);
+  if (!p.activated) a.data = nullptr;
+  const Tile dy = block_of(p.dy, p, first, count, scratch);
+  load_scales(p, first, count, k);
+  multiply(count, dy, p.gated_up, p.channels, p.width, 0, p.width, dh);
+  if (p.hidden.data) {
+    load_tile(p.hidden, p.live, first, count, 0, p.width, h);
+  } else {
+    load_hidden(p, v, count, block_of(p.z, p, first, count, scratch), h);
+  }
+  differentiate(p.activation, count, p.width, h, mask, k, dh, a);
+  if (!p.dz.data) return;
+  const Tile dz = in_place(p.dz, p.live, first, count);
+  const Vec one = splat(p.z_is_residual ? 1.0f : 0.0f);
+  for_channels(p, count, dh, p.plain_down, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
+    const Tile out = dz.data ? Tile{dz.data + column, dz.pitch} : tile;
+    for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
+      const Vec gate = one + splat(k[r]) * load(v.gate + column + c);
+      const Vec from = load_some<Number::kFloat32>(dy.data + r * dy.pitch + column + c, some);
+      store_some<Number::kFloat32>(out.data + r * out.pitch + c, load(tile.data + r * tile.pitch + c) + gate * from,
+                                   some);
+    });
+    if (!dz.data) store_tile(p.dz, p.live, first, count, column, columns, tile);
+  });
+}
+
+/// Sums of a panel in one part of the rows.
+struct PanelSums {
+  float *down, *up, *dy, *dy_z;
+};
+INLINE int64_t sums_of_part(const AdapterSums& p) { return (2 * p.width + 2) * rounded_up(p.channels, kMostPanel); }
+INLINE PanelSums sums_of(const AdapterSums& p, int64_t part, int64_t column, int64_t columns) {
+  float* down = p.sums + part * sums_of_part(p) + (2 * p.width + 2) * column;
+  float* up = down + p.width * columns;
+  return {down, up, up + p.width * columns, up + (p.width + 1) * columns};
+}
+
+INLINE int64_t first_of_part(const AdapterSums& p, int64_t part) {
+  const int64_t chunks = (p.rows + kChunk - 1) / kChunk;
+  return least(p.rows, chunks * part / p.parts * kChunk);
+}
+
+/// Sums over `count` rows of k dy, and of k dy z where there is z.
+void add_channels(int64_t count, int64_t columns, Tile dy, Tile z, const float* k, float* total, float* with) {
+  constexpr int64_t kTogether = 4;
+  for (int64_t r = 0; r < count; r += kTogether) {
+    const int64_t rows = least(kTogether, count - r);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Vec sum = load(total + c), product = z.data ? load(with + c) : Vec{};
+      for (int64_t i = 0; i < rows; ++i) {
+        const Vec g = splat(k[r + i]) * load(dy.data + (r + i) * dy.pitch + c);
+        sum += g;
+        if (z.data) product += g * load(z.data + (r + i) * z.pitch + c);
+      }
+      store(total + c, sum);
+      if (z.data) store(with + c, product);
+    }
+  }
+}
+
+void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
+  Scratch scratch{memory};
+  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
+  const int64_t from = begin * kPanel, until = least(p.channels, end * kPanel);
+  const int64_t height = least(kMostHeight, p.width);
+  const Tile z_tile = scratch.tile(kChunk, kSumsColumns), dy = scratch.tile(kChunk, kSumsColumns);
+  float *total = scratch.take(kSumsColumns), *with = scratch.take(kSumsColumns);
+  float *k = scratch.take(kChunk), *packed_dh = scratch.take(packed_size(kChunk, height));
+  float* packed_a = scratch.take(packed_size(kChunk, height));
+  const Tile z = p.z.data ? z_tile : Tile{};
+  for (int64_t start = first; start < last; start += kChunk) {
+    const int64_t count = least(kChunk, last - start);
+    const bool adds = start > first;
+    load_scales(p, start, count, k);
+    for (int64_t top = 0; top < p.width; top += kMostHeight) {
+      const int64_t rows = least(kMostHeight, p.width - top);
+      const int64_t at = start * p.pitch + top;
+      Left dh{}, a{};
+      if (p.d_down.data) dh = pack_transposed(p.dh + at, p.pitch, count, rows, packed_dh);
+      if (p.d_up.data) a = pack_transposed(p.activated + at, p.pitch, count, rows, packed_a);
+      for (int64_t column = from; column < until; column += kSumsColumns) {
+        const int64_t columns = least(kSumsColumns, until - column);
+        if (z.data) load_tile(p.z, p.live, start, count, column, columns, z);
+        if (p.d_up.data) load_tile(p.dy, p.live, start, count, column, columns, dy);
+        if (top == 0 && p.d_up.data) {
+          for (int64_t c = 0; c < columns; c += kLanes) store(total + c, Vec{}), store(with + c, Vec{});
+          add_channels(count, columns, dy, z, k, total, with);
+        }
+        for (int64_t c = 0; c < columns; c += kPanel) {
+          const int64_t some = least(kPanel, columns - c), padded = rounded_up(some, kLanes);
+          const PanelSums sums = sums_of(p, part, column + c, padded);
+          if (p.d_down.data) {
+            product(rows, some, count, dh, z.data + c, z.pitch, sums.down + top * padded, padded, adds);
+          }
+          if (!p.d_up.data) continue;
+          product(rows, some, count, a, dy.data + c, dy.pitch, sums.up + top * padded, padded, adds);
+          for (int64_t j = 0; j < some && top == 0; j += kLanes) {
+            store(sums.dy + j, adds ? load(sums.dy + j) + load(total + c + j) : load(total + c + j));
+            store(sums.dy_z + j, adds ? load(sums.dy_z + j) + load(with + c + j) : load(with + c + j));
+          }
+        }
+      }
+    }
+  }
+}
+
+INLINE float* down_bias_of(const AdapterSums& p, int64_t part) {
+  return p.sums + p.parts * sums_of_part(p) + part * rounded_up(p.width, kMostPanel);
+}
+
+void add_down_bias(const AdapterSums& p, int64_t part) {
+  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
+  float* sums = down_bias_of(p, part);
+  for (int64_t start = first; start < last; start += kChunk)
+    for (int64_t c = 0; c < p.width; c += kLanes) {
+      Vec total = {};
+      for (int64_t r = start; r < least(start + kChunk, last); ++r) total += load(p.dh + r * p.pitch + c);
+      store(sums + c, start > first ? load(sums + c) + total : total);
+    }
+}
+
+/// first[i] += what the other parts have there.
+INLINE void add_parts(float* first, int64_t parts, int64_t apart, int64_t count) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < count; i += kLanes) store(first + i, load(first + i) + load(first + part * apart + i));
+}
+
+void finish(const AdapterSums& p, int64_t panel, float* memory) {
+  Scratch scratch{memory};
+  const Vectors v = vectors_of(p);
+  const int64_t column = panel * kPanel, some = least(kPanel, p.channels - column), padded = rounded_up(some, kLanes);
+  const PanelSums sums = sums_of(p, 0, column, padded);
+  const int64_t numbers = p.width * padded, apart = sums_of_part(p);
+  const Span all{0, 0, p.width};
+  if (p.d_down.data) {
+    add_parts(sums.down, p.parts, apart, numbers);
+    store_tile(p.d_down, whole(all), 0, p.width, column, some, {sums.down, padded});
+  }
+  if (!p.d_up.data) return;
+  add_parts(sums.up, p.parts, apart, numbers);
+  add_parts(sums.dy, p.parts, apart, 2 * padded);
+  const Tile up{scratch.take(p.width * kPanel), padded};
+  load_weight(transposed(p.up), p.number, p.width, column, some, up);
+  float *d_bias = scratch.take(kPanel), *d_gamma = scratch.take(kPanel);
+  for (int64_t c = 0; c < some; c += kLanes) {
+    const Vec gamma = load(v.gamma + column + c), dy = load(sums.dy + c);
+    Vec dot = {};
+    for (int64_t i = 0; i < p.width; ++i) {
+      float* there = sums.up + i * padded + c;
+      dot += load(there) * load(up.data + i * padded + c);
+      store(there, load(there) * gamma);
+    }
+    store(d_bias + c, gamma * dy);
+    // Without z there is no skip.
+    const Vec skipped = p.z.data && p.skip != 0.0f ? splat(p.skip) * load(sums.dy_z + c) : Vec{};
+    store(d_gamma + c, skipped + dot + load(v.plain_up_bias + column + c) * dy);
+  }
+  store_tile(transposed(p.d_up), whole(all), 0, p.width, column, some, {sums.up, padded});
+  const Span one{0, 0, 1};
+  if (p.d_up_bias.data) {
+    store_tile({p.d_up_bias.data, p.d_up_bias.number, 0, 0, 1}, whole(one), 0, 1, column, some, {d_bias, 0});
+  }
+  store_tile({p.d_gamma, Number::kFloat32, 0, 0, 1}, whole(one), 0, 1, column, some, {d_gamma, 0});
+}
+
+void finish_down_bias(const AdapterSums& p) {
+  const int64_t apart = rounded_up(p.width, kMostPanel);
+  add_parts(down_bias_of(p, 0), p.parts, apart, p.width);
+  const Span one{0, 0, 1};
+  store_tile({p.d_down_bias.data, p.d_down_bias.number, 0, 0, 1}, whole(one), 0, 1, 0, p.width,
+             {down_bias_of(p, 0), 0});
+}
+
+}  // namespace
+
+extern const AdapterKernels PYFUSED_KERNELS;
+const AdapterKernels PYFUSED_KERNELS = {
+    kPanel,  prepare,       pack_forward, pack_backward, copy,   forward,
+    backward_rows, add_panels, add_down_bias, finish, finish_down_bias,
+};
+
+}  // namespace pyfused
