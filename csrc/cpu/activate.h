@@ -48,14 +48,13 @@ INLINE void with_family(const Activation& phi, Body&& body) {
   }
 }
 
-/// a = mask phi(h); mask without data is 1.
-void activate(const Activation& phi, int64_t rows, int64_t columns, Tile h, Tile mask, Tile a) {
+/// a = k phi(h), where k is one number for each row, or null for 1.
+void activate(const Activation& phi, int64_t rows, int64_t columns, Tile h, const float* k, Tile a) {
   with_family(phi, [&](auto family) INLINE_LAMBDA {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; c += kLanes) {
-        Vec value = activated<decltype(family)::value>(phi, load(h.data + r * h.pitch + c)).value;
-        if (mask.data) value *= load(mask.data + r * mask.pitch + c);
-        store(a.data + r * a.pitch + c, value);
+        const Vec value = activated<decltype(family)::value>(phi, load(h.data + r * h.pitch + c)).value;
+        store(a.data + r * a.pitch + c, k ? splat(k[r]) * value : value);
       }
   });
 }

@@ -18,10 +18,9 @@ Tensor nothing(Number number, const Tensor& like) { return empty({0}, number, li
 int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t ratio_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-/// Floats in one tensor, in parts.
+/// Floats in one tensor, in parts: reserved, then allocated together.
 class Floats {
  public:
-  /// A part of `count` floats; `data` is null where it is not wanted.
   struct Part {
     int64_t first = 0, count = 0;
     bool wanted = false;
@@ -36,6 +35,7 @@ class Floats {
     memory_ = empty({size_}, Number::kFloat32, like);
     data_ = mutable_data<float>(*memory_);
   }
+  /// Null where the part is not wanted.
   float* operator[](const Part& part) const {
     if (!part.wanted) return nullptr;
     guarded(data_ + part.first, part.count);
@@ -57,18 +57,17 @@ OptionalTensor float32(const OptionalTensor& tensor) {
 /// Rows that are computed, and those that are not.
 struct Samples {
   std::vector<Span> live, dropped;
-  int64_t rows = 0;  // that are live
+  int64_t rows = 0, dropped_rows = 0;  // rows: those that are live
   int64_t length;
 
   Samples(int64_t batch, int64_t length, const float* scales, int64_t samples) : length(length) {
     // A span lies in one image, and in samples of one kind.
     const int64_t per_sample = scales ? batch * length / samples : batch * length;
-    int64_t dead = 0;
     for (int64_t row = 0; row < batch * length;) {
       int64_t end = std::min((row / per_sample + 1) * per_sample, (row / length + 1) * length);
       const bool drops = scales && scales[row / per_sample] == 0.0f;
       auto& spans = drops ? dropped : live;
-      int64_t& at = drops ? dead : rows;
+      int64_t& at = drops ? dropped_rows : rows;
       if (!spans.empty() && spans.back().row + spans.back().count == row && row % length != 0) {
         spans.back().count += end - row;
       } else {
@@ -77,19 +76,17 @@ struct Samples {
       at += end - row;
       row = end;
     }
-    dead_rows = dead;
   }
 
-  int64_t dead_rows = 0;
   Live of(const std::vector<Span>& spans) const {
     return {spans.data(), static_cast<int64_t>(spans.size()), length};
   }
 };
 
 /// Rows of a block: fewer where else some thread would have none.
-int64_t block_of(int64_t rows, int64_t most) {
+int64_t rows_of_a_block(int64_t rows) {
   const int64_t share = ratio_up(rows, torch::stable::get_num_threads());
-  return std::clamp<int64_t>(rounded_up(share, 6), 6, most);
+  return std::clamp<int64_t>(rounded_up(share, 6), 6, kMostRows);
 }
 
 Adapter adapter_of(const Tensor& like, const Tensor& down, const OptionalTensor& down_bias, const Tensor& up,
@@ -120,6 +117,17 @@ int64_t vectors_size(const Adapter& p) {
 int64_t weight_size(const Adapter& p) { return rounded_up(p.width, kMostPanel) * rounded_up(p.channels, kMostPanel); }
 int64_t tile_size(int64_t rows, int64_t columns) { return rows * (rounded_up(columns, 16) + 16); }
 
+/// Floats of a tile of x's rows, where the kernels cannot read them in place.
+int64_t copied(const Adapter& p, const Rows& x, const Samples& samples) {
+  const bool in_place = readable_in_place(x) && samples.live.size() == 1;
+  return in_place ? 0 : with_guard(tile_size(kMostRows, p.channels));
+}
+
+/// Floats of the tiles that a block of rows takes: of x's rows, `middles` of the middle, and dropout's factors.
+int64_t own_tiles(const Adapter& p, const Rows& x, const Samples& samples, int64_t middles) {
+  return copied(p, x, samples) + (middles + (p.dropout.seed != nullptr)) * with_guard(tile_size(kMostRows, p.width));
+}
+
 void pack(const AdapterKernels& kernels, const Adapter& p, void (*part)(const Adapter&, int64_t)) {
   const int64_t panels = ratio_up(std::max(p.width, p.channels), kernels.panel);
   in_parallel(panels, p.width * p.channels, [&](int64_t begin, int64_t end, int64_t) {
@@ -134,8 +142,8 @@ void copy_dropped(const AdapterKernels& kernels, const Samples& samples, const R
   const Live rows = samples.of(samples.dropped);
   const Tensor scratch = empty({tile_size(kMostRows, channels)}, Number::kFloat32, like);
   float* tile = mutable_data<float>(scratch);
-  for (int64_t first = 0; first < samples.dead_rows; first += kMostRows) {
-    kernels.copy(from, to, rows, first, std::min(kMostRows, samples.dead_rows - first), channels, tile);
+  for (int64_t first = 0; first < samples.dropped_rows; first += kMostRows) {
+    kernels.copy(from, to, rows, first, std::min(kMostRows, samples.dropped_rows - first), channels, tile);
   }
 }
 
@@ -164,13 +172,13 @@ std::tuple<Tensor, Tensor> adapter_residual_fwd(const Tensor& z, const Tensor& d
   if (save) copy_dropped(kernels, samples, Rows(), p.hidden, width, z);
   if (samples.rows == 0) return {y, hidden};
 
-  const int64_t step = block_of(samples.rows, kMostRows), blocks = ratio_up(samples.rows, step);
+  const int64_t step = rows_of_a_block(samples.rows), blocks = ratio_up(samples.rows, step);
   const Tasks tasks(blocks, samples.rows * channels * width * 2);
   Floats floats;
   const Floats::Part vectors = floats.reserve(vectors_size(p)), down_t = floats.reserve(weight_size(p));
   const Floats::Part up_t = floats.reserve(weight_size(p));
-  const int64_t own = 2 * with_guard(tile_size(kMostRows, width)) + with_guard(tile_size(kMostRows, channels)) +
-                      2 * with_guard(tile_size(kMostRows, kMostColumns)) + with_guard(kMostRows);
+  const int64_t own = own_tiles(p, p.z, samples, 1) + 2 * with_guard(tile_size(kMostRows, kMostColumns)) +
+                      with_guard(kMostRows);
   const Floats::Part scratch = floats.reserve(tasks.count * own);
   floats.allocate(z);
   p.vectors = floats[vectors];
@@ -226,34 +234,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
     p.z = const_rows(*z);
   }
 
-  const int64_t step = block_of(samples.rows, kMostRows), blocks = ratio_up(samples.rows, step);
+  const int64_t step = rows_of_a_block(samples.rows), blocks = ratio_up(samples.rows, step);
   const int64_t work = samples.rows * channels * width * 2;
   const Tasks rows_tasks(blocks, work);
   // Few panels of many rows: parts of the rows give every thread its share.
   const int64_t panels = ratio_up(channels, kernels.panel);
   const int64_t parts = std::clamp<int64_t>(std::min(32 / panels, samples.rows / 1024), 1, 32);
   const Tasks sums_tasks(parts * panels, work);
-  p.pitch = rounded_up(width, 16) + 16;
-  Floats floats;
-  const Floats::Part vectors = floats.reserve(vectors_size(p)), gated_up = floats.reserve(weight_size(p));
-  const Floats::Part plain_down = floats.reserve(weight_size(p), need_dz);
-  const Floats::Part down_t = floats.reserve(weight_size(p), !hidden);
-  const Floats::Part dh = floats.reserve(samples.rows * p.pitch, need_down);
-  const Floats::Part activated = floats.reserve(samples.rows * p.pitch, need_up);
+  p.pitch = rounded_up(width, 16);
+  // Dropout's mask takes longer to draw again than a to read.
+  const bool again = hidden && !seed;
+  const int64_t weights = weight_size(p) * (1 + need_dz + !hidden);
   const int64_t part_size = (2 * width + 2) * rounded_up(channels, kMostPanel) + rounded_up(width, kMostPanel);
-  const Floats::Part sums = floats.reserve(parts * part_size, need_down || need_up);
-  const int64_t own_rows = 3 * with_guard(tile_size(kMostRows, width)) + 2 * with_guard(tile_size(kMostRows, channels)) +
+  const bool sums_wanted = need_down || need_up;
+  Floats floats;
+  const Floats::Part vectors = floats.reserve(vectors_size(p));
+  // The sums come after the last product with a weight, and lie where the weights did.
+  const Floats::Part weights_then_sums = floats.reserve(std::max(weights, sums_wanted ? parts * part_size : 0));
+  const Floats::Part dh = floats.reserve(samples.rows * p.pitch, need_down);
+  const Floats::Part activated = floats.reserve(samples.rows * p.pitch, need_up && !again);
+  const int64_t height = std::min(width, kMostHeight);
+  const int64_t own_rows = own_tiles(p, p.dy, samples, need_down ? 1 : 2) + (hidden ? 0 : copied(p, p.z, samples)) +
                            with_guard(tile_size(kMostRows, kMostColumns)) + with_guard(kMostRows);
   const int64_t own_sums = 2 * with_guard(tile_size(kChunk, kSumsColumns)) + 2 * with_guard(kSumsColumns) +
-                           with_guard(kChunk) + 2 * with_guard(kChunk * (std::min(width, kMostHeight) + kMostPanel));
+                           with_guard(kChunk) + 2 * with_guard(kChunk * (height + kMostPackedRows)) +
+                           (again ? with_guard(tile_size(kChunk, height)) : 0);
   const int64_t own_finish = with_guard(width * kMostPanel) + 2 * with_guard(kMostPanel);
   const int64_t own = std::max({own_rows, own_sums, own_finish});
   const Floats::Part scratch = floats.reserve(std::max(rows_tasks.count, sums_tasks.count) * own);
   floats.allocate(dy);
   p.vectors = floats[vectors];
-  p.gated_up = floats[gated_up];
-  p.plain_down = floats[plain_down];
-  p.down_t = floats[down_t];
+  float* weight = floats[weights_then_sums];
+  for (float** packed : {&p.gated_up, need_dz ? &p.plain_down : nullptr, hidden ? nullptr : &p.down_t}) {
+    if (!packed) continue;
+    *packed = weight;
+    weight += weight_size(p);
+  }
   p.dh = floats[dh];
   p.activated = floats[activated];
   float* const each = floats[scratch];
@@ -276,7 +292,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   s.pitch = p.pitch;
   s.rows = samples.rows;
   s.parts = parts;
-  s.sums = floats[sums];
+  s.sums = floats[weights_then_sums];
+  if (again) s.hidden = p.hidden;
   if (need_down && z) s.d_down = mutable_rows(d_down);
   // Without z the gradient of d alone is wanted.
   if (need_down && !z) torch::stable::zero_(d_down);

