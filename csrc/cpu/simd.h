@@ -24,7 +24,7 @@ namespace {
 
 // A turn of the innermost loop of a product holds kRows x kVectors vectors in registers.
 #if defined(PYFUSED_LANES)
-constexpr int kLanes = PYFUSED_LANES, kRows = 6, kVectors = 32 / kLanes;
+constexpr int kLanes = PYFUSED_LANES, kRows = 6, kVectors = 4;
 #elif defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 6, kVectors = 4;
 #elif defined(__AVX2__)
