@@ -71,6 +71,8 @@ def _cpu_refusal() -> str | None:
         load_cpu(path)
     except OSError as error:
         return f"its compiled kernels (pyfused._cpu) do not load: {error.__cause__ or error}"
+    except AttributeError:
+        return "its compiled kernels (pyfused._cpu) are of another version: they have to be built again"
     return None
 
 
@@ -79,12 +81,14 @@ def load_cpu(path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: it cannot be loaded.
+        AttributeError: it is of another version of pyfused.
     """
     global CPU_LIBRARY
     torch.ops.load_library(os.fspath(path))
-    CPU_LIBRARY = ctypes.CDLL(os.fspath(path))
-    for function in (CPU_LIBRARY.pyfused_cpu_instruction_set, CPU_LIBRARY.pyfused_cpu_build_info):
+    library = ctypes.CDLL(os.fspath(path))
+    for function in (library.pyfused_cpu_instruction_set, library.pyfused_cpu_build_info):
         function.restype = ctypes.c_char_p
+    CPU_LIBRARY = library
 
 
 def cpu_instruction_set() -> str:

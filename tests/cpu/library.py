@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
@@ -43,7 +42,7 @@ def build(folder: Path, sets: Mapping[str, Sequence[str]] | None = None, more: S
             rules = super().rules()
             return rules | {"link": [*rules["link"], *more]}
 
-    with contextlib.chdir(ROOT) if sys.version_info >= (3, 11) else _in(ROOT):
+    with _in(ROOT):
         made_by["build"](Toolchain.find(), Toolchain.sources(), folder / "pyfused" / "_cpu.so")
     return folder / "pyfused" / "_cpu.so"
 
