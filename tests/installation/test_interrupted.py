@@ -188,7 +188,8 @@ def checkout(tmp_path) -> Path:
 def _start_build(checkout: Path, **variables: str) -> subprocess.Popen:
     """In a process group of its own, numbered as the process."""
     variables = {
-        "CUDA_HOME": str(checkout), "PYFUSED_CUDA": "1", "PYFUSED_CUDA_ARCHS": "80", "MAX_JOBS": "2", **variables,
+        "CUDA_HOME": str(checkout), "PYFUSED_CUDA": "1", "PYFUSED_CPU": "0", "PYFUSED_CUDA_ARCHS": "80",
+        "MAX_JOBS": "2", **variables,
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=checkout, env=os.environ | variables,
