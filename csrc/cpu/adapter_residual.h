@@ -67,9 +67,9 @@ struct AdapterSums : Adapter {
 };
 
 /// The most rows of a block, channels of a panel, and channels whose products are finished together.
-constexpr int64_t kMostRows = 48, kMostPanel = 64, kMostColumns = 256;
+constexpr int64_t kMostRows = 96, kMostPanel = 64, kMostColumns = 256;
 /// Sums are made of as many rows at a time, times columns of the middle and channels: tiles that stay in a cache of 512 KB.
-constexpr int64_t kChunk = 64, kMostHeight = 256, kSumsColumns = 128;
+constexpr int64_t kChunk = 128, kMostHeight = 256, kSumsColumns = 128;
 
 /// Rows that are packed side by side, at most; the last of them may be empty.
 constexpr int64_t kMostPackedRows = 16;
