@@ -140,7 +140,7 @@ void copy_dropped(const AdapterKernels& kernels, const Samples& samples, const R
                   int64_t channels, const Tensor& like) {
   if (samples.dropped.empty()) return;
   const Live rows = samples.of(samples.dropped);
-  const Tensor scratch = empty({tile_size(kMostRows, channels)}, Number::kFloat32, like);
+  const Tensor scratch = empty({with_guard(tile_size(kMostRows, channels))}, Number::kFloat32, like);
   float* tile = mutable_data<float>(scratch);
   for (int64_t first = 0; first < samples.dropped_rows; first += kMostRows) {
     kernels.copy(from, to, rows, first, std::min(kMostRows, samples.dropped_rows - first), channels, tile);
@@ -274,14 +274,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   p.activated = floats[activated];
   float* const each = floats[scratch];
   kernels.prepare(p);
-  pack(kernels, p, kernels.pack_backward);
-  if (!hidden) pack(kernels, p, kernels.pack_forward);
-  rows_tasks.run([&](int64_t begin, int64_t end, int64_t task) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * step;
-      kernels.backward_rows(p, first, std::min(step, samples.rows - first), each + task * own);
-    }
-  });
+  // Sums with a alone, which is made again there, have no use for dh.
+  if (need_dz || need_down || !again) {
+    pack(kernels, p, kernels.pack_backward);
+    if (!hidden) pack(kernels, p, kernels.pack_forward);
+    rows_tasks.run([&](int64_t begin, int64_t end, int64_t task) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * step;
+        kernels.backward_rows(p, first, std::min(step, samples.rows - first), each + task * own);
+      }
+    });
+  }
   if (!need_down && !need_up) return {dz, d_down, d_down_bias, d_up, d_up_bias, d_gamma};
 
   AdapterSums s{static_cast<const Adapter&>(p)};
