@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 from tree import ROOT
 
@@ -26,14 +27,7 @@ print(json.dumps([backends.cpu_build_info(), y.isfinite().all().item()]))
 """
 
 
-def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
-    environment["PYFUSED_CUDA"] = "0"
-    done = subprocess.run(
-        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+run = functools.partial(processes.run, PYFUSED_CUDA="0")
 
 
 @pytest.fixture(scope="module")

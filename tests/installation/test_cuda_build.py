@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -214,16 +215,8 @@ def test_fake_tensors_pass_through(operator, monkeypatch):
     assert fake_step(operator, "cuda") == fake_step(operator, "portable")
 
 
-def run(*command: str | Path, cwd: Path, fails: bool = False, **variables: str) -> str:
-    """Standard output and error of a command that must succeed, or fail."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "PYFUSED"))}
-    # test_cpu_build.py has the kernels for CPUs.
-    environment["PYFUSED_CPU"] = "0"
-    done = subprocess.run(
-        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+# test_cpu_build.py has the kernels for CPUs.
+run = functools.partial(processes.run, PYFUSED_CPU="0")
 
 
 @pytest.fixture(scope="module")
