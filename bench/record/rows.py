@@ -23,6 +23,7 @@ import torch
 import pyfused
 from pyfused import files
 from pyfused.bench import ROOT
+from pyfused.choice import order
 
 
 @dataclass
@@ -161,11 +162,7 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        model = None
-    return model.group(1) if model else f"{platform.system()} {platform.machine()}"
+    return order.cpu_model()
 
 
 def default_output() -> Path:

@@ -146,7 +146,7 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 # A constant to traced code; see `_choices`.
@@ -154,13 +154,17 @@ vars(_cpu_name)["_dynamo_marked_constant"] = True
 
 
 @functools.cache
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, and the vectors that torch uses there: one name may stand for several generations."""
+    name = platform.processor() or platform.machine() or "CPU"
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             field, _, value = line.partition(":")
             if field.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine() or "CPU"
+                name = value.strip()
+                break
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return name if vectors in ("DEFAULT", "NO AVX") else f"{name} ({vectors})"
 
 
 def told_row(row: measured.Row) -> str:

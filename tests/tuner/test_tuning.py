@@ -530,6 +530,6 @@ def test_rows_of_other_devices_are_not_taken(timed, monkeypatch):
     model, given = tuned.Towers(), tuned.inputs()
     timed(**FASTER)
     pyfused.tune(model, *given)
-    monkeypatch.setattr(order, "_cpu_model", lambda: "another CPU")
+    monkeypatch.setattr(order, "cpu_model", lambda: "another CPU")
     measured.changed()
     assert tuned.plans(model, *given) == ["absorbed", "absorbed"]
