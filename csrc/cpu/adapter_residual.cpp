@@ -83,11 +83,31 @@ struct Samples {
   }
 };
 
-/// Rows of a block: fewer where else some thread would have none.
-int64_t rows_of_a_block(int64_t rows) {
-  const int64_t share = ratio_up(rows, torch::stable::get_num_threads());
-  return std::clamp<int64_t>(rounded_up(share, 6), 6, kMostRows);
-}
+/// Work on rows, the same share for each thread.
+class RowTasks : public Tasks {
+ public:
+  /// `work`: multiplications of all rows.
+  RowTasks(int64_t rows, int64_t work) : Tasks(ratio_up(rows, kUnit), work), rows_(rows) {}
+
+  /// Calls body(first, count, task) for every block, of kMostRows at the most.
+  template <class Body>
+  void run(const Body& body) const {
+    Tasks::run([&](int64_t begin, int64_t end, int64_t task) {
+      const int64_t mine = end - begin, blocks = ratio_up(mine * kUnit, kMostRows);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = kUnit * (begin + mine * block / blocks);
+        const int64_t last = std::min(rows_, kUnit * (begin + mine * (block + 1) / blocks));
+        body(first, last - first, task);
+      }
+    });
+  }
+
+ private:
+  // Whole vectors of rows.
+  static constexpr int64_t kUnit = 16;
+  static_assert(kMostRows % kUnit == 0);
+  int64_t rows_;
+};
 
 Adapter adapter_of(const Tensor& like, const Tensor& down, const OptionalTensor& down_bias, const Tensor& up,
                    const OptionalTensor& up_bias, const OptionalTensor& gamma, const OptionalTensor& scale,
@@ -117,15 +137,24 @@ int64_t vectors_size(const Adapter& p) {
 int64_t weight_size(const Adapter& p) { return rounded_up(p.width, kMostPanel) * rounded_up(p.channels, kMostPanel); }
 int64_t tile_size(int64_t rows, int64_t columns) { return rows * (rounded_up(columns, 16) + 16); }
 
-/// Floats of a tile of x's rows, where the kernels cannot read them in place.
-int64_t copied(const Adapter& p, const Rows& x, const Samples& samples) {
-  const bool in_place = readable_in_place(x) && samples.live.size() == 1;
-  return in_place ? 0 : with_guard(tile_size(kMostRows, p.channels));
+/// Floats of a tile of rows with so many columns of the tensors.
+int64_t block_size(const Adapter& p, int64_t columns) {
+  return with_guard(p.turned ? tile_size(columns, kMostRows) : tile_size(kMostRows, columns));
 }
 
-/// Floats of the tiles that a block of rows takes: of x's rows, `middles` of the middle, and dropout's factors.
-int64_t own_tiles(const Adapter& p, const Rows& x, const Samples& samples, int64_t middles) {
-  return copied(p, x, samples) + (middles + (p.dropout.seed != nullptr)) * with_guard(tile_size(kMostRows, p.width));
+/// Floats of a tile of x's rows, where the kernels cannot read them in place.
+int64_t copied(const Adapter& p, const Rows& x, const Samples& samples) {
+  const bool in_place = readable_in_place(x, p.turned) && samples.live.size() == 1;
+  return in_place ? 0 : block_size(p, p.channels);
+}
+
+/// Floats that a block of rows takes: x's rows, `middles` of the middle and dropout's factors, `columns` tiles of what
+/// is finished together, and the samples' factors.
+int64_t own_tiles(const Adapter& p, const Rows& x, const Samples& samples, int64_t middles, int64_t columns) {
+  middles += p.dropout.seed != nullptr;
+  return copied(p, x, samples) + middles * with_guard(tile_size(kMostRows, p.width)) +
+         columns * block_size(p, p.turned ? kMostPanel : kMostColumns) +
+         p.turned * with_guard(tile_size(p.width, kMostRows)) + with_guard(kMostRows);
 }
 
 void pack(const AdapterKernels& kernels, const Adapter& p, void (*part)(const Adapter&, int64_t)) {
@@ -167,18 +196,17 @@ std::tuple<Tensor, Tensor> adapter_residual_fwd(const Tensor& z, const Tensor& d
   p.z = const_rows(z);
   p.residual = residual ? const_rows(*residual) : p.z;
   p.y = mutable_rows(y);
+  p.turned = by_positions(p.z) && by_positions(p.residual) && by_positions(p.y);
   if (save) p.hidden = by_rows(mutable_rows(hidden), length);
   copy_dropped(kernels, samples, p.residual, p.y, channels, z);
   if (save) copy_dropped(kernels, samples, Rows(), p.hidden, width, z);
   if (samples.rows == 0) return {y, hidden};
 
-  const int64_t step = rows_of_a_block(samples.rows), blocks = ratio_up(samples.rows, step);
-  const Tasks tasks(blocks, samples.rows * channels * width * 2);
+  const RowTasks tasks(samples.rows, samples.rows * channels * width * 2);
   Floats floats;
   const Floats::Part vectors = floats.reserve(vectors_size(p)), down_t = floats.reserve(weight_size(p));
   const Floats::Part up_t = floats.reserve(weight_size(p));
-  const int64_t own = own_tiles(p, p.z, samples, 1) + 2 * with_guard(tile_size(kMostRows, kMostColumns)) +
-                      with_guard(kMostRows);
+  const int64_t own = own_tiles(p, p.z, samples, 1, 2);
   const Floats::Part scratch = floats.reserve(tasks.count * own);
   floats.allocate(z);
   p.vectors = floats[vectors];
@@ -187,12 +215,8 @@ std::tuple<Tensor, Tensor> adapter_residual_fwd(const Tensor& z, const Tensor& d
   float* const each = floats[scratch];
   kernels.prepare(p);
   pack(kernels, p, kernels.pack_forward);
-  tasks.run([&](int64_t begin, int64_t end, int64_t task) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * step;
-      kernels.forward(p, first, std::min(step, samples.rows - first), each + task * own);
-    }
-  });
+  tasks.run(
+      [&](int64_t first, int64_t count, int64_t task) { kernels.forward(p, first, count, each + task * own); });
   return {y, hidden};
 }
 
@@ -233,10 +257,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   } else {
     p.z = const_rows(*z);
   }
+  const bool turned_z = !z || by_positions(const_rows(*z));
+  p.turned = by_positions(p.dy) && (!need_dz || by_positions(p.dz)) && (hidden || turned_z);
 
-  const int64_t step = rows_of_a_block(samples.rows), blocks = ratio_up(samples.rows, step);
   const int64_t work = samples.rows * channels * width * 2;
-  const Tasks rows_tasks(blocks, work);
+  const RowTasks rows_tasks(samples.rows, work);
   // Few panels of many rows: parts of the rows give every thread its share.
   const int64_t panels = ratio_up(channels, kernels.panel);
   const int64_t parts = std::clamp<int64_t>(std::min(32 / panels, samples.rows / 1024), 1, 32);
@@ -245,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   // Dropout's mask takes longer to draw again than a to read.
   const bool again = hidden && !seed;
   const int64_t weights = weight_size(p) * (1 + need_dz + !hidden);
-  const int64_t part_size = (2 * width + 2) * rounded_up(channels, kMostPanel) + rounded_up(width, kMostPanel);
+  const int64_t part_size = (2 * p.pitch + 2) * rounded_up(channels, kMostPanel) + rounded_up(width, kMostPanel);
   const bool sums_wanted = need_down || need_up;
   Floats floats;
   const Floats::Part vectors = floats.reserve(vectors_size(p));
@@ -254,12 +279,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   const Floats::Part dh = floats.reserve(samples.rows * p.pitch, need_down);
   const Floats::Part activated = floats.reserve(samples.rows * p.pitch, need_up && !again);
   const int64_t height = std::min(width, kMostHeight);
-  const int64_t own_rows = own_tiles(p, p.dy, samples, need_down ? 1 : 2) + (hidden ? 0 : copied(p, p.z, samples)) +
-                           with_guard(tile_size(kMostRows, kMostColumns)) + with_guard(kMostRows);
+  const int64_t own_rows = own_tiles(p, p.dy, samples, need_down ? 1 : 2, 1) + (hidden ? 0 : copied(p, p.z, samples));
   const int64_t own_sums = 2 * with_guard(tile_size(kChunk, kSumsColumns)) + 2 * with_guard(kSumsColumns) +
                            with_guard(kChunk) + 2 * with_guard(kChunk * (height + kMostPackedRows)) +
                            (again ? with_guard(tile_size(kChunk, height)) : 0);
-  const int64_t own_finish = with_guard(width * kMostPanel) + 2 * with_guard(kMostPanel);
+  const int64_t own_finish = 2 * with_guard(width * kMostPanel) + 2 * with_guard(kMostPanel);
   const int64_t own = std::max({own_rows, own_sums, own_finish});
   const Floats::Part scratch = floats.reserve(std::max(rows_tasks.count, sums_tasks.count) * own);
   floats.allocate(dy);
@@ -278,11 +302,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   if (need_dz || need_down || !again) {
     pack(kernels, p, kernels.pack_backward);
     if (!hidden) pack(kernels, p, kernels.pack_forward);
-    rows_tasks.run([&](int64_t begin, int64_t end, int64_t task) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * step;
-        kernels.backward_rows(p, first, std::min(step, samples.rows - first), each + task * own);
-      }
+    rows_tasks.run([&](int64_t first, int64_t count, int64_t task) {
+      kernels.backward_rows(p, first, count, each + task * own);
     });
   }
   if (!need_down && !need_up) return {dz, d_down, d_down_bias, d_up, d_up_bias, d_gamma};
@@ -290,6 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_residual_bwd(
   AdapterSums s{static_cast<const Adapter&>(p)};
   s.z = z && (need_down || skip != 0.0) ? const_rows(*z) : Rows();
   s.dy = p.dy;
+  s.turned = by_positions(s.dy) && turned_z;
   s.dh = p.dh;
   s.activated = p.activated;
   s.pitch = p.pitch;

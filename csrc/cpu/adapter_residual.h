@@ -35,6 +35,7 @@ struct Adapter {
   Activation activation;
   Dropout dropout;
   Number number;
+  bool turned;  // tiles of z, y and their gradients are: positions lie together in all of them
   // What `prepare` makes of the vectors, of `padded` sizes: d, then gamma u, skip gamma, gamma and u.
   float* vectors;
   // What `pack` makes of the weights: D^T (C, width) and (gamma U)^T (width, C) for products of z, gamma U (C, width) and
@@ -55,10 +56,11 @@ struct AdapterBackwardRows : Adapter {
 };
 
 /// Sums over rows. They are made in `parts` of the rows, each of which has `sums`: for every panel of channels dh^T z,
-/// then (k a)^T dy, then sum k dy and sum k dy z; and behind the last part sum dh for each part.
+/// then (k a)^T dy, of turned tiles their transposes, then sum k dy and sum k dy z; and behind the last part sum dh for
+/// each part.
 struct AdapterSums : Adapter {
   Rows dy, hidden;
-  const float *dh, *activated;  // without activated k a is made from hidden
+  float *dh, *activated;  // read alone; without activated k a is made from hidden
   int64_t pitch, rows, parts;
   float* sums;
   Rows d_down, d_up;  // (width, C) and (C, width); data null: not wanted
@@ -74,9 +76,14 @@ constexpr int64_t kChunk = 128, kMostHeight = 256, kSumsColumns = 128;
 /// Rows that are packed side by side, at most; the last of them may be empty.
 constexpr int64_t kMostPackedRows = 16;
 
-/// Whether products can read rows where they lie. Those whole pages apart would meet in one set of a cache.
-static inline bool readable_in_place(const Rows& x) {
-  return x.number == Number::kFloat32 && x.stride_c == 1 && x.stride_l % 1024 != 0;
+/// Whether positions lie together, and channels do not.
+static inline bool by_positions(const Rows& x) { return x.stride_l == 1 && x.stride_c != 1; }
+
+/// Whether products can read rows, or turned ones channels, where they lie. Those whole pages apart would meet in one
+/// set of a cache.
+static inline bool readable_in_place(const Rows& x, bool turned) {
+  const int64_t inner = turned ? x.stride_l : x.stride_c, outer = turned ? x.stride_c : x.stride_l;
+  return x.number == Number::kFloat32 && inner == 1 && outer % 1024 != 0;
 }
 
 /// Functions of one instruction set.

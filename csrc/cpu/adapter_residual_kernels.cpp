@@ -34,13 +34,6 @@ Vectors vectors_of(const Adapter& p) {
   return {first, first + width, first + width + channels, first + width + 2 * channels, first + width + 3 * channels};
 }
 
-Rows transposed(Rows x) {
-  const int64_t stride = x.stride_l;
-  x.stride_l = x.stride_c;
-  x.stride_c = stride;
-  return x;
-}
-
 /// A tile as a 16-bit type holds it.
 void round_tile(Number number, int64_t rows, int64_t columns, Tile tile) {
   with_number(number, [&](auto constant) INLINE_LAMBDA {
@@ -105,17 +98,25 @@ void pack_backward(const Adapter& p, int64_t panel) {
   if (p.plain_down) pack_panel(p.down, p.number, p.width, p.channels, panel, nullptr, nullptr, p.plain_down);
 }
 
+/// Rows of a tile of the tensors, turned or not, as a product reads them from the left.
+template <bool kTurned>
+INLINE Left rows_of_tile(Tile tile) {
+  return kTurned ? Left{tile.data, 1, tile.pitch, kRows, kMostRows} : rows_of(tile.data, tile.pitch);
+}
+
 /// out (rows, columns `begin` to `end` of the matrix) = left times a packed matrix (depth, columns).
 ///
 /// Every panel meets a part of the depth before the next part comes: those columns of `left` stay in a cache.
-void multiply(int64_t rows, Tile left, const float* packed, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+void multiply(int64_t rows, Left left, const float* packed, int64_t depth, int64_t columns, int64_t begin, int64_t end,
               Tile out) {
-  for (int64_t start = 0; start < depth; start += kChain)
+  for (int64_t start = 0; start < depth; start += kChain) {
     for (int64_t column = begin; column < end; column += kPanel) {
       const int64_t some = least(kPanel, columns - column), pitch = rounded_up(some, kLanes);
-      product(rows, some, least(kChain, depth - start), rows_of(left.data + start, left.pitch),
-              packed + column * depth + start * pitch, pitch, out.data + column - begin, out.pitch, start > 0);
+      product(rows, some, least(kChain, depth - start), left, packed + column * depth + start * pitch, pitch,
+              out.data + column - begin, out.pitch, start > 0);
     }
+    left.data += kChain * left.step;
+  }
 }
 
 /// Factors k of the samples that these rows belong to.
@@ -143,20 +144,24 @@ Tile mask_of(const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
   return mask;
 }
 
-/// A tile from one of its columns on.
-INLINE Tile columns_of(Tile tile, int64_t column) { return {tile.data + column, tile.pitch}; }
+/// Room for `rows` rows of `columns` channels.
+template <bool kTurned>
+INLINE Tile tile_for(int64_t rows, int64_t columns, Scratch& scratch) {
+  return kTurned ? scratch.tile(columns, rows) : scratch.tile(rows, columns);
+}
 
 /// These rows, where they lie or else in a tile of their own.
+template <bool kTurned>
 Tile block_of(const Rows& x, const Adapter& p, int64_t first, int64_t count, Scratch& scratch) {
-  Tile tile = in_place(x, p.live, first, count);
-  if (tile.data && readable_in_place(x)) return tile;
-  tile = scratch.tile(kMostRows, p.channels);
-  load_tile(x, p.live, first, count, 0, p.channels, tile);
+  Tile tile = in_place<kTurned>(x, p.live, first, count);
+  if (tile.data && readable_in_place(x, kTurned)) return tile;
+  tile = tile_for<kTurned>(kMostRows, p.channels, scratch);
+  load_tile<kTurned>(x, p.live, first, count, 0, p.channels, tile);
   return tile;
 }
 
 /// h before the activation: z D^T + d.
-void load_hidden(const Adapter& p, const Vectors& v, int64_t count, Tile z, Tile h) {
+void load_hidden(const Adapter& p, const Vectors& v, int64_t count, Left z, Tile h) {
   multiply(count, z, p.down_t, p.channels, p.width, 0, p.width, h);
   for (int64_t r = 0; r < count; ++r)
     for (int64_t c = 0; c < p.width; c += kLanes) {
@@ -177,101 +182,145 @@ void copy(const Rows& from, const Rows& to, const Live& live, int64_t first, int
   store_tile(to, live, first, count, 0, columns, tile);
 }
 
-/// Products of a block with a packed matrix (width, channels), some channels at a time, so that what is done with them
-/// goes through long pieces of rows: end(channel, channels).
-template <class End>
-INLINE void for_channels(const Adapter& p, int64_t count, Tile left, const float* packed, Tile tile, End&& end) {
-  for (int64_t first = 0; first < p.channels; first += kMostColumns) {
-    const int64_t columns = least(kMostColumns, p.channels - first);
-    multiply(count, left, packed, p.width, p.channels, first, first + columns, tile);
-    end(first, columns);
+/// Channels of a block whose products are finished together: long pieces of rows, or a panel of turned ones.
+template <bool kTurned>
+constexpr int64_t kFinished = kTurned ? kPanel : kMostColumns;
+
+/// Products of a block (rows, width) with a packed matrix (width, channels), some channels at a time:
+/// end(channel, channels, tile). A tile of channels is turned where the tensors are, its left factor too.
+template <bool kTurned, class End>
+INLINE void for_channels(const Adapter& p, int64_t count, Tile left, const float* packed, Scratch& scratch, End&& end) {
+  const Tile tile = tile_for<kTurned>(kMostRows, kFinished<kTurned>, scratch);
+  Tile turned{};
+  if constexpr (kTurned) {
+    turned = scratch.tile(p.width, kMostRows);
+    turn(count, p.width, left, turned);
+  }
+  for (int64_t first = 0; first < p.channels; first += kFinished<kTurned>) {
+    const int64_t columns = least(kFinished<kTurned>, p.channels - first);
+    if constexpr (kTurned) {
+      const Left channels{packed + first * p.width, 1, rounded_up(columns, kLanes), kRows, 0};
+      for (int64_t r = 0; r < count; r += kPanel) {
+        product(columns, least(kPanel, count - r), p.width, channels, turned.data + r, turned.pitch, tile.data + r,
+                tile.pitch, false);
+      }
+    } else {
+      multiply(count, rows_of(left.data, left.pitch), packed, p.width, p.channels, first, first + columns, tile);
+    }
+    end(first, columns, tile);
   }
 }
 
-/// Calls body(row, column, columns) for every vector of a tile, the last of which may have fewer columns than lanes.
-template <class Body>
-INLINE void for_vectors(int64_t count, int64_t columns, Body&& body) {
+/// Of a tile's element (r, c) and the vector that begins there: what is given for each channel, or each row of the
+/// tensors, and all of them: body(row of the tile, column, columns).
+template <bool kTurned>
+INLINE Vec of_channels(const float* channels, int64_t r, int64_t c) {
+  return kTurned ? splat(channels[r]) : load(channels + c);
+}
+template <bool kTurned>
+INLINE Vec of_rows(const float* rows, int64_t r, int64_t c) {
+  return kTurned ? load(rows + c) : splat(rows[r]);
+}
+template <bool kTurned, class Body>
+INLINE void for_vectors(int64_t count, int64_t channels, Body&& body) {
+  const int64_t rows = kTurned ? channels : count, columns = kTurned ? count : channels;
   const int64_t wholes = columns / kLanes * kLanes;
-  for (int64_t r = 0; r < count; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < wholes; c += kLanes) body(r, c, int64_t{kLanes});
     if (wholes < columns) body(r, wholes, columns - wholes);
   }
 }
 
-void forward(const AdapterForward& p, int64_t first, int64_t count, float* memory) {
+INLINE float* element(Tile tile, int64_t r, int64_t c) { return tile.data + r * tile.pitch + c; }
+
+template <bool kTurned>
+void forward_block(const AdapterForward& p, int64_t first, int64_t count, float* memory) {
+  constexpr Number kFloat32 = Number::kFloat32;
   Scratch scratch{memory};
   const Vectors v = vectors_of(p);
   const Tile a = scratch.tile(kMostRows, p.width), mask = mask_of(p, first, count, scratch);
-  const Tile tile = scratch.tile(kMostRows, kMostColumns), other = scratch.tile(kMostRows, kMostColumns);
   float* k = scratch.take(kMostRows);
-  const Tile z = block_of(p.z, p, first, count, scratch);
-  load_hidden(p, v, count, z, a);
+  const Tile z = block_of<kTurned>(p.z, p, first, count, scratch);
+  load_hidden(p, v, count, rows_of_tile<kTurned>(z), a);
   if (p.hidden.data) store_tile(p.hidden, p.live, first, count, 0, p.width, a);
   activate(p.activation, count, p.width, a, nullptr, a);
   if (mask.data) {
-    for_vectors(count, p.width, [&](int64_t r, int64_t c, int64_t) INLINE_LAMBDA {
-      float* there = a.data + r * a.pitch + c;
-      store(there, load(there) * load(mask.data + r * mask.pitch + c));
+    for_vectors<false>(count, p.width, [&](int64_t r, int64_t c, int64_t) INLINE_LAMBDA {
+      store(element(a, r, c), load(element(a, r, c)) * load(element(mask, r, c)));
     });
   }
   load_scales(p, first, count, k);
-  const Tile residual = in_place(p.residual, p.live, first, count), y = in_place(p.y, p.live, first, count);
-  for_channels(p, count, a, p.up_t, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
-    const Tile plus = residual.data ? columns_of(residual, column) : other;
-    const Tile out = y.data ? columns_of(y, column) : tile;
-    if (!residual.data) load_tile(p.residual, p.live, first, count, column, columns, plus);
-    for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
-      Vec branch = load(tile.data + r * tile.pitch + c) + load(v.up_bias + column + c);
-      branch += load(v.gate + column + c) * load_some<Number::kFloat32>(z.data + r * z.pitch + column + c, some);
-      const Vec from = load_some<Number::kFloat32>(plus.data + r * plus.pitch + c, some);
-      store_some<Number::kFloat32>(out.data + r * out.pitch + c, from + splat(k[r]) * branch, some);
+  const Tile other = tile_for<kTurned>(kMostRows, kFinished<kTurned>, scratch);
+  const Tile residual = in_place<kTurned>(p.residual, p.live, first, count);
+  const Tile y = in_place<kTurned>(p.y, p.live, first, count);
+  for_channels<kTurned>(p, count, a, p.up_t, scratch, [&](int64_t column, int64_t columns, Tile tile) INLINE_LAMBDA {
+    const Tile plus = residual.data ? from_column<kTurned>(residual, column) : other;
+    const Tile out = y.data ? from_column<kTurned>(y, column) : tile, skipped = from_column<kTurned>(z, column);
+    if (!residual.data) load_tile<kTurned>(p.residual, p.live, first, count, column, columns, plus);
+    const float *bias = v.up_bias + column, *gate = v.gate + column;
+    for_vectors<kTurned>(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
+      Vec branch = load(element(tile, r, c)) + of_channels<kTurned>(bias, r, c);
+      branch += of_channels<kTurned>(gate, r, c) * load_some<kFloat32>(element(skipped, r, c), some);
+      const Vec from = load_some<kFloat32>(element(plus, r, c), some);
+      store_some<kFloat32>(element(out, r, c), from + of_rows<kTurned>(k, r, c) * branch, some);
     });
-    if (!y.data) store_tile(p.y, p.live, first, count, column, columns, tile);
+    if (!y.data) store_tile<kTurned>(p.y, p.live, first, count, column, columns, tile);
   });
 }
 
-void backward_rows(const AdapterBackwardRows& p, int64_t first, int64_t count, float* memory) {
+void forward(const AdapterForward& p, int64_t first, int64_t count, float* memory) {
+  p.turned ? forward_block<true>(p, first, count, memory) : forward_block<false>(p, first, count, memory);
+}
+
+template <bool kTurned>
+void backward_block(const AdapterBackwardRows& p, int64_t first, int64_t count, float* memory) {
+  constexpr Number kFloat32 = Number::kFloat32;
   Scratch scratch{memory};
   const Vectors v = vectors_of(p);
-  const Tile tile = scratch.tile(kMostRows, kMostColumns), h = scratch.tile(kMostRows, p.width);
-  const Tile mask = mask_of(p, first, count, scratch);
+  const Tile h = scratch.tile(kMostRows, p.width), mask = mask_of(p, first, count, scratch);
   float* k = scratch.take(kMostRows);
   // Sums over all rows read them later, dz now.
   const Tile dh = p.dh ? Tile{p.dh + first * p.pitch, p.pitch} : scratch.tile(kMostRows, p.width);
   const Tile a = p.activated ? Tile{p.activated + first * p.pitch, p.pitch} : Tile{};
-  const Tile dy = block_of(p.dy, p, first, count, scratch);
+  const Tile dy = block_of<kTurned>(p.dy, p, first, count, scratch);
   load_scales(p, first, count, k);
-  multiply(count, dy, p.gated_up, p.channels, p.width, 0, p.width, dh);
+  multiply(count, rows_of_tile<kTurned>(dy), p.gated_up, p.channels, p.width, 0, p.width, dh);
   if (p.hidden.data) {
     load_tile(p.hidden, p.live, first, count, 0, p.width, h);
   } else {
-    load_hidden(p, v, count, block_of(p.z, p, first, count, scratch), h);
+    const Tile z = block_of<kTurned>(p.z, p, first, count, scratch);
+    load_hidden(p, v, count, rows_of_tile<kTurned>(z), h);
   }
   differentiate(p.activation, count, p.width, h, mask, k, dh, a);
   if (!p.dz.data) return;
-  const Tile dz = in_place(p.dz, p.live, first, count);
+  const Tile dz = in_place<kTurned>(p.dz, p.live, first, count);
   const Vec one = splat(p.z_is_residual ? 1.0f : 0.0f);
-  for_channels(p, count, dh, p.plain_down, tile, [&](int64_t column, int64_t columns) INLINE_LAMBDA {
-    const Tile out = dz.data ? columns_of(dz, column) : tile;
-    for_vectors(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
-      const Vec gate = one + splat(k[r]) * load(v.gate + column + c);
-      const Vec from = load_some<Number::kFloat32>(dy.data + r * dy.pitch + column + c, some);
-      store_some<Number::kFloat32>(out.data + r * out.pitch + c, load(tile.data + r * tile.pitch + c) + gate * from,
-                                   some);
+  for_channels<kTurned>(p, count, dh, p.plain_down, scratch, [&](int64_t column, int64_t columns, Tile tile)
+                                                                  INLINE_LAMBDA {
+    const Tile out = dz.data ? from_column<kTurned>(dz, column) : tile, skipped = from_column<kTurned>(dy, column);
+    const float* gate = v.gate + column;
+    for_vectors<kTurned>(count, columns, [&](int64_t r, int64_t c, int64_t some) INLINE_LAMBDA {
+      const Vec factor = one + of_rows<kTurned>(k, r, c) * of_channels<kTurned>(gate, r, c);
+      const Vec from = load_some<kFloat32>(element(skipped, r, c), some);
+      store_some<kFloat32>(element(out, r, c), load(element(tile, r, c)) + factor * from, some);
     });
-    if (!dz.data) store_tile(p.dz, p.live, first, count, column, columns, tile);
+    if (!dz.data) store_tile<kTurned>(p.dz, p.live, first, count, column, columns, tile);
   });
+}
+
+void backward_rows(const AdapterBackwardRows& p, int64_t first, int64_t count, float* memory) {
+  p.turned ? backward_block<true>(p, first, count, memory) : backward_block<false>(p, first, count, memory);
 }
 
 /// Sums of a panel in one part of the rows.
 struct PanelSums {
   float *down, *up, *dy, *dy_z;
 };
-INLINE int64_t sums_of_part(const AdapterSums& p) { return (2 * p.width + 2) * rounded_up(p.channels, kMostPanel); }
+INLINE int64_t sums_of_part(const AdapterSums& p) { return (2 * p.pitch + 2) * rounded_up(p.channels, kMostPanel); }
 INLINE PanelSums sums_of(const AdapterSums& p, int64_t part, int64_t column, int64_t columns) {
-  float* down = p.sums + part * sums_of_part(p) + (2 * p.width + 2) * column;
-  float* up = down + p.width * columns;
-  return {down, up, up + p.width * columns, up + (p.width + 1) * columns};
+  float* down = p.sums + part * sums_of_part(p) + (2 * p.pitch + 2) * column;
+  float* up = down + p.pitch * columns;
+  return {down, up, up + p.pitch * columns, up + (p.pitch + 1) * columns};
 }
 
 INLINE int64_t first_of_part(const AdapterSums& p, int64_t part) {
@@ -297,7 +346,16 @@ void add_channels(int64_t count, int64_t columns, Tile dy, Tile z, const float* 
   }
 }
 
-void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
+/// Rows of the middle, k a, from the first of its columns `top` on.
+Tile activated_of(const AdapterSums& p, int64_t start, int64_t count, int64_t top, int64_t columns, const float* k,
+                  Tile h) {
+  if (p.activated) return {p.activated + start * p.pitch + top, p.pitch};
+  load_tile(p.hidden, p.live, start, count, top, columns, h);
+  activate(p.activation, count, columns, h, k, h);
+  return h;
+}
+
+void add_rows(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
   Scratch scratch{memory};
   const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
   const int64_t from = begin * kPanel, until = least(p.channels, end * kPanel);
@@ -314,15 +372,11 @@ void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, 
     load_scales(p, start, count, k);
     for (int64_t top = 0; top < p.width; top += kMostHeight) {
       const int64_t rows = least(kMostHeight, p.width - top);
-      const int64_t at = start * p.pitch + top;
       Left dh{}, a{};
-      if (p.d_down.data) dh = pack_transposed(p.dh + at, p.pitch, count, rows, packed_dh);
-      if (p.d_up.data && p.activated) {
-        a = pack_transposed(p.activated + at, p.pitch, count, rows, packed_a);
-      } else if (p.d_up.data) {
-        load_tile(p.hidden, p.live, start, count, top, rows, h);
-        activate(p.activation, count, rows, h, k, h);
-        a = pack_transposed(h.data, h.pitch, count, rows, packed_a);
+      if (p.d_down.data) dh = pack_transposed(p.dh + start * p.pitch + top, p.pitch, count, rows, packed_dh);
+      if (p.d_up.data) {
+        const Tile middle = activated_of(p, start, count, top, rows, k, h);
+        a = pack_transposed(middle.data, middle.pitch, count, rows, packed_a);
       }
       for (int64_t column = from; column < until; column += kSumsColumns) {
         const int64_t columns = least(kSumsColumns, until - column);
@@ -348,6 +402,66 @@ void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, 
       }
     }
   }
+}
+
+/// Turned channels of these rows, where they lie or else in the tile.
+INLINE Tile turned_channels(const Rows& x, const Live& live, int64_t first, int64_t count, int64_t column,
+                            int64_t columns, Tile tile) {
+  const Tile there = in_place<true>(x, live, first, count);
+  if (there.data && readable_in_place(x, true)) return from_column<true>(there, column);
+  load_tile<true>(x, live, first, count, column, columns, tile);
+  return tile;
+}
+
+/// out (channels, columns) = or += turned x (channels, rows) times the middle (rows, columns).
+INLINE void add_turned(int64_t channels, int64_t columns, int64_t rows, Tile x, Tile middle, Tile out, bool adds) {
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    product(channels, least(kPanel, columns - c), rows, rows_of(x.data, x.pitch), middle.data + c, middle.pitch,
+            out.data + c, out.pitch, adds);
+  }
+}
+
+void add_turned_rows(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
+  Scratch scratch{memory};
+  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
+  const Tile z_tile = scratch.tile(kPanel, kChunk), dy_tile = scratch.tile(kPanel, kChunk);
+  float* k = scratch.take(kChunk);
+  const Tile h = p.activated ? Tile{} : scratch.tile(kChunk, least(kMostHeight, p.width));
+  for (int64_t start = first; start < last; start += kChunk) {
+    const int64_t count = least(kChunk, last - start);
+    const bool adds = start > first;
+    load_scales(p, start, count, k);
+    for (int64_t top = 0; top < p.width; top += kMostHeight) {
+      const int64_t columns = least(kMostHeight, p.width - top);
+      const Tile dh = p.d_down.data ? Tile{p.dh + start * p.pitch + top, p.pitch} : Tile{};
+      const Tile a = p.d_up.data ? activated_of(p, start, count, top, columns, k, h) : Tile{};
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t column = panel * kPanel, some = least(kPanel, p.channels - column);
+        const PanelSums sums = sums_of(p, part, column, rounded_up(some, kLanes));
+        Tile z{}, dy{};
+        if (p.z.data) z = turned_channels(p.z, p.live, start, count, column, some, z_tile);
+        if (p.d_up.data) dy = turned_channels(p.dy, p.live, start, count, column, some, dy_tile);
+        if (p.d_down.data) add_turned(some, columns, count, z, dh, {sums.down + top, p.pitch}, adds);
+        if (!p.d_up.data) continue;
+        add_turned(some, columns, count, dy, a, {sums.up + top, p.pitch}, adds);
+        for (int64_t c = 0; c < some && top == 0; ++c) {
+          Vec total = {}, with = {};
+          for (int64_t r = 0; r < count; r += kLanes) {
+            const int64_t rows = least(kLanes, count - r);
+            const Vec g = load_some<Number::kFloat32>(k + r, rows) * load_some<Number::kFloat32>(element(dy, c, r), rows);
+            total += g;
+            if (z.data) with += g * load_some<Number::kFloat32>(element(z, c, r), rows);
+          }
+          sums.dy[c] = adds ? sums.dy[c] + sum(total) : sum(total);
+          sums.dy_z[c] = adds ? sums.dy_z[c] + sum(with) : sum(with);
+        }
+      }
+    }
+  }
+}
+
+void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
+  p.turned ? add_turned_rows(p, part, begin, end, memory) : add_rows(p, part, begin, end, memory);
 }
 
 INLINE float* down_bias_of(const AdapterSums& p, int64_t part) {
@@ -376,24 +490,31 @@ void finish(const AdapterSums& p, int64_t panel, float* memory) {
   const Vectors v = vectors_of(p);
   const int64_t column = panel * kPanel, some = least(kPanel, p.channels - column), padded = rounded_up(some, kLanes);
   const PanelSums sums = sums_of(p, 0, column, padded);
-  const int64_t numbers = p.width * padded, apart = sums_of_part(p);
+  const int64_t numbers = (p.turned ? p.pitch : p.width) * padded, apart = sums_of_part(p);
   const Span all{0, 0, p.width};
+  const Tile up{scratch.take(p.width * kPanel), padded}, turned{scratch.take(p.width * kPanel), padded};
+  // (width, channels) of these sums, until the next call; of turned tiles they lie the other way round.
+  const auto by_channels = [&](float* total) -> Tile {
+    if (!p.turned) return {total, padded};
+    turn(some, p.width, {total, p.pitch}, turned);
+    return turned;
+  };
   if (p.d_down.data) {
     add_parts(sums.down, p.parts, apart, numbers);
-    store_tile(p.d_down, whole(all), 0, p.width, column, some, {sums.down, padded});
+    store_tile(p.d_down, whole(all), 0, p.width, column, some, by_channels(sums.down));
   }
   if (!p.d_up.data) return;
   add_parts(sums.up, p.parts, apart, numbers);
   add_parts(sums.dy, p.parts, apart, 2 * padded);
-  const Tile up{scratch.take(p.width * kPanel), padded};
+  const Tile total = by_channels(sums.up);
   load_weight(transposed(p.up), p.number, p.width, column, some, up);
   float *d_bias = scratch.take(kPanel), *d_gamma = scratch.take(kPanel);
   for (int64_t c = 0; c < some; c += kLanes) {
     const Vec gamma = load(v.gamma + column + c), dy = load(sums.dy + c);
     Vec dot = {};
     for (int64_t i = 0; i < p.width; ++i) {
-      float* there = sums.up + i * padded + c;
-      dot += load(there) * load(up.data + i * padded + c);
+      float* there = element(total, i, c);
+      dot += load(there) * load(element(up, i, c));
       store(there, load(there) * gamma);
     }
     store(d_bias + c, gamma * dy);
@@ -401,7 +522,7 @@ void finish(const AdapterSums& p, int64_t panel, float* memory) {
     const Vec skipped = p.z.data && p.skip != 0.0f ? splat(p.skip) * load(sums.dy_z + c) : Vec{};
     store(d_gamma + c, skipped + dot + load(v.plain_up_bias + column + c) * dy);
   }
-  store_tile(transposed(p.d_up), whole(all), 0, p.width, column, some, {sums.up, padded});
+  store_tile(transposed(p.d_up), whole(all), 0, p.width, column, some, total);
   const Span one{0, 0, 1};
   if (p.d_up_bias.data) {
     store_tile({p.d_up_bias.data, p.d_up_bias.number, 0, 0, 1}, whole(one), 0, 1, column, some, {d_bias, 0});

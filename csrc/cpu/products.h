@@ -12,10 +12,11 @@ constexpr int64_t kChain = 256;
 /// out (kHeight, kWidth vectors) = or += the sum over k of a[r row + k step] b[k, ...].
 template <int kHeight, int kWidth>
 INLINE void product_of_rows(int64_t depth, const float* a, int64_t row, int64_t step, const float* b, int64_t b_pitch,
-                            float* out, int64_t pitch, bool adds) {
+                            float* out, int64_t pitch, bool adds, int64_t ahead = 0) {
   Vec total[kHeight][kWidth] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[kWidth];
+    __builtin_prefetch(a + k * step + ahead, 0, 2);
 #pragma GCC unroll 4
     for (int j = 0; j < kWidth; ++j) right[j] = load(b + k * b_pitch + j * kLanes);
 #pragma GCC unroll 16
@@ -48,9 +49,9 @@ INLINE void product_of_last(int64_t rows, int64_t depth, const float* a, int64_t
 /// them side by side, at r / kRows group + r % kRows + k kRows.
 struct Left {
   const float* data;
-  int64_t row, step, group;
+  int64_t row, step, group, ahead;
 };
-INLINE Left rows_of(const float* data, int64_t pitch) { return {data, pitch, 1, kRows * pitch}; }
+INLINE Left rows_of(const float* data, int64_t pitch) { return {data, pitch, 1, kRows * pitch, 0}; }
 
 template <int kWidth>
 __attribute__((noinline)) void product_of_width(int64_t rows, int64_t depth, Left a, const float* b, int64_t b_pitch,
@@ -61,7 +62,8 @@ __attribute__((noinline)) void product_of_width(int64_t rows, int64_t depth, Lef
     const float *left = a.data + start * a.step, *right = b + start * b_pitch;
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows, left += a.group) {
-      product_of_rows<kRows, kWidth>(terms, left, a.row, a.step, right, b_pitch, out + r * pitch, pitch, also);
+      product_of_rows<kRows, kWidth>(terms, left, a.row, a.step, right, b_pitch, out + r * pitch, pitch, also,
+                                     a.ahead);
     }
     product_of_last<kRows - 1, kWidth>(rows - r, terms, left, a.row, a.step, right, b_pitch, out + r * pitch, pitch,
                                        also);
@@ -97,7 +99,7 @@ INLINE Left pack_transposed(const float* x, int64_t pitch, int64_t rows, int64_t
       }
     }
   }
-  return {packed, 1, kRows, kRows * rows};
+  return {packed, 1, kRows, kRows * rows, 0};
 }
 
 }  // namespace

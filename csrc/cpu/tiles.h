@@ -1,4 +1,6 @@
-// Tiles of rows as the products take them: float32, row-major, from tensors of any strides and numbers.
+// Tiles as the products take them: float32, row-major, from tensors of any strides and numbers.
+//
+// A tile holds rows and their channels, or it is turned: channels, and of each the positions of images by channels.
 #pragma once
 
 #include "adapter_residual.h"
@@ -17,6 +19,13 @@ struct Tile {
 INLINE int64_t pitch_of(int64_t columns) {
   const int64_t lines = (columns + 15) / 16;
   return 16 * (lines | 1);
+}
+
+INLINE Rows transposed(Rows x) {
+  const int64_t stride = x.stride_l;
+  x.stride_l = x.stride_c;
+  x.stride_c = stride;
+  return x;
 }
 
 /// Calls body(image, position, count, at) for rows first to first + rows of the live ones: `count` rows of an image from
@@ -53,13 +62,20 @@ INLINE void move_columns(typename Elements<kNumber>::Element* x, const Rows& row
 template <Number kNumber, bool kStores>
 INLINE void move_positions(typename Elements<kNumber>::Element* x, const Rows& rows, int64_t count, int64_t columns,
                            float* tile, int64_t pitch) {
-  // Positions lie together: squares change their rows and columns.
-  for (int64_t c = 0; c < columns; c += kLanes)
-    for (int64_t r = 0; r < count; r += kLanes) {
-      const int64_t height = least(kLanes, count - r), width = least(kLanes, columns - c);
+  // Positions lie together: squares change their rows and columns. The last square of a line overlaps the one before.
+  const int64_t last_c = most(0, columns - kLanes), last_r = most(0, count - kLanes);
+  const int64_t height = least(kLanes, count), width = least(kLanes, columns);
+  for (int64_t column = 0; column < columns; column += kLanes)
+    for (int64_t row = 0; row < count; row += kLanes) {
+      const int64_t c = least(column, last_c), r = least(row, last_r);
       auto* corner = x + c * rows.stride_c + r;
       float* there = tile + r * pitch + c;
       Vec square[kLanes];
+      if (height == kLanes && width == kLanes) {
+        // Lines of a page each, which no processor foresees: those of the next tile come into the second-level cache.
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(corner + i * rows.stride_c + count, kStores, 2);
+      }
       if constexpr (kStores) {
         for (int i = 0; i < kLanes; ++i) square[i] = i < height ? load(there + i * pitch) : Vec{};
         transpose(square);
@@ -98,13 +114,17 @@ INLINE void move_elements(typename Elements<kNumber>::Element* x, const Rows& ro
     }
 }
 
-template <bool kStores>
+template <bool kStores, bool kTurned>
 void move(const Rows& rows, const Live& live, int64_t first, int64_t count, int64_t column, int64_t columns, Tile tile) {
   with_number(rows.number, [&](auto number) INLINE_LAMBDA {
     constexpr Number kNumber = decltype(number)::value;
     auto* data = static_cast<typename Elements<kNumber>::Element*>(rows.data) + column * rows.stride_c;
     pieces(live, first, count, [&](int64_t image, int64_t position, int64_t some, int64_t at) INLINE_LAMBDA {
       auto* x = data + image * rows.stride_b + position * rows.stride_l;
+      if constexpr (kTurned) {
+        move_columns<kNumber, kStores>(x, transposed(rows), columns, some, tile.data + at, tile.pitch);
+        return;
+      }
       float* there = tile.data + at * tile.pitch;
       if (rows.stride_c == 1) {
         move_columns<kNumber, kStores>(x, rows, some, columns, there, tile.pitch);
@@ -118,26 +138,47 @@ void move(const Rows& rows, const Live& live, int64_t first, int64_t count, int6
 }
 
 /// Columns `column` to column + columns of the live rows from `first` on, into a tile whose rows have room for whole
-/// vectors; what is behind the last column is of no meaning.
+/// vectors and one more; what is behind the last column is of no meaning.
+template <bool kTurned = false>
 INLINE void load_tile(const Rows& rows, const Live& live, int64_t first, int64_t count, int64_t column, int64_t columns,
                       Tile tile) {
-  move<false>(rows, live, first, count, column, columns, tile);
+  move<false, kTurned>(rows, live, first, count, column, columns, tile);
 }
+template <bool kTurned = false>
 INLINE void store_tile(const Rows& rows, const Live& live, int64_t first, int64_t count, int64_t column,
                        int64_t columns, Tile tile) {
-  move<true>(rows, live, first, count, column, columns, tile);
+  move<true, kTurned>(rows, live, first, count, column, columns, tile);
+}
+
+/// A tile (columns, rows) from one of (rows, columns), which lies elsewhere.
+INLINE void turn(int64_t rows, int64_t columns, Tile from, Tile to) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t height = least(kLanes, rows - r), width = least(kLanes, columns - c);
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = i < height ? load(from.data + (r + i) * from.pitch + c) : Vec{};
+      transpose(square);
+      for (int i = 0; i < width; ++i) store(to.data + (c + i) * to.pitch + r, square[i]);
+    }
 }
 
 /// These rows where they lie, if the products can read them there; data is null where they cannot.
+template <bool kTurned = false>
 INLINE Tile in_place(const Rows& rows, const Live& live, int64_t first, int64_t count) {
-  Tile tile{nullptr, rows.stride_l};
-  if (rows.number != Number::kFloat32 || rows.stride_c != 1) return tile;
+  Tile tile{nullptr, kTurned ? rows.stride_c : rows.stride_l};
+  if (rows.number != Number::kFloat32 || (kTurned ? rows.stride_l : rows.stride_c) != 1) return tile;
   pieces(live, first, count, [&](int64_t image, int64_t position, int64_t some, int64_t at) INLINE_LAMBDA {
     if (at == 0 && some == count) {
       tile.data = static_cast<float*>(rows.data) + image * rows.stride_b + position * rows.stride_l;
     }
   });
   return tile;
+}
+
+/// From a column of the tensor on.
+template <bool kTurned = false>
+INLINE Tile from_column(Tile tile, int64_t column) {
+  return {tile.data + (kTurned ? column * tile.pitch : column), tile.pitch};
 }
 
 /// The matrix (rows, columns) as the only image there is.

@@ -188,6 +188,32 @@ def test_dropped_samples_take_no_time(channel_dim):
     assert none < 0.4 * every
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("shape", "channel_dim"), [((70, 1024), -1), ((2, 40, 32, 32), 1)], ids=["rows", "NCHW"])
+def test_whole_pages_apart(shape, channel_dim, plan):
+    tensors = draw(shape, 24, residual=torch.float32, channel_dim=channel_dim)
+    check(tensors, "cpu", plan, channel_dim=channel_dim, sample_scale=sample_scale(shape[0], "some"))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("by_channels", [("z",), ("residual",), ("dy",), ("z", "dy"), ("residual", "dy")], ids=str)
+def test_images_of_two_formats_in_one_call(by_channels, plan):
+    tensors = {**draw((3, 37, 9, 11), 21, residual=torch.float32, channel_dim=1), "dy": randn(3, 37, 9, 11, seed=9)}
+    for name in by_channels:
+        tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    dy = tensors.pop("dy")
+
+    def gradients(function, **options):
+        leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+        y = function(**leaves, channel_dim=1, sample_scale=torch.tensor([1.5, 0.0, 0.5]), **options)
+        return y, *torch.autograd.grad(y, list(leaves.values()), dy)
+
+    found = gradients(pyfused.adapter_residual, backend="cpu", plan=plan)
+    expected = gradients(pyfused.reference.adapter_residual)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("what", ["dtype", "layout"])
 def test_forward_without_backward_equals_forward_with_it(what):
     cases = {"dtype": [(LAYOUTS["3-D"](), -1, dtype) for dtype in DTYPES]}
