@@ -34,8 +34,8 @@ def _find_onednn() -> torch._ops.OpOverload | None:
 _onednn = _find_onednn()
 # Rows handled at a time where a float32 copy of a 16-bit activation is needed.
 _ROWS = 1024
-# Up to this K a product added to y costs little more than the pass over y, and oneDNN's would need a second one.
-_NARROW = 32
+# Up to this K a product added to y is no slower than oneDNN's, which needs one more pass over y.
+_NARROW = 192
 # Images of fewer rows than this, by channels, have their rows gathered: products of so few are slow.
 SHORT = 32
 # Up to so many rows a transposition of their sum costs more than what it gains.
@@ -176,10 +176,12 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 
 def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     """out <- y + left right: (B, M, N), (B, M, K), (B or 1, K, N); ``out`` has the factors' dtype."""
+    right = right.expand(left.shape[0], *right.shape[1:])
     if _takes_onednn(left) and left.shape[2] > _NARROW:
-        torch.add(y, bmm(left, right), out=out)
+        for base, x, matrix, part in zip(y, left, right, out, strict=True):
+            torch.add(base, _by_onednn(x, matrix.t()), out=part)
     else:
-        torch.baddbmm(y, left, right.expand(left.shape[0], *right.shape[1:]), out=out)
+        torch.baddbmm(y, left, right, out=out)
 
 
 def narrow_first(rows: int, i: int, j: int) -> bool:
