@@ -32,6 +32,8 @@ def _find_onednn() -> torch._ops.OpOverload | None:
 
 
 _onednn = _find_onednn()
+# Multiplications of a product below which oneDNN's preparations take longer than what it gains.
+_SMALL = 1 << 23
 # Rows handled at a time where a float32 copy of a 16-bit activation is needed.
 _ROWS = 1024
 # Up to this K a product added to y is no slower than oneDNN's, which needs one more pass over y.
@@ -47,12 +49,13 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def _takes_onednn(x: Tensor, columns: int, images: int = 1) -> bool:
+    """Whether oneDNN makes the products of x, or of each of its images, with a matrix of so many columns."""
     return (
         _onednn is not None
         and x.dtype == torch.float32
+        and x.numel() * columns >= images * _SMALL
         and x.device.type == "cpu"
-        and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -119,7 +122,8 @@ def product(
     if out is None and not channels_first and alpha == 1.0:
         # Of two dimensions: torch rounds a product of three before it adds the bias.
         rows = x.reshape(-1, x.shape[-1])
-        y = _by_onednn(rows, weight, bias) if _takes_onednn(x) else torch.nn.functional.linear(rows, weight, bias)
+        mine = _takes_onednn(x, weight.shape[0])
+        y = _by_onednn(rows, weight, bias) if mine else torch.nn.functional.linear(rows, weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
     if out is None and channels_first and _lies_beside(x):
         out = beside(x, weight.shape[0], x.dtype)
@@ -132,13 +136,13 @@ def product(
         x, out = one_image(x, out)
     if not channels_first:
         rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
-        if _takes_onednn(x):
+        if _takes_onednn(x, weight.shape[0]):
             torch.mul(_by_onednn(rows, weight, bias), alpha, out=flat)
         elif bias is None:
             torch.addmm(flat, rows, weight.t(), beta=0, alpha=alpha, out=flat)
         else:
             torch.addmm(bias, rows, weight.t(), out=flat)
-    elif _takes_onednn(x):
+    elif _takes_onednn(x, weight.shape[0], x.shape[0]):
         for image, part in zip(x, out.transpose(1, 2), strict=True):
             torch.mul(_by_onednn(weight, image), alpha, out=part)
         if bias is not None:
@@ -153,7 +157,7 @@ def product(
 
 def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> None:
     """y += alpha x W^T, in place: (..., N), (..., K), (N, K), of two or three dimensions."""
-    if _takes_onednn(x) and weight.shape[1] > _NARROW:
+    if weight.shape[1] > _NARROW and _takes_onednn(x, weight.shape[0]):
         y.add_(product(x, weight, y.dim() == 3 and _runs_by_channels(y)), alpha=alpha)
     elif y.dim() == 2:
         y.addmm_(x, weight.t(), alpha=alpha)
@@ -166,7 +170,7 @@ def add_product_(y: Tensor, x: Tensor, weight: Tensor, alpha: float = 1.0) -> No
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
     """left right: (B, M, K), (B or 1, K, N) -> (B, M, N)."""
-    if not _takes_onednn(left):
+    if not _takes_onednn(left, right.shape[2], left.shape[0]):
         return torch.bmm(left, right.expand(left.shape[0], *right.shape[1:]))
     y = left.new_empty((*left.shape[:2], right.shape[2]))
     for x, matrix, part in zip(left, right.expand(left.shape[0], *right.shape[1:]), y, strict=True):
@@ -177,7 +181,7 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 def baddbmm(y: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     """out <- y + left right: (B, M, N), (B, M, K), (B or 1, K, N); ``out`` has the factors' dtype."""
     right = right.expand(left.shape[0], *right.shape[1:])
-    if _takes_onednn(left) and left.shape[2] > _NARROW:
+    if left.shape[2] > _NARROW and _takes_onednn(left, right.shape[2], left.shape[0]):
         for base, x, matrix, part in zip(y, left, right, out, strict=True):
             torch.add(base, _by_onednn(x, matrix.t()), out=part)
     else:
@@ -196,7 +200,7 @@ def _outer(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha a^T b, rounded once: (M, I), (M, J) -> (I, J)."""
     if narrow_first(a.shape[0], a.shape[1], b.shape[1]):
         return _outer(b, a, alpha).t().contiguous()
-    if _takes_onednn(a):
+    if _takes_onednn(a, b.shape[1]):
         product = _by_onednn(a.t(), b.t())
         return product if alpha == 1.0 else product.mul_(alpha)
     if alpha == 1.0:
@@ -218,7 +222,7 @@ def _together(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _by_image(left: Tensor, right: Tensor) -> bool:
     """Whether each image's sum over rows is less to write than its rows are to read, and they come in one call."""
     (batch, length, i), j = left.shape, right.shape[2]
-    return batch > 1 and i * j <= length * (i + j) and not _takes_onednn(left)
+    return batch > 1 and i * j <= length * (i + j) and not _takes_onednn(left, j, batch)
 
 
 def add_outer_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
@@ -228,7 +232,7 @@ def add_outer_(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -
         total.add_(torch.bmm(left.mT, right).sum(0), alpha=alpha)
         return
     for a, b in zip(left, right, strict=True):
-        if _takes_onednn(a):
+        if _takes_onednn(a, b.shape[1]):
             total.add_(_outer(a, b), alpha=alpha)
         else:
             total.addmm_(a.t(), b, alpha=alpha)

@@ -196,7 +196,7 @@ def test_values_that_cancel(operator, backend, plan):
     if "absorbed" not in operator or backend == "cuda":
         pytest.skip("it has no norm of a sum of values in float32")
     absent = ("q_bias", "k_bias", "v_bias", "out_bias")
-    tensors = draw(1, 50, 2, 64, 4, 16, context_channels=48, absent=absent, weight="scalar")
+    tensors = draw(1, 50, 2, 64, 4, 16, context_channels=48, absent=absent, weight="channels")
     half = randn(1, 1, 48, seed=3, device=DEVICE)
     tensors |= {"context": torch.cat((half, -half), dim=1), "q_weight": 1e-3 * tensors["q_weight"]}
     options = {"num_heads": 4, "norm_match": True}
@@ -208,7 +208,8 @@ def test_values_that_cancel(operator, backend, plan):
     for name, right in oracle.items():
         error, allowed = (ours[name].double() - right).norm(), (plain[name].double() - right).norm()
         # Gradients of what makes F are differences between tokens here, which autograd adds up from E and F's.
-        factor = 16 if name in ("dout_weight", "dv_weight") else 4
+        # Triton's interpreter has numpy's exp, with AVX-512 up to 2.4 units of the last place off, torch's 0.6.
+        factor = 16 if name in ("dout_weight", "dv_weight") else 8
         assert error <= factor * allowed + 1e-6 * right.norm(), f"{name}: {error:.2g}, plain torch {allowed:.2g}"
 
 
