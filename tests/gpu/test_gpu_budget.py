@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import selection
 from tree import ROOT
 
 from pyfused.bench.cases import operators
@@ -30,27 +31,19 @@ target = Target((9, 0), 132, 232448, "NVIDIA H200")
 module = importlib.import_module(f"pyfused.bench.gpu.programs.{sys.argv[1]}")
 print(json.dumps(dataclasses.asdict(module.work(target))))
 """
-# pytest collects once and selects for each step, by its own rules.
+# For a run that has not collected every test itself.
 _SELECT = """
 import json, sys
 import pytest
-from _pytest.mark import deselect_by_keyword, deselect_by_mark
 
 class Selecting:
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items, config):
-        found = {"": len(items)}
-        for name, step in json.loads(sys.argv[1]).items():
-            paths = tuple(step["paths"])
-            chosen = [item for item in items if item.nodeid.startswith(paths)]
-            config.option.markexpr, config.option.keyword = step["marked"], step["named"]
-            deselect_by_mark(chosen, config)
-            deselect_by_keyword(chosen, config)
-            found[name] = [item.nodeid for item in chosen]
-        print("\\nSELECTED " + json.dumps(found))
+    def pytest_collection_modifyitems(self, items):
+        from gpu import selection
+        print("\\nSELECTED " + json.dumps(selection.by_step(items)))
         items.clear()
 
-pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"], plugins=[Selecting()])
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"], plugins=[Selecting()]))
 """
 
 
@@ -64,11 +57,11 @@ def _run(code: str, argument: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def selected() -> dict:
-    """Step -> ids of its tests; "all" -> all that share the GPU, "" -> how many there are."""
-    steps = TESTS | {"all": dataclasses.replace(TESTS["tests"], named="")}
-    described = json.dumps({name: dataclasses.asdict(tests) for name, tests in steps.items()})
-    (line,) = (line for line in _run(_SELECT, described).splitlines() if line.startswith("SELECTED "))
+def selected(request) -> dict:
+    """As `selection.by_step` has it."""
+    if selection.is_every_test(request.config):
+        return selection.by_step(request.session.items)
+    (line,) = (line for line in _run(_SELECT, "").splitlines() if line.startswith("SELECTED "))
     return json.loads(line.removeprefix("SELECTED "))
 
 

@@ -53,6 +53,12 @@ def test_it_is_built_by_a_compiler_alone_and_serves(checkout):
     assert finite
     assert "baseline" in built["sets"]
     assert "g++" in built["compiler"]
+    # The linker takes one copy of a weak function, of whatever instruction set, for all that call it.
+    objects = list((checkout / "build" / "cpu").glob("*_kernels.*.o"))
+    assert len(objects) == len(built["sets"])
+    for file in objects:
+        symbols = run("nm", file, cwd=checkout)
+        assert [line for line in symbols.splitlines() if line.split()[-2] in "vVwWu"] == []
 
 
 def test_only_what_changed_is_compiled_again(checkout):
