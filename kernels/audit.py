@@ -41,6 +41,17 @@ TARGETS = tuple(
 # stack (203 of 203, docs/measured.md): it is audited for one.
 _AUDITED_AS = {(8, 9): (8, 6)}
 
+# Kernels whose products on 9.0 must not wait for each other, by what a launch has: their machine code is read always.
+# An operand that is made between comes from registers, or is stored first: dropout's, a weight that is converted,
+# images whose channels no asynchronous copy of 16 bytes reads.
+_OVERLAPPING: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "_lora_gemm_kernel": lambda given: (
+        not given["OWN_P"] and given["w"].ptr.dtype == given["x"].ptr.dtype and given["x"].strides[2] == 1
+    ),
+    "_lora_wgrad_kernel": lambda given: not given["DROP_T"],
+}
+_PRODUCT_OR_WAIT = re.compile(r"\b(HGMMA)\b|\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)")
+
 # Tensor-core instructions: warp-level, warpgroup-level on Hopper, and tcgen05 on Blackwell; in SASS, and in PTX.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
 _TENSOR_CORE_PTX = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}
@@ -370,7 +381,8 @@ def compile_case(case: Case) -> Finding:
     usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     # What is spilled lies in the stack.
-    sass = _cuobjdump("-sass", compiled.asm["cubin"]) if case.disassembled or stack else ""
+    overlapping = must_overlap(case)
+    sass = _cuobjdump("-sass", compiled.asm["cubin"]) if case.disassembled or stack or overlapping else ""
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     shared = compiled.metadata.shared
     if sass:
@@ -386,8 +398,37 @@ def compile_case(case: Case) -> Finding:
         faults.append("no tensor-core instruction")
     if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:
         faults.append("the GEMM does not use wgmma")
+    if overlapping and (wrong := waiting(sass, pipelined=name == "_lora_gemm_kernel")):
+        faults.append(wrong)
     found = ",".join(instructions)
     return Finding(case.label, name, case.target.capability, registers, stack, spills, shared, found, tuple(faults))
+
+
+def must_overlap(case: Case) -> bool:
+    """Whether the products of this launch must not wait for each other."""
+    held = _OVERLAPPING.get(case.launch.kernel.__name__)
+    sixteen_bit = all(tensor.dtype != torch.float32 for tensor in case.launch.tensors[:1])
+    return case.target.capability == (9, 0) and sixteen_bit and held is not None and held(case.launch.arguments)
+
+
+def waiting(sass: str, pipelined: bool) -> str:
+    """What is wrong with how the tensor cores of 9.0 wait; "" where nothing is.
+
+    A wait names how many groups of products may still be under way. The assembler serialises products by a wait for
+    none behind each; a loop that is ``pipelined`` waits for the group before its own.
+    """
+    # Of a wait how many it leaves under way; None of a product.
+    found = [None if product else int(left, 16) for product, left in _PRODUCT_OR_WAIT.findall(sass)]
+    alone = longest = 0
+    for before, after in itertools.pairwise(found):
+        if before is None:
+            alone = alone + 1 if after == 0 else 0
+            longest = max(longest, alone)
+    if longest >= 4:
+        return f"{longest} products wait for each other, one by one"
+    if pipelined and not any(found):
+        return "the loop waits for its own products"
+    return ""
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:

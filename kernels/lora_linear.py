@@ -92,6 +92,15 @@ def _lora_gemm_kernel(
         p_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X or DROP_P:
         seed = tl.load(seed_ptr)
+    # What the end needs is loaded during the products; of more than one block of the rank it does not fit beside them.
+    AHEAD: tl.constexpr = not OWN_P and BLOCK_R <= 16
+    if bias is not None:
+        bias_n = load_vector(bias, offs_n, ok_n)
+    if AHEAD:
+        offs_r = tl.arange(0, BLOCK_R)
+        ok_r = offs_r < rank
+        p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
+        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
     for start in range(tl.cdiv(k, BLOCK_K)):
         ok_k = offs_k < k - start * BLOCK_K
         x_tile = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -108,7 +117,7 @@ def _lora_gemm_kernel(
         w_ptrs += step_k * w.strides[1]
 
     if bias is not None:
-        acc += load_vector(bias, offs_n, ok_n)[None, :]
+        acc += bias_n[None, :]
     if OWN_P:
         if DROP_X:
             p_acc *= inverse_keep
@@ -125,13 +134,18 @@ def _lora_gemm_kernel(
             acc = tl.dot(p, b, acc, input_precision=PRECISION)
     else:
         low_rank = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32) if DROP_P else acc
-        for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
-            offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
-            ok_r = offs_r < rank
-            p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
+        if AHEAD:
+            # All of the rank.
             p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
-            b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
             low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
+        else:
+            for start_r in tl.range(0, tl.cdiv(rank, BLOCK_R), num_stages=1):
+                offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
+                ok_r = offs_r < rank
+                p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
+                p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
+                b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
+                low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
         if not DROP_P:
             acc = low_rank
     if DROP_P:
@@ -213,15 +227,17 @@ def _lora_wgrad_kernel(
         t_tile = load_tile(t_rows, offs_c, t.strides[2], ok_l, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
         p_rows = dense_rows(p_ptr, batch, offs_l, length, rank, OFFSET)
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
+        kept = t_tile
+        if DROP_T:
+            keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
+            kept = tl.where(keep, t_tile, 0.0).to(dtype)
+        # First: behind q's own products these would wait for each other, one by one.
+        acc = tl.dot(tl.trans(kept), p, acc, input_precision=PRECISION)
         if f_ptr is not None:
             q = tl.dot(t_tile, f, input_precision=PRECISION) * q_scaling
             if index_ptr is not None:
                 q = keep_own(q, index_ptr, rows, ok_l, offs_r, width)
             store_tile(dense_rows(q_ptr, batch, offs_l, length, rank, OFFSET), offs_r, 1, q, ok_l, ok_r, OFFSET)
-        if DROP_T:
-            keep = dropout_keep_mask(seed, rows, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
-            t_tile = tl.where(keep, t_tile, 0.0).to(dtype)
-        acc = tl.dot(tl.trans(t_tile), p, acc, input_precision=PRECISION)
     if DROP_T:
         acc *= inverse_keep
     acc *= scaling

@@ -76,9 +76,9 @@ def test_the_products_are_swapped():
     source = Path(lora_linear.__file__).read_text()
     swapped = contests.swapped_source(source)
     assert sorted(swapped.splitlines()) == sorted(source.splitlines()), "lines were moved, and none changed"
-    acc, q = "        acc = tl.dot(tl.trans(t_tile), p, acc", "            q = tl.dot(t_tile, f"
-    assert source.index(q) < source.index(acc)
-    assert swapped.index(acc) < swapped.index(q)
+    acc, q = "        acc = tl.dot(tl.trans(kept), p, acc", "            q = tl.dot(t_tile, f"
+    assert source.index(acc) < source.index(q)
+    assert swapped.index(q) < swapped.index(acc)
     # Nothing else: in front of the loop's end and behind it all is as it was.
     moved = {n for n, (a, b) in enumerate(zip(source.splitlines(), swapped.splitlines(), strict=True)) if a != b}
     assert max(moved) - min(moved) < 12

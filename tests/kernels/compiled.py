@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 
 import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
 
 from pyfused.kernels import audit, lora_linear
 from pyfused.kernels.lora_linear_config import GemmConfig
@@ -29,14 +33,44 @@ def _audited(*capabilities: tuple[int, int]) -> list[tuple[int, int]]:
     return [case.target.capability for case in audit.cases(targets, False, "size 1")]
 
 
-def _faults(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tuple[str, ...]:
+@triton.jit
+def _sums_and_products(t_ptr, p_ptr, f_ptr, q_ptr, g_ptr, steps, Q_FIRST: tl.constexpr):
+    """g = t^T p and q = t f in one pass over t, in either order: what `_lora_wgrad_kernel` does."""
+    rows, columns, narrow = tl.arange(0, 64), tl.arange(0, 128), tl.arange(0, 16)
+    f = tl.load(f_ptr + columns[:, None] * 16 + narrow[None, :])
+    g = tl.zeros((128, 16), dtype=tl.float32)
+    for step in range(steps):
+        t = tl.load(t_ptr + (step * 64 + rows[:, None]) * 128 + columns[None, :])
+        p = tl.load(p_ptr + (step * 64 + rows[:, None]) * 16 + narrow[None, :])
+        if not Q_FIRST:
+            g = tl.dot(tl.trans(t), p, g)
+        q = tl.dot(t, f)
+        tl.store(q_ptr + (step * 64 + rows[:, None]) * 16 + narrow[None, :], q.to(tl.bfloat16))
+        if Q_FIRST:
+            g = tl.dot(tl.trans(t), p, g)
+    tl.store(g_ptr + columns[:, None] * 16 + narrow[None, :], g)
+
+
+def _waiting(q_first: bool) -> str:
+    """What the audit says of how the products of these sums wait on 9.0."""
+    types = dict.fromkeys(("t_ptr", "p_ptr", "f_ptr", "q_ptr"), "*bf16")
+    signature = types | {"g_ptr": "*fp32", "steps": "i32", "Q_FIRST": "constexpr"}
+    aligned = {(number,): [["tt.divisibility", 16]] for number in range(5)}
+    source = ASTSource(_sums_and_products, signature, {(6,): q_first}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+    return audit.waiting(audit._cuobjdump("-sass", made.asm["cubin"]), pipelined=False)
+
+
+def _faults(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, capability: tuple[int, int] = (8, 6)
+) -> tuple[str, ...]:
     """What the audit finds in a GEMM of this configuration."""
     own = lora_linear.gemm_config
     lora_linear.gemm_config = lambda *_, **__: GemmConfig(
         block_m, block_n, 64, num_warps=num_warps, num_stages=num_stages
     )
     try:
-        cases = audit.cases((_target(8, 6),), False, "shrink_expand 8192x4096->4096 r16 p0.0")
+        cases = audit.cases((_target(*capability),), False, "shrink_expand 8192x4096->4096 r16 p0.0")
     finally:
         lora_linear.gemm_config = own
     return audit.compile_case(next(c for c in cases if c.launch.kernel.__name__ == "_lora_gemm_kernel")).faults
@@ -52,6 +86,8 @@ if __name__ == "__main__":
                 "audited": [_audited((8, 6), (8, 9)), _audited((8, 9)), _audited((8, 0), (8, 6))],
                 "too large": _faults(128, 256, num_warps=4, num_stages=4),
                 "sound": _faults(64, 64, num_warps=8, num_stages=3),
+                "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
+                "one by one": [_waiting(q_first) for q_first in (True, False)],
                 "vectors": [_ptx(images, "_adapter_fwd_kernel"), _ptx(rank_4, "_lora_gemm_kernel")],
                 "relu": _ptx(relu, "_adapter_fwd_kernel"),
             }

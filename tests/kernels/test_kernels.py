@@ -189,6 +189,15 @@ def test_audit_passes_a_sound_configuration(compiled):
     assert compiled["sound"] == []
 
 
+def test_audit_finds_products_that_wait_for_each_other(compiled):
+    waiting, overlapping = compiled["one by one"]
+    assert waiting == "16 products wait for each other, one by one"
+    assert overlapping == ""
+    unstaged, staged = compiled["in step"]
+    assert unstaged == ["the loop waits for its own products"]
+    assert staged == []
+
+
 def test_audit_takes_one_of_two_targets_whose_code_is_alike(compiled):
     both, alone, unlike = compiled["audited"]
     assert both == [[8, 6]] * len(alone)

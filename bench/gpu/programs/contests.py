@@ -174,19 +174,16 @@ def plans(device: torch.device, target: Target) -> Generator[Contest, None, None
 
 
 def swapped_source(source: str) -> str:
-    """Of kernels/lora_linear.py, with dB's product before Q's in the loop of `_lora_wgrad_kernel`.
-
-    Right where the rows are not dropped from, as in the one pass that makes both.
+    """Of kernels/lora_linear.py, with Q's product before dB's in the loop of `_lora_wgrad_kernel`.
 
     Raises:
         ValueError: the lines are not there as they were when this was written.
     """
     pattern = re.compile(
+        r"(?P<acc>(?: {8}#.*\n)? {8}acc = tl\.dot\(tl\.trans\(kept\), p, acc,.*\n)"
         r"(?P<q> {8}if f_ptr is not None:\n {12}q = tl\.dot\(t_tile, f,.*\n(?: {12}.*\n)+)"
-        r"(?P<drop> {8}if DROP_T:\n(?: {12}.*\n)+)"
-        r"(?P<acc> {8}acc = tl\.dot\(tl\.trans\(t_tile\), p, acc,.*\n)"
     )
-    swapped, count = pattern.subn(r"\g<drop>\g<acc>\g<q>", source)
+    swapped, count = pattern.subn(r"\g<q>\g<acc>", source)
     if count != 1:
         raise ValueError(f"_lora_wgrad_kernel has the products to swap {count} times, not once: adapt `swapped_source`")
     return swapped
@@ -208,7 +205,7 @@ def scratch() -> Iterator[Path]:
 
 
 def wgrad_orders(folder: Path, device: torch.device, target: Target) -> Generator[Contest, None, None]:
-    """One pass over dy for dB and Q: its two products in today's order, and dB's first."""
+    """One pass over dy for dB and Q: its two products in today's order, and Q's first."""
     for m, _, n in _shapes(target):
         draw = normal(device, 0)
         dy, p, b = draw((1, m, n), 1.0, BF16), draw((m, RANK), 1.0, BF16), draw((n, RANK), RANK**-0.5, FP32)
