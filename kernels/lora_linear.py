@@ -94,9 +94,9 @@ def _lora_gemm_kernel(
         seed = tl.load(seed_ptr)
     # What the end needs is loaded during the products; of more than one block of the rank it does not fit beside them.
     AHEAD: tl.constexpr = not OWN_P and BLOCK_R <= 16
-    if bias is not None:
-        bias_n = load_vector(bias, offs_n, ok_n)
     if AHEAD:
+        if bias is not None:
+            bias_n = load_vector(bias, offs_n, ok_n)
         offs_r = tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
@@ -117,6 +117,8 @@ def _lora_gemm_kernel(
         w_ptrs += step_k * w.strides[1]
 
     if bias is not None:
+        if not AHEAD:
+            bias_n = load_vector(bias, offs_n, ok_n)
         acc += bias_n[None, :]
     if OWN_P:
         if DROP_X:
@@ -332,6 +334,15 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False, mixed=_UNMIXED
     return p
 
 
+def _most_registers(columns: int, shared: bool, dtype: torch.dtype) -> int | None:
+    """A limit for the compiler where it would else spill, to fit blocks that nobody starts: the audit shows it."""
+    if columns < 16:
+        # They are loaded one by one.
+        return MAX_REGISTERS
+    # Two products in float32 are unrolled into all that a limit leaves.
+    return 80 if shared and dtype == torch.float32 else None
+
+
 def _wgrad(
     t, p, gradient, seed, scaling, dropout_p, factor=None, transposed=False, mixed=_UNMIXED
 ) -> torch.Tensor | None:
@@ -359,8 +370,7 @@ def _wgrad(
         PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
-        # So few columns are loaded one by one, and the compiler would spill to fit blocks that nobody starts.
-        maxnreg=MAX_REGISTERS if columns < 16 else None,
+        maxnreg=_most_registers(columns, factor is not None, t.dtype),
     )  # fmt: skip
     if splits > 1:
         sum_partials(parts, gradient, scaling)
