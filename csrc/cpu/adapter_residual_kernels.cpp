@@ -187,7 +187,7 @@ template <bool kTurned>
 constexpr int64_t kFinished = kTurned ? kPanel : kMostColumns;
 
 /// Products of a block (rows, width) with a packed matrix (width, channels), some channels at a time:
-/// end(channel, channels, tile). A tile of channels is turned where the tensors are, its left factor too.
+/// end(channel, channels, tile). Where the tensors are turned so is the tile, and the packed matrix is the left factor.
 template <bool kTurned, class End>
 INLINE void for_channels(const Adapter& p, int64_t count, Tile left, const float* packed, Scratch& scratch, End&& end) {
   const Tile tile = tile_for<kTurned>(kMostRows, kFinished<kTurned>, scratch);
@@ -211,8 +211,7 @@ INLINE void for_channels(const Adapter& p, int64_t count, Tile left, const float
   }
 }
 
-/// Of a tile's element (r, c) and the vector that begins there: what is given for each channel, or each row of the
-/// tensors, and all of them: body(row of the tile, column, columns).
+/// What there is for each channel, or for each row of the tensors, at the vector that begins at a tile's (r, c).
 template <bool kTurned>
 INLINE Vec of_channels(const float* channels, int64_t r, int64_t c) {
   return kTurned ? splat(channels[r]) : load(channels + c);
@@ -221,6 +220,7 @@ template <bool kTurned>
 INLINE Vec of_rows(const float* rows, int64_t r, int64_t c) {
   return kTurned ? load(rows + c) : splat(rows[r]);
 }
+/// Calls body(r, c, columns) for every vector of a tile, the last of which may have fewer columns than lanes.
 template <bool kTurned, class Body>
 INLINE void for_vectors(int64_t count, int64_t channels, Body&& body) {
   const int64_t rows = kTurned ? channels : count, columns = kTurned ? count : channels;

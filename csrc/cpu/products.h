@@ -46,7 +46,8 @@ INLINE void product_of_last(int64_t rows, int64_t depth, const float* a, int64_t
 }
 
 /// A matrix as a product reads it from the left: element (r, k) lies at r row + k step, but where rows are packed, kRows of
-/// them side by side, at r / kRows group + r % kRows + k kRows.
+/// them side by side, at r / kRows group + r % kRows + k kRows. Meanwhile what lies `ahead` elements on comes into the
+/// second-level cache: lines of a page each, which no processor foresees; 0 where it does.
 struct Left {
   const float* data;
   int64_t row, step, group, ahead;
