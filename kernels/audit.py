@@ -407,8 +407,9 @@ def compile_case(case: Case) -> Finding:
 def must_overlap(case: Case) -> bool:
     """Whether the products of this launch must not wait for each other."""
     held = _OVERLAPPING.get(case.launch.kernel.__name__)
-    sixteen_bit = all(tensor.dtype != torch.float32 for tensor in case.launch.tensors[:1])
-    return case.target.capability == (9, 0) and sixteen_bit and held is not None and held(case.launch.arguments)
+    if case.target.capability != (9, 0) or held is None:
+        return False
+    return case.launch.tensors[0].dtype != torch.float32 and held(case.launch.arguments)
 
 
 def waiting(sass: str, pipelined: bool) -> str:

@@ -355,9 +355,22 @@ Tile activated_of(const AdapterSums& p, int64_t start, int64_t count, int64_t to
   return h;
 }
 
+/// Calls body(start, count, top, columns, adds) for every chunk of a part's rows and, of the middle, columns from `top`
+/// on, with the rows' factors in k; `adds` says whether a chunk came before.
+template <class Body>
+INLINE void for_chunks(const AdapterSums& p, int64_t part, float* k, Body&& body) {
+  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
+  for (int64_t start = first; start < last; start += kChunk) {
+    const int64_t count = least(kChunk, last - start);
+    load_scales(p, start, count, k);
+    for (int64_t top = 0; top < p.width; top += kMostHeight) {
+      body(start, count, top, least(kMostHeight, p.width - top), start > first);
+    }
+  }
+}
+
 void add_rows(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
   Scratch scratch{memory};
-  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
   const int64_t from = begin * kPanel, until = least(p.channels, end * kPanel);
   const int64_t height = least(kMostHeight, p.width);
   const Tile z_tile = scratch.tile(kChunk, kSumsColumns), dy = scratch.tile(kChunk, kSumsColumns);
@@ -366,42 +379,36 @@ void add_rows(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, fl
   float* packed_a = scratch.take(packed_size(kChunk, height));
   const Tile h = p.activated ? Tile{} : scratch.tile(kChunk, height);
   const Tile z = p.z.data ? z_tile : Tile{};
-  for (int64_t start = first; start < last; start += kChunk) {
-    const int64_t count = least(kChunk, last - start);
-    const bool adds = start > first;
-    load_scales(p, start, count, k);
-    for (int64_t top = 0; top < p.width; top += kMostHeight) {
-      const int64_t rows = least(kMostHeight, p.width - top);
-      Left dh{}, a{};
-      if (p.d_down.data) dh = pack_transposed(p.dh + start * p.pitch + top, p.pitch, count, rows, packed_dh);
-      if (p.d_up.data) {
-        const Tile middle = activated_of(p, start, count, top, rows, k, h);
-        a = pack_transposed(middle.data, middle.pitch, count, rows, packed_a);
+  for_chunks(p, part, k, [&](int64_t start, int64_t count, int64_t top, int64_t rows, bool adds) INLINE_LAMBDA {
+    Left dh{}, a{};
+    if (p.d_down.data) dh = pack_transposed(p.dh + start * p.pitch + top, p.pitch, count, rows, packed_dh);
+    if (p.d_up.data) {
+      const Tile middle = activated_of(p, start, count, top, rows, k, h);
+      a = pack_transposed(middle.data, middle.pitch, count, rows, packed_a);
+    }
+    for (int64_t column = from; column < until; column += kSumsColumns) {
+      const int64_t columns = least(kSumsColumns, until - column);
+      if (z.data) load_tile(p.z, p.live, start, count, column, columns, z);
+      if (p.d_up.data) load_tile(p.dy, p.live, start, count, column, columns, dy);
+      if (top == 0 && p.d_up.data) {
+        for (int64_t c = 0; c < columns; c += kLanes) store(total + c, Vec{}), store(with + c, Vec{});
+        add_channels(count, columns, dy, z, k, total, with);
       }
-      for (int64_t column = from; column < until; column += kSumsColumns) {
-        const int64_t columns = least(kSumsColumns, until - column);
-        if (z.data) load_tile(p.z, p.live, start, count, column, columns, z);
-        if (p.d_up.data) load_tile(p.dy, p.live, start, count, column, columns, dy);
-        if (top == 0 && p.d_up.data) {
-          for (int64_t c = 0; c < columns; c += kLanes) store(total + c, Vec{}), store(with + c, Vec{});
-          add_channels(count, columns, dy, z, k, total, with);
+      for (int64_t c = 0; c < columns; c += kPanel) {
+        const int64_t some = least(kPanel, columns - c), padded = rounded_up(some, kLanes);
+        const PanelSums sums = sums_of(p, part, column + c, padded);
+        if (p.d_down.data) {
+          product(rows, some, count, dh, z.data + c, z.pitch, sums.down + top * padded, padded, adds);
         }
-        for (int64_t c = 0; c < columns; c += kPanel) {
-          const int64_t some = least(kPanel, columns - c), padded = rounded_up(some, kLanes);
-          const PanelSums sums = sums_of(p, part, column + c, padded);
-          if (p.d_down.data) {
-            product(rows, some, count, dh, z.data + c, z.pitch, sums.down + top * padded, padded, adds);
-          }
-          if (!p.d_up.data) continue;
-          product(rows, some, count, a, dy.data + c, dy.pitch, sums.up + top * padded, padded, adds);
-          for (int64_t j = 0; j < some && top == 0; j += kLanes) {
-            store(sums.dy + j, adds ? load(sums.dy + j) + load(total + c + j) : load(total + c + j));
-            store(sums.dy_z + j, adds ? load(sums.dy_z + j) + load(with + c + j) : load(with + c + j));
-          }
+        if (!p.d_up.data) continue;
+        product(rows, some, count, a, dy.data + c, dy.pitch, sums.up + top * padded, padded, adds);
+        for (int64_t j = 0; j < some && top == 0; j += kLanes) {
+          store(sums.dy + j, adds ? load(sums.dy + j) + load(total + c + j) : load(total + c + j));
+          store(sums.dy_z + j, adds ? load(sums.dy_z + j) + load(with + c + j) : load(with + c + j));
         }
       }
     }
-  }
+  });
 }
 
 /// Turned channels of these rows, where they lie or else in the tile.
@@ -423,41 +430,34 @@ INLINE void add_turned(int64_t channels, int64_t columns, int64_t rows, Tile x, 
 
 void add_turned_rows(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {
   Scratch scratch{memory};
-  const int64_t first = first_of_part(p, part), last = first_of_part(p, part + 1);
   const Tile z_tile = scratch.tile(kPanel, kChunk), dy_tile = scratch.tile(kPanel, kChunk);
   float* k = scratch.take(kChunk);
   const Tile h = p.activated ? Tile{} : scratch.tile(kChunk, least(kMostHeight, p.width));
-  for (int64_t start = first; start < last; start += kChunk) {
-    const int64_t count = least(kChunk, last - start);
-    const bool adds = start > first;
-    load_scales(p, start, count, k);
-    for (int64_t top = 0; top < p.width; top += kMostHeight) {
-      const int64_t columns = least(kMostHeight, p.width - top);
-      const Tile dh = p.d_down.data ? Tile{p.dh + start * p.pitch + top, p.pitch} : Tile{};
-      const Tile a = p.d_up.data ? activated_of(p, start, count, top, columns, k, h) : Tile{};
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t column = panel * kPanel, some = least(kPanel, p.channels - column);
-        const PanelSums sums = sums_of(p, part, column, rounded_up(some, kLanes));
-        Tile z{}, dy{};
-        if (p.z.data) z = turned_channels(p.z, p.live, start, count, column, some, z_tile);
-        if (p.d_up.data) dy = turned_channels(p.dy, p.live, start, count, column, some, dy_tile);
-        if (p.d_down.data) add_turned(some, columns, count, z, dh, {sums.down + top, p.pitch}, adds);
-        if (!p.d_up.data) continue;
-        add_turned(some, columns, count, dy, a, {sums.up + top, p.pitch}, adds);
-        for (int64_t c = 0; c < some && top == 0; ++c) {
-          Vec total = {}, with = {};
-          for (int64_t r = 0; r < count; r += kLanes) {
-            const int64_t rows = least(kLanes, count - r);
-            const Vec g = load_some<Number::kFloat32>(k + r, rows) * load_some<Number::kFloat32>(element(dy, c, r), rows);
-            total += g;
-            if (z.data) with += g * load_some<Number::kFloat32>(element(z, c, r), rows);
-          }
-          sums.dy[c] = adds ? sums.dy[c] + sum(total) : sum(total);
-          sums.dy_z[c] = adds ? sums.dy_z[c] + sum(with) : sum(with);
+  for_chunks(p, part, k, [&](int64_t start, int64_t count, int64_t top, int64_t columns, bool adds) INLINE_LAMBDA {
+    const Tile dh = p.d_down.data ? Tile{p.dh + start * p.pitch + top, p.pitch} : Tile{};
+    const Tile a = p.d_up.data ? activated_of(p, start, count, top, columns, k, h) : Tile{};
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t column = panel * kPanel, some = least(kPanel, p.channels - column);
+      const PanelSums sums = sums_of(p, part, column, rounded_up(some, kLanes));
+      Tile z{}, dy{};
+      if (p.z.data) z = turned_channels(p.z, p.live, start, count, column, some, z_tile);
+      if (p.d_up.data) dy = turned_channels(p.dy, p.live, start, count, column, some, dy_tile);
+      if (p.d_down.data) add_turned(some, columns, count, z, dh, {sums.down + top, p.pitch}, adds);
+      if (!p.d_up.data) continue;
+      add_turned(some, columns, count, dy, a, {sums.up + top, p.pitch}, adds);
+      for (int64_t c = 0; c < some && top == 0; ++c) {
+        Vec total = {}, with = {};
+        for (int64_t r = 0; r < count; r += kLanes) {
+          const int64_t rows = least(kLanes, count - r);
+          const Vec g = load_some<Number::kFloat32>(k + r, rows) * load_some<Number::kFloat32>(element(dy, c, r), rows);
+          total += g;
+          if (z.data) with += g * load_some<Number::kFloat32>(element(z, c, r), rows);
         }
+        sums.dy[c] = adds ? sums.dy[c] + sum(total) : sum(total);
+        sums.dy_z[c] = adds ? sums.dy_z[c] + sum(with) : sum(with);
       }
     }
-  }
+  });
 }
 
 void add_panels(const AdapterSums& p, int64_t part, int64_t begin, int64_t end, float* memory) {

@@ -71,11 +71,6 @@ INLINE void move_positions(typename Elements<kNumber>::Element* x, const Rows& r
       auto* corner = x + c * rows.stride_c + r;
       float* there = tile + r * pitch + c;
       Vec square[kLanes];
-      if (height == kLanes && width == kLanes) {
-        // Lines of a page each, which no processor foresees: those of the next tile come into the second-level cache.
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(corner + i * rows.stride_c + count, kStores, 2);
-      }
       if constexpr (kStores) {
         for (int i = 0; i < kLanes; ++i) square[i] = i < height ? load(there + i * pitch) : Vec{};
         transpose(square);

@@ -122,8 +122,8 @@ def product(
     if out is None and not channels_first and alpha == 1.0:
         # Of two dimensions: torch rounds a product of three before it adds the bias.
         rows = x.reshape(-1, x.shape[-1])
-        mine = _takes_onednn(x, weight.shape[0])
-        y = _by_onednn(rows, weight, bias) if mine else torch.nn.functional.linear(rows, weight, bias)
+        linear = _by_onednn if _takes_onednn(x, weight.shape[0]) else torch.nn.functional.linear
+        y = linear(rows, weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
     if out is None and channels_first and _lies_beside(x):
         out = beside(x, weight.shape[0], x.dtype)

@@ -209,7 +209,8 @@ def test_values_that_cancel(operator, backend, plan):
         error, allowed = (ours[name].double() - right).norm(), (plain[name].double() - right).norm()
         # Gradients of what makes F are differences between tokens here, which autograd adds up from E and F's.
         # Triton's interpreter has numpy's exp, with AVX-512 up to 2.4 units of the last place off, torch's 0.6.
-        factor = 16 if name in ("dout_weight", "dv_weight") else 8
+        interpreted = backend == "triton" and DEVICE == "cpu"
+        factor = 16 if name in ("dout_weight", "dv_weight") else 8 if interpreted else 4
         assert error <= factor * allowed + 1e-6 * right.norm(), f"{name}: {error:.2g}, plain torch {allowed:.2g}"
 
 
