@@ -6,8 +6,9 @@
     dgamma = skip sum k dy z + rowsum(U G) + u sum k dy
 
 One launch forward, two backward: a pass over tiles of rows, and the sums over rows. Letters: M rows, C channels, H the
-narrow width; z is (B, L, C) with any strides and row m is b * L + l; h and dh are (M, H). dh is residual divided by the
-root of the largest |gamma|, which is inside float16's range for small gammas and for scaled losses.
+narrow width; z is (B, L, C) with any strides and row m is b * L + l; h and dh are (M, H). D and U come from `prepared`,
+in z's dtype and ``wide`` for ``width``, and U for dh times gamma. dh is divided by the root of the largest |gamma|,
+which is inside float16's range for small gammas and for scaled losses.
 """
 
 from typing import Any
@@ -31,6 +32,7 @@ from pyfused.kernels.launch import (
     rows_like,
     vectorised,
 )
+from pyfused.kernels.prepared import prepared
 from pyfused.kernels.program import per_signature
 from pyfused.kernels.sums import SLOTS_PER_GROUP, load_part, sums_slots
 from pyfused.kernels.tiles import (
@@ -49,25 +51,26 @@ from pyfused.kernels.tiles import (
 
 @triton.jit
 def _pre_activation(
-    z_rows, stride_zc, ok_m, down, d_bias, channels, width,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    z_rows, stride_zc, ok_m, down, d_bias, channels, width, wide,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """h = z D^T + d  [BLOCK_M, BLOCK_H] in float32; 0 in columns beyond the width."""
     offs_h = tl.arange(0, BLOCK_H)
     h = narrow_product(
-        z_rows, stride_zc, ok_m, down.ptr, down.strides[1], offs_h.to(OFFSET) * down.strides[0], offs_h < width,
-        None, 1.0, channels, DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+        z_rows, stride_zc, ok_m, down.ptr, down.strides[1], offs_h.to(OFFSET) * down.strides[0], offs_h < wide,
+        None, 1.0, channels, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
     )  # fmt: skip
     if d_bias is not None:
-        h += load_vector(d_bias, offs_h, offs_h < width).to(DTYPE).to(tl.float32)[None, :]
+        dtype = down.ptr.dtype.element_ty
+        h += load_vector(d_bias, offs_h, offs_h < width).to(dtype).to(tl.float32)[None, :]
     return h
 
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_sample", "threshold"])
 def _adapter_fwd_kernel(
     z, down, d_bias, up, u_bias, r, gamma, sample_ptr, y, h_ptr, seed_ptr,
-    length, channels, width, tiles_l, per_sample, skip, inverse_keep, threshold: tl.uint32,
+    length, channels, width, wide, tiles_l, per_sample, skip, inverse_keep, threshold: tl.uint32,
     ACTIVATION: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     LENGTH_MULTIPLE_OF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +92,8 @@ def _adapter_fwd_kernel(
         live = tl.max(ok_z.to(tl.int32)) > 0
     if live:
         h = _pre_activation(
-            z_rows, z.strides[2], ok_z, down, d_bias, channels, width,
-            dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+            z_rows, z.strides[2], ok_z, down, d_bias, channels, width, wide,
+            PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         if h_ptr is not None:
             tl.store(h_ptrs, h.to(dtype), mask=ok_m[:, None] & ok_h[None, :])
@@ -102,7 +105,7 @@ def _adapter_fwd_kernel(
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
             ok_c = offs_c < channels
-            u = load_weight(up.ptr, offs_h, offs_c, up.strides[1], up.strides[0], ok_h, ok_c, dtype, OFFSET)
+            u = load_weight(up.ptr, offs_h, offs_c, up.strides[1], up.strides[0], offs_h < wide, ok_c, OFFSET)
             z_tile = load_tile(z_rows, offs_c, z.strides[2], ok_z, ok_c, OFFSET).to(tl.float32)
             out = tl.dot(a, u, input_precision=PRECISION) + skip * z_tile  # [BLOCK_M, BLOCK_C]
             if u_bias is not None:
@@ -128,12 +131,15 @@ def _adapter_fwd_kernel(
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_sample", "threshold", "counters"])
 def _adapter_bwd_rows_kernel(
     dy, z, h_ptr, down, d_bias, up, gamma, sample_ptr, dz, dh_ptr, seed_ptr, counter_ptr,
-    length, channels, width, tiles_l, per_sample, counters, skip, inverse_keep, threshold: tl.uint32,
+    length, channels, width, wide, tiles_l, per_sample, counters, skip, inverse_keep, threshold: tl.uint32,
     ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, Z_IS_RESIDUAL: tl.constexpr, DROP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dh and, with dz, dz of one tile of rows; RECOMPUTE: h too. Tiles of dropped samples compute nothing."""
+    """dh and, with dz, dz of one tile of rows; RECOMPUTE: h too. Tiles of dropped samples compute nothing.
+
+    up is gamma U / root, over root once more where dy is wider than it.
+    """
     if tl.program_id(0) == 0:
         # The sums over rows, which follow, count their programs here.
         for start in range(tl.cdiv(counters, 128)):
@@ -156,18 +162,18 @@ def _adapter_bwd_rows_kernel(
         ok_h_tile = ok_live[:, None] & ok_h[None, :]
         if RECOMPUTE:
             h = _pre_activation(
-                row_pointers(z, batch, offs_l, OFFSET), z.strides[2], ok_live, down, d_bias, channels, width,
-                dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+                row_pointers(z, batch, offs_l, OFFSET), z.strides[2], ok_live, down, d_bias, channels, width, wide,
+                PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
             )  # fmt: skip
             # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
             tl.store(h_ptr + h_offs, h.to(dtype), mask=ok_h_tile)
             tl.debug_barrier()
         root = 1.0
         if gamma is not None:
-            root = gate_root(gamma, channels, BLOCK_ALL)
+            root = gate_root(gamma, channels)
         t = narrow_product(
-            dy_rows, dy.strides[2], ok_live, up.ptr, up.strides[0], offs_h.to(OFFSET) * up.strides[1], ok_h, gamma,
-            root, channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
+            dy_rows, dy.strides[2], ok_live, up.ptr, up.strides[0], offs_h.to(OFFSET) * up.strides[1], offs_h < wide,
+            None, root, channels, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
         )  # fmt: skip
         if DROP:
             keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H)
@@ -182,7 +188,8 @@ def _adapter_bwd_rows_kernel(
             for start in range(tl.cdiv(channels, BLOCK_C)):
                 offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
                 ok_c = offs_c < channels
-                d = load_weight(down.ptr, offs_h, offs_c, down.strides[0], down.strides[1], ok_h, ok_c, dtype, OFFSET)
+                ok_w = offs_h < wide
+                d = load_weight(down.ptr, offs_h, offs_c, down.strides[0], down.strides[1], ok_w, ok_c, OFFSET)
                 out = tl.dot(dh, d, input_precision=PRECISION) * root  # [BLOCK_M, BLOCK_C]
                 dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
                 direct = skip * dy_tile
@@ -249,7 +256,7 @@ def _adapter_bwd_weights_kernel(
     length, channels, width, tiles_l, tiles_m, per_sample, steps, splits, skip, inverse_keep, threshold: tl.uint32,
     NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The parameters' gradients: sums over rows, cut into ``splits``.
 
@@ -268,7 +275,7 @@ def _adapter_bwd_weights_kernel(
     sum_dyz = tl.zeros((BLOCK_C,), dtype=tl.float32)
     root = 1.0
     if gamma is not None:
-        root = gate_root(gamma, channels, BLOCK_ALL)
+        root = gate_root(gamma, channels)
     for step in range(steps):
         tile = split * steps + step
         batch, offs_l, rows, ok_m = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
@@ -338,8 +345,8 @@ def _write_gradients(
             outer = load_part(total_ptr + BLOCK_C * width + at, ok)  # [BLOCK_C, BLOCK_H]
             if WIDER_DY:
                 outer = outer / root
-            u = load_weight(up.ptr, offs_c, offs_h, up.strides[0], up.strides[1], ok_c, ok_h, DTYPE, OFFSET)
-            d_gamma += tl.sum(outer * u.to(tl.float32), axis=1)
+            u = load_weight(up.ptr, offs_c, offs_h, up.strides[0], up.strides[1], ok_c, ok_h, OFFSET)
+            d_gamma += tl.sum(outer * u.to(DTYPE).to(tl.float32), axis=1)
             d_up = (outer * scale[:, None]).to(d_up_ptr.dtype.element_ty)
             tl.store(d_up_ptr + offs_c[:, None] * width + offs_h[None, :], d_up, ok)
     if NEED_UP:
@@ -378,18 +385,19 @@ def adapter_residual_fwd(
         return y, hidden
     config = configuration(
         _adapter_fwd_kernel, rows_config, z.device, batch, length, channels, width, z.dtype,
-        weight_bytes=down_weight.itemsize, vectorised=vectorised(z, y, residual), beside=int(dropout_p > 0.0),
+        vectorised=vectorised(z, y, residual), beside=int(dropout_p > 0.0),
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
     with torch.cuda.device_of(z):
+        down, up = _prepared(z.dtype, down_weight, up_weight)
         launch(
             _adapter_fwd_kernel, (batch * tiles_l,),
-            z=mat(z), down=mat(down_weight), d_bias=mat(down_bias), up=mat(up_weight), u_bias=mat(up_bias),
+            z=mat(z), down=mat(down), d_bias=mat(down_bias), up=mat(up), u_bias=mat(up_bias),
             r=mat(residual), gamma=mat(layer_scale), y=mat(y), h_ptr=hidden if save else None,
-            **row_length(length, z, y, residual), channels=channels, width=width, tiles_l=tiles_l,
+            **row_length(length, z, y, residual), channels=channels, width=width, wide=len(down), tiles_l=tiles_l,
             **samples, skip=skip, **dropout_arguments(seed, dropout_p),
             ACTIVATION=activation, DROP=dropout_p > 0.0,
-            PRECISION=dot_precision(z.dtype), OFFSET=offset_type(z, y, down_weight, up_weight, residual),
+            PRECISION=dot_precision(z.dtype), OFFSET=offset_type(z, y, down, up, residual),
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_H=block_width(width),
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -434,7 +442,7 @@ def adapter_residual_bwd(
         return gradients
     size = dy.device, batch, length, channels, width, like.dtype
     kind: dict[str, Any] = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
-    rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, weight_bytes=down_weight.itemsize, **kind)
+    rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, **kind)
     sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
@@ -446,21 +454,23 @@ def adapter_residual_bwd(
     dh = like.new_empty((rows, width))
     h = torch.empty_like(dh) if recompute else hidden
     shared = {
-        "dy": mat(dy), "dh_ptr": dh, "h_ptr": h, "counter_ptr": counter, "up": mat(up_weight),
-        "gamma": mat(layer_scale), "channels": channels, "width": width, **samples,
+        "dy": mat(dy), "dh_ptr": dh, "h_ptr": h, "counter_ptr": counter, "gamma": mat(layer_scale),
+        "channels": channels, "width": width, **samples,
         "skip": skip, **dropout_arguments(seed, dropout_p), "ACTIVATION": activation, "DROP": dropout_p > 0.0,
-        "PRECISION": dot_precision(like.dtype), "BLOCK_ALL": triton.next_power_of_2(channels),
+        "PRECISION": dot_precision(like.dtype),
     }  # fmt: skip
     with torch.cuda.device_of(dy):
+        wider = dy.dtype != like.dtype
+        down, gated_up = _prepared(like.dtype, down_weight, up_weight, gate=layer_scale, over_root=wider)
         row_tiles = triton.cdiv(length, rows_cfg.block_m)
         launch(
             _adapter_bwd_rows_kernel, (batch * row_tiles,), **shared,
-            z=mat(z) if recompute else None, down=mat(down_weight), d_bias=mat(down_bias),
+            z=mat(z) if recompute else None, down=mat(down), d_bias=mat(down_bias), up=mat(gated_up),
             dz=mat(dz) if need_dz else None,
             **row_length(length, dy, z if recompute else None, dz if need_dz else None),
-            tiles_l=row_tiles, counters=counter.numel(),
+            wide=len(down), tiles_l=row_tiles, counters=counter.numel(),
             RECOMPUTE=recompute, Z_IS_RESIDUAL=z_is_residual,
-            OFFSET=offset_type(dy, z, dz, down_weight, up_weight),
+            OFFSET=offset_type(dy, z, dz, down, gated_up),
             BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c, BLOCK_H=block_width(width),
             num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -471,7 +481,7 @@ def adapter_residual_bwd(
         z = z if need_down or skip != 0.0 else None
         launch(
             _adapter_bwd_weights_kernel, (tiles_c, tiles_h, splits), **shared,
-            z=mat(z), u_bias=mat(up_bias), parts_ptr=parts,
+            z=mat(z), up=mat(up_weight), u_bias=mat(up_bias), parts_ptr=parts,
             d_down_ptr=d_down if need_down else None, d_d_bias_ptr=d_d_bias if d_d_bias.numel() else None,
             d_up_ptr=d_up if need_up else None, d_u_bias_ptr=d_u_bias if d_u_bias.numel() else None,
             d_gamma_ptr=d_gamma if need_up else None,
@@ -481,6 +491,12 @@ def adapter_residual_bwd(
             num_warps=sums_cfg.num_warps, num_stages=sums_cfg.num_stages, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return gradients
+
+
+def _prepared(dtype: torch.dtype, down: torch.Tensor, up: torch.Tensor, **gate) -> tuple[torch.Tensor, torch.Tensor]:
+    """D and U, with as many zeros in the narrow width as let vectors load them."""
+    channels, wide = down.shape[1], -(-down.shape[0] // 16) * 16
+    return prepared(dtype, down, up, ((wide, channels), (channels, wide)), **gate)
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:

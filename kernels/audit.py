@@ -2,7 +2,8 @@
 
 ``python -m pyfused.kernels.audit`` records the launches of representative calls on meta tensors, compiles each
 distinct one for its target with Triton's own compiler, and reads what it made. It fails on a register spill, on shared
-memory over the target's limit, and on a 16-bit matrix kernel without tensor-core instructions.
+memory over the target's limit, on a 16-bit matrix kernel without tensor-core instructions, and on 9.0 on products that
+wait for each other, or for operands that no asynchronous copy brings.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, projection_residual
+from pyfused.kernels.launch import vectorised
 from pyfused.kernels.recording import SHARED_MEMORY, Launch, Target, record
 
 # Multiprocessors of a representative card: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
@@ -42,15 +44,26 @@ TARGETS = tuple(
 _AUDITED_AS = {(8, 9): (8, 6)}
 
 # Kernels whose products on 9.0 must not wait for each other, by what a launch has: their machine code is read always.
-# An operand that is made between comes from registers, or is stored first: dropout's, a weight that is converted,
-# images whose channels no asynchronous copy of 16 bytes reads.
+# An operand that is made between comes from registers, or is stored first: dropout's, or images whose channels no
+# asynchronous copy of 16 bytes reads.
 _OVERLAPPING: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "_lora_gemm_kernel": lambda given: (
-        not given["OWN_P"] and given["w"].ptr.dtype == given["x"].ptr.dtype and given["x"].strides[2] == 1
-    ),
+    "_lora_gemm_kernel": lambda given: vectorised(given["x"].ptr, given["w"].ptr),
+    "_lora_shrink_kernel": lambda given: not given["DROP_X"] and vectorised(given["x"].ptr),
     "_lora_wgrad_kernel": lambda given: not given["DROP_T"],
+    "_adapter_fwd_kernel": lambda given: _dense_rows(given["z"].ptr),
+    "_adapter_bwd_rows_kernel": lambda given: _dense_rows(given["dy"].ptr),
+}
+# Of these the kernels whose first loop is over K, and how many instructions a step of it has at most, in a warp: a rise
+# is a change that somebody decides on.
+_STEP: dict[str, Callable[[dict[str, Any]], int]] = {
+    "_lora_gemm_kernel": lambda given: 740 if given["DROP_X"] else 215 if given["OWN_P"] else 170,
+    "_lora_shrink_kernel": lambda given: 90,
+    "_adapter_fwd_kernel": lambda given: 110,
+    "_adapter_bwd_rows_kernel": lambda given: 130,
 }
 _PRODUCT_OR_WAIT = re.compile(r"\b(HGMMA)\b|\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?);", re.MULTILINE)
+_JUMP = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 
 # Tensor-core instructions: warp-level, warpgroup-level on Hopper, and tcgen05 on Blackwell; in SASS, and in PTX.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
@@ -398,8 +411,11 @@ def compile_case(case: Case) -> Finding:
         faults.append("no tensor-core instruction")
     if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:
         faults.append("the GEMM does not use wgmma")
-    if overlapping and (wrong := waiting(sass, pipelined=name == "_lora_gemm_kernel")):
-        faults.append(wrong)
+    if overlapping:
+        faults += filter(None, [serialised(sass)])
+        if name in _STEP:
+            given = case.launch.arguments
+            faults += step_faults(sass, _STEP[name](given), made=given.get("DROP_X", False))
     found = ",".join(instructions)
     return Finding(case.label, name, case.target.capability, registers, stack, spills, shared, found, tuple(faults))
 
@@ -412,11 +428,14 @@ def must_overlap(case: Case) -> bool:
     return case.launch.tensors[0].dtype != torch.float32 and held(case.launch.arguments)
 
 
-def waiting(sass: str, pipelined: bool) -> str:
-    """What is wrong with how the tensor cores of 9.0 wait; "" where nothing is.
+def _dense_rows(rows: torch.Tensor) -> bool:
+    return rows.stride(2) == 1 and vectorised(rows)
 
-    A wait names how many groups of products may still be under way. The assembler serialises products by a wait for
-    none behind each; a loop that is ``pipelined`` waits for the group before its own.
+
+def serialised(sass: str) -> str:
+    """What is wrong where the assembler has serialised products on 9.0, by a wait for none behind each; else "".
+
+    A wait names how many groups of products may still be under way.
     """
     # Of a wait how many it leaves under way; None of a product.
     found = [None if product else int(left, 16) for product, left in _PRODUCT_OR_WAIT.findall(sass)]
@@ -427,9 +446,45 @@ def waiting(sass: str, pipelined: bool) -> str:
             longest = max(longest, alone)
     if longest >= 4:
         return f"{longest} products wait for each other, one by one"
-    if pipelined and not any(found):
-        return "the loop waits for its own products"
     return ""
+
+
+def step_faults(sass: str, most: int, made: bool) -> list[str]:
+    """What is wrong with the first loop that has products of 9.0, over K: it is to wait for the step before its own,
+    and its operands for nothing but asynchronous copies.
+
+    Args:
+        most: instructions of a step.
+        made: an operand is made in the loop, and stored for the products.
+    """
+    step = next((loop for loop in _innermost_loops(sass) if any("HGMMA" in line for line in loop)), None)
+    if step is None:
+        return []
+    text, faults = "\n".join(step), []
+    waits = [int(left, 16) for _, left in _PRODUCT_OR_WAIT.findall(text) if left]
+    if not waits or min(waits) == 0:
+        faults.append("the loop waits for its own products")
+    synchronous = ("LDG",) if made else ("LDG", "STS")
+    faults += [f"the loop has {name}" for name in synchronous if re.search(rf"\b{name}\b", text)]
+    if len(step) > most:
+        faults.append(f"a step has {len(step)} instructions, {most} allowed")
+    return faults
+
+
+def _innermost_loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop that has none inside."""
+    lines = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    at = {address: number for number, (address, _) in enumerate(lines)}
+    spans = [
+        (at[int(jump[1], 16)], number)
+        for number, (address, text) in enumerate(lines)
+        if (jump := _JUMP.search(text)) and int(jump[1], 16) <= address and int(jump[1], 16) in at
+    ]
+    return [
+        [text for _, text in lines[first : last + 1]]
+        for first, last in spans
+        if not any(first <= begin and end <= last for begin, end in spans if (begin, end) != (first, last))
+    ]
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:

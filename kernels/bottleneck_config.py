@@ -56,16 +56,14 @@ def rows_config(
     dtype: torch.dtype,
     target: Target,
     *,
-    weight_bytes: int,
     vectorised: bool,
     beside: int,
 ) -> RowsConfig:
     """Of the tiles that fit on chip the one for which, at sizes like these, the busiest multiprocessor moves the fewest
     bytes.
 
-    ``weight_bytes``: of one element of a weight, which every tile reads whole. ``vectorised``: rows can be loaded 16
-    bytes at a time; if not, more threads share the addresses. ``beside``: tiles as wide as the middle that live beside
-    it, such as a dropout mask.
+    ``vectorised``: rows can be loaded 16 bytes at a time; if not, more threads share the addresses. ``beside``: tiles
+    as wide as the middle that live beside it, such as a dropout mask.
     """
     if target == INTERPRETER:
         return RowsConfig(32, 32, num_warps=4, num_stages=2)
@@ -81,24 +79,22 @@ def rows_config(
     def config(block_m: int) -> RowsConfig:
         heavy = block_m == 128 or block_m * padded > 4096 or beside or not vectorised or dtype == torch.float32
         # Loads in flight hide memory's latency: as many as leave room for a second block.
-        stage = block_c * (block_m * dtype.itemsize + padded * weight_bytes)
+        stage = block_c * (block_m + padded) * dtype.itemsize
         stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
         return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
 
     def bytes_moved(config: RowsConfig, batch: int, length: int) -> float:
-        work = rows_work(config, batch, length, channels, width, dtype, weight_bytes)
+        work = rows_work(config, batch, length, channels, width, dtype)
         return -(-work.programs // target.multiprocessors) * work.nbytes
 
     configs = [config(rows) for rows in (128, 64, 32, 16) if min(32, most) <= rows <= most]
     return suits_best(configs, bytes_moved, batch, length)
 
 
-def rows_work(
-    config: RowsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype, weight_bytes: int
-) -> LaunchWork:
+def rows_work(config: RowsConfig, batch: int, length: int, channels: int, width: int, dtype: torch.dtype) -> LaunchWork:
     """Two products with weights that each tile of rows reads whole, and three rows read or written once."""
     rows = config.block_m
-    tile = 3 * rows * channels * dtype.itemsize + 2 * channels * width * weight_bytes
+    tile = (3 * rows + 2 * width) * channels * dtype.itemsize
     return LaunchWork(batch * -(-length // rows), 4 * rows * channels * block_width(width), tile)
 
 

@@ -57,14 +57,14 @@ def _columns(
 @triton.jit
 def _probabilities(
     x_rows, stride_xc, ok_m, e, c, batch, heads, tokens, channels,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """softmax over the tokens of each head  [BLOCK_M, BLOCK_J] in float32; 0 where a head has none."""
     columns, ok_j = _columns(heads, tokens, e.strides[1], e.strides[2], OFFSET, BLOCK_H, BLOCK_T)
     s = narrow_product(
         x_rows, stride_xc, ok_m, e.ptr + batch * e.strides[0], e.strides[3], columns, ok_j, None, 1.0, channels,
-        DTYPE, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+        PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
     )  # fmt: skip
     if c is not None:
         columns, ok_j = _columns(heads, tokens, c.strides[1], c.strides[2], OFFSET, BLOCK_H, BLOCK_T)
@@ -78,11 +78,10 @@ def _probabilities(
 
 @triton.jit
 def _output_tile(
-    a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, PRECISION: tl.constexpr, OFFSET: tl.constexpr
 ):  # fmt: skip
     """o = a F + b_o  [BLOCK_M, BLOCK_C] in float32."""
-    f = load_weight(f_ptr, columns, offs_c, 1, stride_fc, ok_j, ok_c, DTYPE, OFFSET)
+    f = load_weight(f_ptr, columns, offs_c, 1, stride_fc, ok_j, ok_c, OFFSET)
     o = tl.dot(a, f, input_precision=PRECISION)
     if bias_ptr is not None:
         o += tl.load(bias_ptr + offs_c, mask=ok_c, other=0.0).to(tl.float32)[None, :]
@@ -103,7 +102,7 @@ def _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET
 def _norms(
     a, f_ptr, columns, ok_j, stride_fc, bias_ptr, x_rows, stride_xc, dy_rows, stride_dyc, ok_m,
     gate, weight, channels,
-    BACKWARD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(|o|, |x|, g . o) of each row; the last is 0 but in BACKWARD."""
@@ -113,7 +112,7 @@ def _norms(
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
+        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, PRECISION, OFFSET)
         square += tl.sum(o * o, axis=1)
         if BACKWARD:
             g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET)
@@ -135,13 +134,13 @@ def _matched_product(
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, DTYPE, PRECISION, OFFSET)
+        o = _output_tile(a, f_ptr, columns, ok_j, stride_fc, bias_ptr, offs_c, ok_c, PRECISION, OFFSET)
         g = _upstream_tile(dy_rows, stride_dyc, ok_m, gate, weight, offs_c, ok_c, OFFSET)
         do = (rho[:, None] * g - kappa[:, None] * o) / root
         if tl.float16 == DTYPE:
             # rho is |x| / eps where o is 0: times F or p = 0, where every key is masked, not NaN.
             do = tl.where(norm[:, None] == 0.0, tl.minimum(tl.maximum(do, -65504.0), 65504.0), do)
-        f = load_weight(f_ptr, offs_c, columns, stride_fc, 1, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
+        f = load_weight(f_ptr, offs_c, columns, stride_fc, 1, ok_c, ok_j, OFFSET)  # [BLOCK_C, BLOCK_J]
         acc = tl.dot(do.to(DTYPE), f, acc, input_precision=PRECISION)
     return acc
 
@@ -161,7 +160,7 @@ def _cross_attention_fwd_kernel(
     x_rows = row_pointers(x, batch, offs_l, OFFSET)
     p = _probabilities(
         x_rows, x.strides[2], ok_m, e, c, batch, heads, tokens, channels,
-        dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
+        PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
     )  # fmt: skip
     if p_ptr is not None:
         in_row, ok_j = _columns(heads, tokens, tokens, 1, OFFSET, BLOCK_H, BLOCK_T)
@@ -176,14 +175,14 @@ def _cross_attention_fwd_kernel(
     if NORM_MATCH:
         norm, norm_x, _ = _norms(
             a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, x_rows, x.strides[2], x_rows, x.strides[2], ok_m,
-            gate, weight, channels, False, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+            gate, weight, channels, False, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         rho = norm_x * inverse_or_zero(norm + eps)
     y_rows = row_pointers(y, batch, offs_l, OFFSET)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
-        out = _output_tile(a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, offs_c, ok_c, dtype, PRECISION, OFFSET)
+        out = _output_tile(a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, offs_c, ok_c, PRECISION, OFFSET)
         if NORM_MATCH:
             out *= rho[:, None]
         if gate is None:
@@ -200,7 +199,7 @@ def _cross_attention_bwd_rows_kernel(
     length, channels, heads, tokens, tiles_l, counters, weight, root, eps, inverse_keep, threshold: tl.uint32,
     NORM_MATCH: tl.constexpr, RECOMPUTE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """ds / root and, with dx, dx of one tile of rows; RECOMPUTE: p too; NORM_MATCH: rho, kappa and a."""
     if tl.program_id(0) == 0:
@@ -221,13 +220,13 @@ def _cross_attention_bwd_rows_kernel(
     if RECOMPUTE:
         p = _probabilities(
             x_rows, from_x.strides[2], ok_m, e, c, batch, heads, tokens, channels,
-            dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
+            PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H, BLOCK_T,
         )  # fmt: skip
         # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
         tl.store(p_ptr + p_offs, p.to(dtype), mask=ok_p)
         tl.debug_barrier()
     if gate is not None:
-        root = gate_root(gate, channels, BLOCK_ALL)
+        root = gate_root(gate, channels)
     columns, ok_j = _columns(heads, tokens, f.strides[1], f.strides[2], OFFSET, BLOCK_H, BLOCK_T)
     f_ptr = f.ptr + batch * f.strides[0]
     towards = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -241,7 +240,7 @@ def _cross_attention_bwd_rows_kernel(
         a = a.to(dtype)
         norm, norm_x, along = _norms(
             a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, x_rows, from_x.strides[2], dy_rows, dy.strides[2], ok_m,
-            gate, weight, channels, True, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
+            gate, weight, channels, True, PRECISION, OFFSET, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         inverse = inverse_or_zero(norm + eps)
         rho = norm_x * inverse
@@ -256,8 +255,8 @@ def _cross_attention_bwd_rows_kernel(
         )  # fmt: skip
     else:
         da = narrow_product(
-            dy_rows, dy.strides[2], ok_m, f_ptr, f.strides[3], columns, ok_j, gate, root,
-            channels, dtype, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
+            dy_rows, dy.strides[2], ok_m, f_ptr, f.strides[3], columns, ok_j, gate, 1.0 if gate is None else root,
+            channels, PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H * BLOCK_T,
         )  # fmt: skip
         if gate is None:
             da *= weight / root
@@ -277,7 +276,7 @@ def _cross_attention_bwd_rows_kernel(
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
             ok_c = offs_c < channels
-            e_tile = load_weight(e_ptr, columns, offs_c, 1, e.strides[3], ok_j, ok_c, dtype, OFFSET)
+            e_tile = load_weight(e_ptr, columns, offs_c, 1, e.strides[3], ok_j, ok_c, OFFSET)
             out = tl.dot(ds, e_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
             if NORM_MATCH:
                 out += towards[:, None] * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
@@ -294,7 +293,6 @@ def _cross_attention_bwd_weights_kernel(
     NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """The sums over the rows of each context, cut into ``splits``, and the gradients that are made of them.
 
@@ -320,7 +318,7 @@ def _cross_attention_bwd_weights_kernel(
     sum_ds = tl.zeros((BLOCK_J,), dtype=tl.float32)
     sum_dy = tl.zeros((BLOCK_C,), dtype=tl.float32)
     if gate is not None:
-        root = gate_root(gate, channels, BLOCK_ALL)
+        root = gate_root(gate, channels)
     for step in range(steps):
         in_context = split * steps + step
         batch, offs_l, rows, ok_m = tile_rows(context * per_context + in_context, tiles_l, length, OFFSET, BLOCK_M)
@@ -446,7 +444,7 @@ def cross_attention_residual_fwd(
     shared = _shared(e, c, f, bias, gate, block_h, block_t)
     config = configuration(
         _cross_attention_fwd_kernel, rows_config, x.device, batch, length, channels, block_h * block_t, e.dtype,
-        weight_bytes=e.itemsize, vectorised=vectorised(x, y), beside=beside,
+        vectorised=vectorised(x, y), beside=beside,
     )  # fmt: skip
     tiles_l = triton.cdiv(length, config.block_m)
     with torch.cuda.device_of(x):
@@ -494,7 +492,7 @@ def cross_attention_residual_bwd(
     size = dy.device, batch, length, channels, padded, e.dtype
     kind: dict[str, Any] = {"vectorised": vectorised(dy, x, dx if need_dx else None), "beside": beside}
     rows_cfg = configuration(
-        _cross_attention_bwd_rows_kernel, rows_config, *size, weight_bytes=e.itemsize, **kind
+        _cross_attention_bwd_rows_kernel, rows_config, *size, **kind
     )  # fmt: skip
     sums_cfg = configuration(_cross_attention_bwd_weights_kernel, weights_config, *size, **kind, groups=contexts)
     block_j = min(sums_cfg.block_h, padded)
@@ -514,7 +512,7 @@ def cross_attention_residual_bwd(
     arguments = {
         "dy": mat(dy), "p_ptr": p, "ds_ptr": ds, "rho_ptr": rho, "counter_ptr": counter, "channels": channels,
         "weight": weight, "root": math.sqrt(abs(weight)) or 1.0, **dropout_arguments(seed, dropout_p),
-        "DROP": dropout_p > 0.0, "BLOCK_ALL": triton.next_power_of_2(channels),
+        "DROP": dropout_p > 0.0,
     }  # fmt: skip
     # One empty tensor for all that is not needed would be outputs that alias.
     de, df, d_gate = (nothing(0, **wide) for _ in range(3))

@@ -5,7 +5,8 @@
 
 Without dropout dx is y's own kernel on (dy, W^T, B^T, A^T). Letters: M rows, N out, K in, R rank; x is (B, L, K) with
 any strides and row m is b * L + l; P and Q are (M, R), rounded to x's dtype once, Q with its scaling. A and B are
-dense, (R, K) and (N, R). With an index of adapters P and Q hold zeros outside the columns of a row's own adapter.
+dense, (R, K) and (N, R), and like W in x's dtype: `prepared` and torch convert them before. With an index of adapters P
+and Q hold zeros outside the columns of a row's own adapter.
 """
 
 import torch
@@ -28,6 +29,7 @@ from pyfused.kernels.launch import (
     vectorised,
 )
 from pyfused.kernels.lora_linear_config import EXPAND_BLOCK_R, gemm_config, shares_pass, shrink_config, wgrad_config
+from pyfused.kernels.prepared import prepared
 from pyfused.kernels.program import per_signature
 from pyfused.kernels.recording import INTERPRETER
 from pyfused.kernels.sums import sum_partials
@@ -100,14 +102,14 @@ def _lora_gemm_kernel(
         offs_r = tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
-        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
+        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, OFFSET)
     for start in range(tl.cdiv(k, BLOCK_K)):
         ok_k = offs_k < k - start * BLOCK_K
         x_tile = tl.load(x_ptrs, mask=ok_l[:, None] & ok_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w_tile = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_N]
+        w_tile = tl.load(w_ptrs, mask=ok_n[None, :] & ok_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         if OWN_P:
-            a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0).to(dtype)  # [BLOCK_K, BLOCK_R]
+            a = tl.load(a_ptrs, mask=ok_r[None, :] & ok_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
             if DROP_X:
                 keep = dropout_keep_mask(seed, rows, start * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
                 x_tile = tl.where(keep, x_tile, 0.0).to(dtype)
@@ -128,7 +130,7 @@ def _lora_gemm_kernel(
         if SAVE_P:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
             if pid_n == 0:
                 store_tile(p_rows, offs_r, 1, p_acc * saved_scaling, ok_l, ok_r, OFFSET)
-        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)  # [BLOCK_R, BLOCK_N]
+        b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, OFFSET)  # [BLOCK_R, BLOCK_N]
         p = (p_acc * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
         if DROP_P:
             low_rank = tl.dot(p, b, input_precision=PRECISION)
@@ -146,7 +148,7 @@ def _lora_gemm_kernel(
                 ok_r = offs_r < rank
                 p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)
                 p = (p.to(tl.float32) * scaling).to(dtype)  # [BLOCK_M, BLOCK_R]
-                b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, dtype, OFFSET)
+                b = load_weight(b_ptr, offs_r, offs_n, stride_br, stride_bn, ok_r, ok_n, OFFSET)
                 low_rank = tl.dot(p, b, low_rank, input_precision=PRECISION)
         if not DROP_P:
             acc = low_rank
@@ -182,7 +184,7 @@ def _lora_shrink_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)
         ok_k = offs_k < k
         x_tile = load_tile(x_rows, offs_k, x.strides[2], ok_l, ok_k, OFFSET)  # [BLOCK_M, BLOCK_K]
-        a = load_weight(a_ptr, offs_k, offs_r, stride_ak, stride_ar, ok_k, ok_r, dtype, OFFSET)  # [BLOCK_K, BLOCK_R]
+        a = load_weight(a_ptr, offs_k, offs_r, stride_ak, stride_ar, ok_k, ok_r, OFFSET)  # [BLOCK_K, BLOCK_R]
         if DROP_X:
             keep = dropout_keep_mask(seed, rows, start, threshold, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0).to(dtype)
@@ -219,7 +221,7 @@ def _lora_wgrad_kernel(
     if DROP_T:
         seed = tl.load(seed_ptr)
     if f_ptr is not None:
-        f = load_weight(f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, dtype, OFFSET)  # [BLOCK_C, BLOCK_R]
+        f = load_weight(f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, OFFSET)  # [BLOCK_C, BLOCK_R]
         q_ptr += pid_c.to(tl.int64) * rows_total * rank
     for step in range(steps):
         tile = split * steps + step
@@ -266,7 +268,7 @@ def _lora_expand_kernel(
         offs_r = start_r * BLOCK_R + tl.arange(0, BLOCK_R)
         ok_r = offs_r < rank
         p = load_tile(p_rows, offs_r, 1, ok_l, ok_r, OFFSET)  # [BLOCK_M, BLOCK_R]
-        a = load_weight(a_ptr, offs_r, offs_n, n, 1, ok_r, ok_n, p.dtype, OFFSET)  # [BLOCK_R, BLOCK_N]
+        a = load_weight(a_ptr, offs_r, offs_n, n, 1, ok_r, ok_n, OFFSET)  # [BLOCK_R, BLOCK_N]
         low_rank = tl.dot(p, a, low_rank, input_precision=PRECISION)
     keep = dropout_keep_mask(tl.load(seed_ptr), rows, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
     y_rows = row_pointers(y, batch, offs_l, OFFSET)
@@ -292,7 +294,7 @@ def _gemm(
     y = rows_like(x, n, channels_first)
     config = configuration(
         _lora_gemm_kernel, gemm_config, x.device, batch, length, n, k, rank, x.dtype,
-        weight_bytes=weight.itemsize, vectorised=vectorised(x, weight), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
+        vectorised=vectorised(x, weight), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(n, config.block_n)
     launch(
@@ -400,9 +402,10 @@ def lora_linear_fwd(
     if batch * length == 0:
         return rows_like(x, n, channels_first), x.new_empty((0, rank))
     mixed = _mixed(adapter_index, rank, adapters)
-    lora_a, lora_b = _wider(lora_a, 0), _wider(lora_b, 1)
-    p = x.new_empty((batch * length if save else 0, len(lora_a)))
     with torch.cuda.device_of(x):
+        weight = weight.to(x.dtype)
+        lora_a, lora_b = _prepared(lora_a, lora_b, x.dtype)
+        p = x.new_empty((batch * length if save else 0, len(lora_a)))
         if plan == "blas":
             p = _shrink(x, lora_a, seed, dropout_p, mixed=mixed)
             y = _blas_product(x, weight, bias, channels_first)
@@ -444,12 +447,17 @@ def lora_linear_bwd(
         da, db = lora_a.new_zeros((rank, k) if need_da else 0), lora_b.new_zeros((n, rank) if need_db else 0)
         return rows_like(dy, k, channels_first) if need_dx else dx, da, db
     mixed = _mixed(adapter_index, rank, adapters)
-    lora_a, lora_b, p = _wider(lora_a, 0), _wider(lora_b, 1), None if p is None else _wider(p, 1)
-    wide = len(lora_a)
+    wide = _padded_rank(rank)
     da, db = lora_a.new_empty((wide, k) if need_da else 0), lora_b.new_empty((n, wide) if need_db else 0)
+    own = plan == "one_launch" and need_dx
+    need_q = need_da or need_dx
     with torch.cuda.device_of(dy):
-        own = plan == "one_launch" and need_dx
-        need_q = need_da or need_dx
+        if need_q:
+            lora_a, lora_b = _prepared(lora_a, lora_b, dy.dtype)
+        if need_dx:
+            weight = weight.to(dy.dtype)
+        if p is not None and wide > rank:
+            p = torch.nn.functional.pad(p, (0, wide - rank))
         share = need_db and need_q and not own and shares_pass(wide)
         q = None
         if own:
@@ -481,22 +489,23 @@ def _mixed(adapter_index: torch.Tensor | None, rank: int, adapters: int) -> dict
     return _UNMIXED if adapter_index is None else {"index_ptr": adapter_index, "width": rank // adapters}
 
 
-def _wider(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Dense, with as many zeros in the dimension of the rank as make `_rank_divisor` divide it."""
-    rank = tensor.shape[dim]
-    missing = -rank % _rank_divisor.fn(rank)  # its wrapper for device code takes 3 us
-    if missing:
-        tensor = torch.nn.functional.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
-    return tensor.contiguous()
+def _padded_rank(rank: int) -> int:
+    """The rank of every launch, which `_rank_divisor` divides."""
+    return rank + -rank % _rank_divisor.fn(rank)  # its wrapper for device code takes 3 us
+
+
+def _prepared(lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B as launches take them, with zeros up to their rank."""
+    rank = _padded_rank(len(lora_a))
+    return prepared(dtype, lora_a, lora_b, ((rank, lora_a.shape[1]), (len(lora_b), rank)))
 
 
 def _narrower(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """Dense, without the columns that `_wider` added."""
+    """Dense, without the columns beyond the rank."""
     return tensor if tensor.shape[1] == rank else tensor[:, :rank].contiguous()
 
 
 def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
-    weight = weight.to(x.dtype)
     if channels_first:
         batched = weight.expand(x.shape[0], *weight.shape)
         if bias is None:
@@ -507,7 +516,6 @@ def _blas_product(x, weight, bias, channels_first) -> torch.Tensor:
 
 
 def _blas_add_(y, p, b, scaling) -> None:
-    b = b.to(y.dtype)
     if y.stride(2) == 1:
         y.view(-1, y.shape[-1]).addmm_(p, b.t(), alpha=scaling)
     else:

@@ -99,7 +99,6 @@ def gemm_config(
     dtype: torch.dtype,
     target: Target,
     *,
-    weight_bytes: int,
     vectorised: bool,
     own_p: bool,
     drop_x: bool,
@@ -108,8 +107,7 @@ def gemm_config(
     """The tile with which the busiest multiprocessor has least to do at sizes like these, among those that fit, or else
     the smallest.
 
-    ``weight_bytes``: of one element of W, which may be wider than x and is staged as it is. ``vectorised``: x and
-    W can be loaded 16 bytes at a time; if not, more threads share the addresses.
+    ``vectorised``: x and W can be loaded 16 bytes at a time; if not, more threads share the addresses.
     """
     if target == INTERPRETER:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
@@ -119,22 +117,22 @@ def gemm_config(
         tiles = _GEMM_TILES_FLOAT32
 
     def fits(tile: GemmConfig) -> bool:
-        # Adapters are usually float32.
-        row = tile.block_m * dtype.itemsize + tile.block_n * weight_bytes + (padded * 4 if own_p else 0)
-        epilogue = (tile.block_m * dtype.itemsize + tile.block_n * 4) * min(padded, EXPAND_BLOCK_R)
-        if max(row * tile.block_k * tile.num_stages, epilogue) > target.shared_memory - 2048:
+        columns = tile.block_m + tile.block_n
+        row, epilogue = columns + (padded if own_p else 0), columns * min(padded, EXPAND_BLOCK_R)
+        staged = dtype.itemsize * max(row * tile.block_k * tile.num_stages, epilogue)
+        if staged > target.shared_memory - 2048:
             return False
         # Accumulators of one thread, a second one for a masked rank-r term, and what drawing a mask takes: of the 255
         # registers that there are, addresses and, with mma.sync, operands need the rest.
         accumulators = tile.block_m * (tile.block_n * (2 if drop_p else 1) + (padded if own_p else 0))
         drawing = 16 + padded // 2 if drop_x else 16 if drop_p else 0
         # Loads of single elements pass through registers, value and address, instead of going to shared memory.
-        staged = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
-        return (accumulators + staged) // (32 * tile.num_warps) + drawing <= registers
+        passing = 0 if vectorised else 2 * (tile.block_m + tile.block_n) * tile.block_k
+        return (accumulators + passing) // (32 * tile.num_warps) + drawing <= registers
 
     def cost(tile: GemmConfig, batch: int, length: int) -> float:
         tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
-        operand_bytes = tile.block_m * dtype.itemsize + tile.block_n * weight_bytes
+        operand_bytes = (tile.block_m + tile.block_n) * dtype.itemsize
         whole = -(-k // tile.block_k) * tile.block_k
         narrow = padded if own_p else 0
         sides = tile.block_m, tile.block_n, narrow
@@ -149,13 +147,12 @@ def gemm_config(
 
 
 def gemm_work(
-    config: GemmConfig, batch: int, length: int, n: int, k: int, rank: int, dtype: torch.dtype, weight_bytes: int,
-    own_p: bool,
+    config: GemmConfig, batch: int, length: int, n: int, k: int, rank: int, dtype: torch.dtype, own_p: bool
 ) -> LaunchWork:  # fmt: skip
     """A tile of the GEMM, and with ``own_p`` of P."""
     narrow = block_width(rank) if own_p else 0
     tiles = batch * -(-length // config.block_m) * -(-n // config.block_n)
-    nbytes = k * (config.block_m * dtype.itemsize + config.block_n * weight_bytes)
+    nbytes = k * (config.block_m + config.block_n) * dtype.itemsize
     return LaunchWork(tiles, 2 * k * config.block_m * (config.block_n + narrow), nbytes)
 
 

@@ -194,7 +194,7 @@ def projection_residual_fwd(
     # The residual's tile lies beside the accumulator, as a masked term of lora_linear's would.
     config = configuration(
         _projection_fwd_kernel, gemm_config, o.device, batch, length, channels, k, 16, o.dtype,
-        weight_bytes=weight.itemsize, vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
+        vectorised=vectorised(o, weight), own_p=False, drop_x=False, drop_p=True,
     )  # fmt: skip
     tiles_l, tiles_n = triton.cdiv(length, config.block_m), triton.cdiv(channels, config.block_n)
     squares = o.new_empty((batch * length, tiles_n), dtype=torch.float32) if norm_match else None

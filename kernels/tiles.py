@@ -74,37 +74,38 @@ def store_tile(rows_ptr, offs_c, stride_c, tile, ok_m, ok_c, OFFSET: tl.constexp
 
 
 @triton.jit
-def load_weight(
-    ptr, offs_i, offs_j, stride_i, stride_j, ok_i, ok_j, DTYPE: tl.constexpr, OFFSET: tl.constexpr
-):  # fmt: skip
-    """[I, J] of a weight in DTYPE; 0 outside."""
+def load_weight(ptr, offs_i, offs_j, stride_i, stride_j, ok_i, ok_j, OFFSET: tl.constexpr):
+    """[I, J] of a weight; 0 outside."""
     ptrs = weight_pointers(ptr, offs_i, offs_j, stride_i, stride_j, OFFSET)
-    return tl.load(ptrs, mask=ok_i[:, None] & ok_j[None, :], other=0.0).to(DTYPE)
+    return tl.load(ptrs, mask=ok_i[:, None] & ok_j[None, :], other=0.0)
 
 
 @triton.jit
 def narrow_product(
     rows_ptr, stride_c, ok_m, w_ptr, stride_wc, columns, ok_j, gate, root, channels,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """x (gate W) / root  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), over all channels.
+    """x W  [BLOCK_M, BLOCK_J] in float32: the rows' product with a weight (C, J), in its dtype, over all channels.
 
-    columns [BLOCK_J] are the offsets of W's columns; those that are not ok_j count as 0. gate (C,), or None, multiplies
-    the weight's rows; root is that of the largest |gate|. x and gate share it, because float16 holds neither a gate of
-    1e-6 nor, of a wider x, what a scaled loss sends back.
+    columns [BLOCK_J] are the offsets of W's columns; those that are not ok_j count as 0. Rows that are wider than W are
+    multiplied by ``root``. gate (C,), or None, multiplies the rows of W; over root, and over root once more for wider
+    rows: x and gate share the root of the largest |gate|, because float16 holds neither a gate of 1e-6 nor, of a wider
+    x, what a scaled loss sends back.
     """
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDER: tl.constexpr = rows_ptr.dtype.element_ty != DTYPE
     acc = tl.zeros((BLOCK_M, BLOCK_J), dtype=tl.float32)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
         x = load_tile(rows_ptr, offs_c, stride_c, ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
-        w = load_weight(w_ptr, offs_c, columns, stride_wc, 1, ok_c, ok_j, DTYPE, OFFSET)  # [BLOCK_C, BLOCK_J]
+        if WIDER:
+            x = x.to(tl.float32) * root
+        w = load_weight(w_ptr, offs_c, columns, stride_wc, 1, ok_c, ok_j, OFFSET)  # [BLOCK_C, BLOCK_J]
         if gate is not None:
             by_row = load_vector(gate, offs_c, ok_c) / root
             if WIDER:
-                x = x.to(tl.float32) * root
                 by_row = by_row / root
             w = (w.to(tl.float32) * by_row[:, None]).to(DTYPE)
         acc = tl.dot(x.to(DTYPE), w, acc, input_precision=PRECISION)
@@ -124,8 +125,12 @@ def copy_rows(
 
 
 @triton.jit
-def gate_root(gate, channels, BLOCK: tl.constexpr):
+def gate_root(gate, channels):
     """Square root of the largest |gate|; 1 where all are 0 or next to it."""
-    offs = tl.arange(0, BLOCK)
-    largest = tl.max(tl.abs(load_vector(gate, offs, offs < channels)))
+    BLOCK: tl.constexpr = 1024
+    found = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(tl.cdiv(channels, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        found = tl.maximum(found, tl.abs(load_vector(gate, offs, offs < channels)))
+    largest = tl.max(found)
     return tl.sqrt(tl.where(largest < 1e-30, 1.0, largest))

@@ -156,25 +156,25 @@ def _lora_linear(
     # Both of dy's products from one pass, which writes parts of Q for each tile of 128 columns; or a pass for each.
     sums = x + y + mask + (8 * rank * m * n / 128 / there.memory if rank <= 16 else y)
     blas = (
-        Work(gemm + cast + x + mask + 2 * y, launches=2, operations=2 + converts + adapters),
-        Work(gemm + cast + sums + 2 * x + mask, launches=5 + drops, operations=2 + converts),
+        Work(gemm + cast + x + mask + 2 * y, launches=2 + adapters, operations=2 + converts),
+        Work(gemm + cast + sums + 2 * x + mask, launches=5 + drops + adapters, operations=2 + converts),
     )
-    plain, own_p = _kernels(itemsize, bool(converts), bool(adapters))
+    kernel = "triton gemm" if itemsize == 2 else "triton gemm, float32"
     # mma.sync has its operands in registers too, which leaves a thread fewer for a tile. So does a masked term in dx.
     tiles = _TILES if capability[0] == 9 else _SMALL_TILES
     dx_tiles = _SMALL_TILES if drops else tiles
     shrink_expand = (
-        Work(x + mask, forward.own(tiles), plain, launches=3),
-        Work(sums + mask, backward.own(dx_tiles, best=tiles), plain, launches=6),
+        Work(cast + x + mask, forward.own(tiles), kernel, 3 + adapters, converts),
+        Work(cast + sums + mask, backward.own(dx_tiles, best=tiles), kernel, 6 + adapters, converts),
     )
 
     def one_launch(
-        tiles: Sequence[Tile], dx_tiles: Sequence[Tile], best: Sequence[Tile], kernel: str, launches: int
+        tiles: Sequence[Tile], dx_tiles: Sequence[Tile], best: Sequence[Tile], kernel: str, *launches: int
     ) -> Directions:
         return (
             # Every column of tiles draws the mask anew.
-            Work(0.0, forward.own(tiles, rank, best) + mask * -(-n // tiles[0][1]), kernel, 1),
-            Work(x + y + 2 * mask, backward.own(dx_tiles, rank, best), kernel, launches),
+            Work(cast, forward.own(tiles, rank, best) + mask * -(-n // tiles[0][1]), kernel, launches[0], converts),
+            Work(cast + x + y + 2 * mask, backward.own(dx_tiles, rank, best), kernel, launches[1], converts),
         )
 
     cuda_tiles = _TILES if rank <= 16 else _SMALL_TILES
@@ -182,18 +182,9 @@ def _lora_linear(
         ("portable", "blas"): portable,
         ("triton", "blas"): blas,
         ("triton", "shrink_expand"): shrink_expand,
-        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, own_p, 5),
-        ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, "cuda gemm", 3),
+        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, kernel, 1 + adapters, 5 + adapters),
+        ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, "cuda gemm", 1, 3),
     }
-
-
-def _kernels(itemsize: int, converts: bool, adapters: bool) -> tuple[str, str]:
-    """Triton's GEMM by its name in the table of bands: where P or Q is given, and where tiles make their own."""
-    if itemsize != 2:
-        return ("triton gemm, float32",) * 2
-    if converts:
-        return ("triton gemm, weight converted",) * 2
-    return "triton gemm", "triton gemm, adapters converted" if adapters else "triton gemm"
 
 
 def _adapter(
@@ -221,7 +212,10 @@ def _adapter(
         ),
     )
     mask = drops * MASK * m * width / there.wide
-    fused = _bottleneck(capability, there, itemsize, sizes, width, (2, 5), sizes["weight_bytes"], mask)
+    weight_bytes = sizes["weight_bytes"]
+    # Triton's weights are converted before, and backward's multiplied by the layer's scale.
+    launches = 1 + (weight_bytes != itemsize), 3
+    fused = _bottleneck(capability, there, itemsize, sizes, width, (2, 5), launches, weight_bytes, mask)
     return eager, {("portable", ""): portable, **fused}
 
 
@@ -261,7 +255,7 @@ def _attention(
         ),
     )
     mask = drops * MASK * m * width / there.wide
-    fused = _bottleneck(capability, there, itemsize, sizes, width, (2 + norms, 4 + 2 * norms), itemsize, mask)
+    fused = _bottleneck(capability, there, itemsize, sizes, width, (2 + norms, 4 + 2 * norms), (1, 2), itemsize, mask)
     return eager, {("portable", ""): portable, **fused}
 
 
@@ -272,6 +266,7 @@ def _bottleneck(
     sizes: Mapping[str, float],
     width: float,
     products: tuple[int, int],
+    launches: tuple[int, int],
     weight_bytes: float,
     mask: float,
 ) -> Plans:
@@ -280,6 +275,8 @@ def _bottleneck(
     Args:
         width: of the narrow middle.
         products: of the rows, the channels and the middle, forward and backward.
+        launches: of Triton's kernels.
+        weight_bytes: that the CUDA C++ kernels read of each element of a weight.
         mask: microseconds that drawing the middle's takes.
     """
     m, channels, cuda_rows = sizes["M"], sizes["C"], sizes["cuda_rows"]
@@ -289,22 +286,22 @@ def _bottleneck(
     triton_rows = max(64 if capability[0] == 9 else 32, min(128, 8192 // max(64, narrow)))
     sums = itemsize * m * (2 * channels * max(1, width / 64) + 2 * width * max(1, channels / 64)) / there.cache
 
-    def moved(streams: int, rows: float) -> float:
-        return m * channels * (streams * itemsize + 2 * weight_bytes * width / rows) / there.cache
-
-    def directions(kernel: str, streams: int, rows: float, slower: float, issued: float, launches: int) -> Directions:
+    def directions(
+        kernel: str, streams: int, rows: float, read: float, slower: float, issued: float, launches: tuple[int, int]
+    ) -> Directions:
+        moved = m * channels * (streams * itemsize + 2 * read * width / rows) / there.cache
         # Forward: z, the residual, y. Backward: dy and dz in one pass, dy and z in the other.
-        forward = max(3 * row + middle, moved(streams, rows), products[0] * product / slower) + mask
-        backward = max(4 * row + 4 * middle, moved(streams, rows) + sums, products[1] * product / slower, issued) + mask
-        return Work(0.0, forward, kernel, 1), Work(0.0, backward, kernel, launches)
+        forward = max(3 * row + middle, moved, products[0] * product / slower) + mask
+        backward = max(4 * row + 4 * middle, moved + sums, products[1] * product / slower, issued) + mask
+        return Work(0.0, forward, kernel, launches[0]), Work(0.0, backward, kernel, launches[1])
 
     issued = _ISSUED * m * channels * width / (there.wide / _LANES)
     kernel = "triton bottleneck" if itemsize == 2 else "triton bottleneck, float32"
-    found: Plans = {("triton", ""): directions(kernel, 4, triton_rows, 1.0, issued, 2)}
+    found: Plans = {("triton", ""): directions(kernel, 4, triton_rows, itemsize, 1.0, issued, launches)}
     if cuda_rows:
         # Its products are made by the instruction that its GEMM has.
         _, best = band(capability, "cuda gemm")
-        found["cuda", ""] = directions("cuda bottleneck", 3, cuda_rows, best, 0.0, 3)
+        found["cuda", ""] = directions("cuda bottleneck", 3, cuda_rows, weight_bytes, best, 0.0, (1, 3))
     return found
 
 

@@ -61,18 +61,6 @@ _BANDS: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
         (9, 0): (0.70, 0.92),
         _ANY: (0.60, 1.02),
     },
-    # Float32 adapters are converted inside the loop: on 9.0 every product waits for the one before it.
-    "triton gemm, adapters converted": {
-        (8, 0): (0.75, 0.95),
-        (9, 0): (0.35, 0.75),
-        _ANY: (0.35, 0.95),
-    },
-    # So is a float32 weight, tile by tile: on 9.0 shared memory sets the time, 2.2 to 2.8 of the library's.
-    "triton gemm, weight converted": {
-        (8, 0): (0.50, 0.85),
-        (9, 0): (0.36, 0.45),
-        _ANY: (0.35, 0.85),
-    },
     # Without a matrix instruction.
     "triton gemm, float32": {_ANY: (0.40, 0.85)},
     # mma.sync has at best 0.62 of wgmma's rate (the paper above), and less of tcgen05's; elsewhere it is what there is.

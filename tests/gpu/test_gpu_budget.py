@@ -79,8 +79,8 @@ def test_a_step_does_no_more_than_its_budget_says(step):
     assert work.rows + work.cases > 0.5 * (AT_MOST[step].rows + AT_MOST[step].cases)
 
 
-def test_truth_compiles_at_most_120_kernels():
-    assert AT_MOST["truth"].compilations <= 120
+def test_truth_compiles_at_most_130_kernels():
+    assert AT_MOST["truth"].compilations <= 130
 
 
 @pytest.mark.parametrize("step", TESTS)

@@ -28,7 +28,7 @@ from pyfused.ops.cross_attention_residual import PLANS as ATTENTION_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
 
 # What the step may cost on an H200, and that with the questions.
-MOST, MOST_WITH_QUESTIONS = 120, 180
+MOST, MOST_WITH_QUESTIONS = 130, 190
 PLANS = {
     ("lora_linear", "portable"): LORA_PLANS["portable"],
     ("lora_linear", "triton"): LORA_PLANS["triton"],

@@ -58,7 +58,28 @@ def _waiting(q_first: bool) -> str:
     aligned = {(number,): [["tt.divisibility", 16]] for number in range(5)}
     source = ASTSource(_sums_and_products, signature, {(6,): q_first}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
-    return audit.waiting(audit._cuobjdump("-sass", made.asm["cubin"]), pipelined=False)
+    return audit.serialised(audit._cuobjdump("-sass", made.asm["cubin"]))
+
+
+@triton.jit
+def _product(x_ptr, w_ptr, y_ptr, k):
+    """y = x w^T, w in its own dtype: what the kernels did to weights that are wider than the rows."""
+    rows, columns, offs_k = tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, 64)
+    y = tl.zeros((64, 64), dtype=tl.float32)
+    for start in range(0, k, 64):
+        x = tl.load(x_ptr + rows[:, None] * k + start + offs_k[None, :])
+        w = tl.load(w_ptr + columns[None, :] * k + start + offs_k[:, None])
+        y = tl.dot(x, w.to(x.dtype), y)
+    tl.store(y_ptr + rows[:, None] * 64 + columns[None, :], y)
+
+
+def _step_faults(weight: str, most: int = 200) -> list[str]:
+    """What the audit says of the loop of a product with a weight of this type on 9.0."""
+    signature = {"x_ptr": "*bf16", "w_ptr": f"*{weight}", "y_ptr": "*fp32", "k": "i32"}
+    aligned = {(number,): [["tt.divisibility", 16]] for number in range(4)}
+    source = ASTSource(_product, signature, {}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+    return audit.step_faults(audit._cuobjdump("-sass", made.asm["cubin"]), most, made=False)
 
 
 def _faults(
@@ -87,6 +108,7 @@ if __name__ == "__main__":
                 "too large": _faults(128, 256, num_warps=4, num_stages=4),
                 "sound": _faults(64, 64, num_warps=8, num_stages=3),
                 "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
+                "steps": [_step_faults("bf16"), _step_faults("fp32"), _step_faults("bf16", most=20)],
                 "one by one": [_waiting(q_first) for q_first in (True, False)],
                 "vectors": [_ptx(images, "_adapter_fwd_kernel"), _ptx(rank_4, "_lora_gemm_kernel")],
                 "relu": _ptx(relu, "_adapter_fwd_kernel"),

@@ -75,10 +75,10 @@ def test_configurations_fit_every_target(device):
                 continue
             tile = plan.gemm_config(
                 1, length, n, 768, rank, dtype, device,
-                weight_bytes=4, vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop,
+                vectorised=n != 76, own_p=own_p, drop_x=drop and own_p, drop_p=drop,
             )  # fmt: skip
-            row = tile.block_m * dtype.itemsize + 4 * (tile.block_n + (block_width(rank) if own_p else 0))
-            assert row * tile.block_k * tile.num_stages <= device.shared_memory
+            row = tile.block_m + tile.block_n + (block_width(rank) if own_p else 0)
+            assert row * dtype.itemsize * tile.block_k * tile.num_stages <= device.shared_memory
         shrink = plan.shrink_config(1, length, n, rank, dtype, device)
         wgrad = plan.wgrad_config(1, length, n, rank, dtype, device, vectorised=True)
         assert shrink.splits >= 1
@@ -105,7 +105,7 @@ def test_on_hopper_tiles_are_those_that_the_cache_can_feed(m, k, n, own_p):
         sizes = {"length": m, "n": n, "k": k} | changes
         return plan.gemm_config(
             1, sizes["length"], sizes["n"], sizes["k"], 16, torch.bfloat16, hopper,
-            weight_bytes=2, vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
+            vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
         )  # fmt: skip
 
     assert (tile().block_m, tile().block_n) == (128, 256)
@@ -120,7 +120,7 @@ def test_columns_of_p_count_in_a_tile():
     def rows_of_a_tile(own_p):
         return plan.gemm_config(
             1, 6304, 768, 3072, 16, torch.bfloat16, a100,
-            weight_bytes=2, vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
+            vectorised=True, own_p=own_p, drop_x=False, drop_p=False,
         ).block_m  # fmt: skip
 
     assert (rows_of_a_tile(False), rows_of_a_tile(True)) == (128, 64)
@@ -194,8 +194,16 @@ def test_audit_finds_products_that_wait_for_each_other(compiled):
     assert waiting == "16 products wait for each other, one by one"
     assert overlapping == ""
     unstaged, staged = compiled["in step"]
-    assert unstaged == ["the loop waits for its own products"]
+    assert unstaged[0] == "the loop waits for its own products"
     assert staged == []
+
+
+def test_audit_finds_steps_that_wait_for_their_operands(compiled):
+    sound, converted, longer = compiled["steps"]
+    assert sound == []
+    assert converted == ["the loop waits for its own products", "the loop has STS"]
+    assert len(longer) == 1
+    assert longer[0].endswith(" instructions, 20 allowed")
 
 
 def test_audit_takes_one_of_two_targets_whose_code_is_alike(compiled):
@@ -214,7 +222,7 @@ def test_bottleneck_configurations_fit_every_target(device):
         for vectorised, beside in itertools.product((False, True), range(4)):
             options = {"vectorised": vectorised, "beside": beside}
             size = batch, length, channels, width, dtype, device
-            rows = bottleneck_config.rows_config(*size, weight_bytes=4, **options)
+            rows = bottleneck_config.rows_config(*size, **options)
             padded = block_width(width)
             # float32 weights wait in shared memory as they are, and once more as the product takes them.
             stage = rows.block_c * (rows.block_m * dtype.itemsize + padded * 4)
@@ -237,8 +245,11 @@ def _launches(call):
 
 @pytest.mark.parametrize("options", [{}, {"save": False}, {"p": 0.1}], ids=str)
 def test_one_launch_forward_and_two_backward(options):
-    adapter = audit._adapter_residual_call((1, 6304, 768), 64, torch.bfloat16, **options)
-    assert _launches(adapter) == ["_adapter_fwd_kernel", "_adapter_bwd_rows_kernel", "_adapter_bwd_weights_kernel"]
+    """And one before each that converts weights, or multiplies them by gamma."""
+    shape, (fwd, *bwd) = (1, 6304, 768), (f"_adapter_{name}_kernel" for name in ("fwd", "bwd_rows", "bwd_weights"))
+    for dtype, before in ((torch.float32, ["_prepare_kernel"]), (torch.bfloat16, [])):
+        adapter = audit._adapter_residual_call(shape, 64, torch.bfloat16, weight_dtype=dtype, **options)
+        assert _launches(adapter) == [*before, fwd, "_prepare_kernel", *bwd]
     for norm_match in (False, True):
         attention = audit._cross_attention_residual_call(
             (16, 1370, 1024), 16, 2, torch.bfloat16, norm_match=norm_match, **options

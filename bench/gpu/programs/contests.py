@@ -105,7 +105,7 @@ def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, Non
         x, p = draw((m, inner), 1.0, BF16), draw((m, RANK), 1.0, BF16)
         stored = draw((n, k), k**-0.5, BF16)
         weight = stored if direction == "y" else stored.t()
-        a, b = draw((RANK, inner), 1.0, FP32), draw((outer, RANK), RANK**-0.5, BF16).float()
+        a, b = draw((RANK, inner), 1.0, BF16), draw((outer, RANK), RANK**-0.5, BF16)
         out = torch.empty((m, outer), dtype=BF16, device=device)
 
         def gemm(tile: str, x=x, weight=weight, a=a, b=b, p=p) -> Call:
@@ -124,7 +124,7 @@ def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, Non
 
 
 def _with_term(x: Tensor, weight: Tensor, b: Tensor, p: Tensor) -> Call:
-    return lambda: (torch.addmm(x @ weight.t(), p, b.to(x.dtype).t()),)
+    return lambda: (torch.addmm(x @ weight.t(), p, b.t()),)
 
 
 def _passes(case: Case, tensors: Mapping[str, Tensor], backward: bool, plan: str = "auto", **options) -> Call:
@@ -208,10 +208,10 @@ def wgrad_orders(folder: Path, device: torch.device, target: Target) -> Generato
     """One pass over dy for dB and Q: its two products in today's order, and Q's first."""
     for m, _, n in _shapes(target):
         draw = normal(device, 0)
-        dy, p, b = draw((1, m, n), 1.0, BF16), draw((m, RANK), 1.0, BF16), draw((n, RANK), RANK**-0.5, FP32)
-        calls = {}
+        dy, p, b = draw((1, m, n), 1.0, BF16), draw((m, RANK), 1.0, BF16), draw((n, RANK), RANK**-0.5, BF16)
+        gradient, calls = torch.empty((n, RANK), dtype=FP32, device=device), {}
         for name, module in (("today", lora_linear), ("swapped", swapped(folder))):
-            make = functools.partial(module._wgrad, dy, p, torch.empty_like(b), None, 1.0, 0.0, factor=b)
+            make = functools.partial(module._wgrad, dy, p, torch.empty_like(gradient), None, 1.0, 0.0, factor=b)
             calls[name] = _alone("_lora_wgrad_kernel", make, target, ("g_ptr", "q_ptr"))
         yield Contest(f"dy {m}x{n}", calls)
 
