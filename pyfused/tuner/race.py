@@ -25,7 +25,7 @@ LEAST_GAIN = 1.03
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
 # Calls before any time counts: a kernel is compiled by the first, its program is there from the third on.
 _WARM_UP = 3
-# What takes so many times as long as the best by every clock is timed no further.
+# What takes so many times as long as who would win now, by all clocks together, is timed no further.
 _HOPELESS = 1.25
 
 
@@ -103,7 +103,7 @@ def race(
         if count < _LEAST_ROUNDS:
             continue
         medians = {name: {part: statistics.median(each[part]) for part in wanted} for name, each in rounds.items()}
-        alive = _hopeful(alive, first, medians)
+        alive = _hopeful(alive, medians, library)
         if count >= _MOST_ROUNDS or out_of_time() or _decided(alive, first, rounds, library):
             break
     best, gain = winner(alive, medians, library)
@@ -112,15 +112,15 @@ def race(
 
 
 def _hopeful(
-    alive: Mapping[Contender, Mapping[Part, int]], first: Contender, medians: Seconds
+    alive: Mapping[Contender, Mapping[Part, int]], medians: Seconds, library: Contender | None
 ) -> dict[Contender, Mapping[Part, int]]:
-    """Without those that are far behind by every clock; the first always stays."""
-    least = {name: min(taken(parts, each) for parts in alive.values()) for name, each in medians.items()}
-    return {
-        contender: parts
-        for contender, parts in alive.items()
-        if contender == first or any(taken(parts, each) <= _HOPELESS * least[name] for name, each in medians.items())
-    }
+    """Without those that are far behind who would win now; the first always stays.
+
+    Not behind the best by each clock: that one may lose by another clock, and never win.
+    """
+    total = {name: sum(taken(parts, each) for each in medians.values()) for name, parts in alive.items()}
+    first, (best, _) = next(iter(alive)), winner(alive, medians, library)
+    return {name: parts for name, parts in alive.items() if name == first or total[name] <= _HOPELESS * total[best]}
 
 
 def _decided(

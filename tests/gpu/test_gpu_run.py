@@ -288,7 +288,7 @@ def test_a_dry_run_needs_no_gpu_and_says_what_fits(capsys, monkeypatch):
     assert printed.startswith("NVIDIA H200, compute capability 9.0, 132 multiprocessors, 16 processes\n")
     lines = {line.split()[0]: line for line in printed.splitlines()[2:-1]}
     assert list(lines) == [name for name in STEPS if name not in schedule.NAMED_ONLY]
-    assert re.search(r"^truth +120 +200 +90 +\d+$", lines["truth"])
+    assert re.search(r"^truth +130 +200 +90 +\d+$", lines["truth"])
     total, budget = re.search(r"^(\d+) s predicted of (\d+), .* a model, measured on no GPU$", printed, re.M).groups()
     assert int(total) <= int(budget) < 600
     assert run.main(["--dry-run", "--workers", "16", "--budget", "70", "--steps", "truth,tests"]) == 0

@@ -70,6 +70,15 @@ def test_the_winner_is_never_slower_than_the_librarys_plan(times):
     assert total[best] == pytest.approx(total[expected], rel=1e-12)
 
 
+# Each clock has another best, which loses by the other one: who wins is far behind both.
+@hypothesis.example(
+    {
+        clock: dict(zip(PARTS, each, strict=True))
+        for clock, each in (("cold", (1.0, 4.0, 1.0, 1.0, 1.0, 2.0)), ("warm", (2.0, 1.0, 1.0, 3.0, 1.0, 2.0)))
+    },
+    0,
+    None,
+)
 @given(every_time, st.integers(0, 3), st.sampled_from([None, LIBRARY]))
 def test_a_race_ends_with_its_winner(times, noisy, library):
     clocks = {name: FakeClock(each, 0.2 * noisy, seed) for seed, (name, each) in enumerate(times.items())}
