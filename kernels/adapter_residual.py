@@ -102,25 +102,33 @@ def _adapter_fwd_kernel(
             keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H)
             a = tl.where(keep, a * inverse_keep, 0.0)
         a = a.to(dtype)  # [BLOCK_M, BLOCK_H]
+        READS_R: tl.constexpr = r is not None or sample_ptr is not None
+        first_c = tl.arange(0, BLOCK_C)
+        z_next = load_tile(z_rows, first_c, z.strides[2], ok_z, first_c < channels, OFFSET)
+        if READS_R:
+            # A dropped row of z is the residual too, whatever it holds.
+            r_next = load_tile(r_rows, first_c, residual.strides[2], ok_m, first_c < channels, OFFSET)
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
             ok_c = offs_c < channels
+            # The next step's rows are under way during this one's product.
+            z_tile, next_c = z_next.to(tl.float32), offs_c + BLOCK_C
+            z_next = load_tile(z_rows, next_c, z.strides[2], ok_z, next_c < channels, OFFSET)
+            if READS_R:
+                r_tile = r_next.to(tl.float32)
+                r_next = load_tile(r_rows, next_c, residual.strides[2], ok_m, next_c < channels, OFFSET)
             u = load_weight(up.ptr, offs_h, offs_c, up.strides[1], up.strides[0], offs_h < wide, ok_c, OFFSET)
-            z_tile = load_tile(z_rows, offs_c, z.strides[2], ok_z, ok_c, OFFSET).to(tl.float32)
             out = tl.dot(a, u, input_precision=PRECISION) + skip * z_tile  # [BLOCK_M, BLOCK_C]
             if u_bias is not None:
                 out += load_vector(u_bias, offs_c, ok_c).to(dtype).to(tl.float32)[None, :]
             if gamma is not None:
                 out *= load_vector(gamma, offs_c, ok_c)[None, :]
-            if r is None and sample_ptr is None:
+            if not READS_R:
                 out += z_tile
+            elif sample_ptr is None:
+                out += r_tile
             else:
-                # A dropped row of z is the residual too, whatever it holds.
-                r_tile = load_tile(r_rows, offs_c, residual.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
-                if sample_ptr is None:
-                    out += r_tile
-                else:
-                    out = tl.where(ok_z[:, None], out * k[:, None] + r_tile, r_tile)
+                out = tl.where(ok_z[:, None], out * k[:, None] + r_tile, r_tile)
             store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
     else:
         copy_rows(r_rows, residual.strides[2], y_rows, y.strides[2], ok_m, ok_m, channels, OFFSET, BLOCK_C)
@@ -130,13 +138,15 @@ def _adapter_fwd_kernel(
 
 @triton.jit(do_not_specialize=["length", "tiles_l", "per_sample", "threshold", "counters"])
 def _adapter_bwd_rows_kernel(
-    dy, z, h_ptr, down, d_bias, up, gamma, sample_ptr, dz, dh_ptr, seed_ptr, counter_ptr,
-    length, channels, width, wide, tiles_l, per_sample, counters, skip, inverse_keep, threshold: tl.uint32,
+    dy, z, h_ptr, down, d_bias, up, gamma, sample_ptr, dz, dh_ptr, a_ptr, seed_ptr, counter_ptr,
+    length, channels, width, h_width, wide, tiles_l, per_sample, counters, skip, inverse_keep, threshold: tl.uint32,
     ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, Z_IS_RESIDUAL: tl.constexpr, DROP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """dh and, with dz, dz of one tile of rows; RECOMPUTE: h too. Tiles of dropped samples compute nothing.
+    """dh and, with dz and a_ptr, dz and k a of one tile of rows; RECOMPUTE: h too, whose place dh takes.
+
+    Tiles of dropped samples compute nothing.
 
     up is gamma U / root, over root once more where dy is wider than it.
     """
@@ -151,7 +161,6 @@ def _adapter_bwd_rows_kernel(
     dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
     offs_h = tl.arange(0, BLOCK_H)
     ok_h = offs_h < width
-    h_offs = rows[:, None] * width + offs_h[None, :]
     ok_live = ok_m
     live = True
     if sample_ptr is not None:
@@ -159,15 +168,25 @@ def _adapter_bwd_rows_kernel(
         ok_live = ok_m & (k != 0.0)
         live = tl.max(ok_live.to(tl.int32)) > 0
     if live:
-        ok_h_tile = ok_live[:, None] & ok_h[None, :]
+        h_ptrs, ok_h_tile = h_ptr + rows[:, None] * h_width + offs_h[None, :], ok_live[:, None] & ok_h[None, :]
+        offs_wide, ok_wide = rows[:, None] * wide + offs_h[None, :], ok_live[:, None] & (offs_h < wide)[None, :]
         if RECOMPUTE:
             h = _pre_activation(
                 row_pointers(z, batch, offs_l, OFFSET), z.strides[2], ok_live, down, d_bias, channels, width, wide,
                 PRECISION, OFFSET, BLOCK_M, BLOCK_C, BLOCK_H,
             )  # fmt: skip
-            # It waits in memory, where the sums over rows need it too: two such tiles do not fit in registers.
-            tl.store(h_ptr + h_offs, h.to(dtype), mask=ok_h_tile)
+            # It waits in memory: two such tiles do not fit in registers.
+            tl.store(h_ptrs, h.to(dtype), mask=ok_h_tile)
             tl.debug_barrier()
+        if a_ptr is not None:
+            # Once: each tile of channels in the sums over rows would make it anew. First: beside t it does not fit.
+            a = activation(tl.load(h_ptrs, mask=ok_h_tile, other=0.0).to(tl.float32), ACTIVATION)
+            if DROP:
+                keep = dropout_keep_mask(tl.load(seed_ptr), rows, 0, threshold, BLOCK_M, BLOCK_H)
+                a = tl.where(keep, a * inverse_keep, 0.0)
+            if sample_ptr is not None:
+                a *= k[:, None]
+            tl.store(a_ptr + offs_wide, a.to(dtype), mask=ok_wide)
         root = 1.0
         if gamma is not None:
             root = gate_root(gamma, channels)
@@ -180,18 +199,25 @@ def _adapter_bwd_rows_kernel(
             t = tl.where(keep, t * inverse_keep, 0.0)
         if sample_ptr is not None:
             t *= k[:, None]
-        h = tl.load(h_ptr + h_offs, mask=ok_h_tile, other=0.0).to(tl.float32)
+        h = tl.load(h_ptrs, mask=ok_h_tile, other=0.0).to(tl.float32)
         dh = (t * activation_slope(h, ACTIVATION)).to(dtype)  # [BLOCK_M, BLOCK_H]
-        tl.store(dh_ptr + h_offs, dh, mask=ok_h_tile)
+        if RECOMPUTE:
+            # It takes the place of h, which everybody has read.
+            tl.debug_barrier()
+        tl.store(dh_ptr + offs_wide, dh, mask=ok_wide)
         if dz is not None:
             dz_rows = row_pointers(dz, batch, offs_l, OFFSET)
+            first_c = tl.arange(0, BLOCK_C)
+            dy_next = load_tile(dy_rows, first_c, dy.strides[2], ok_m, first_c < channels, OFFSET)
             for start in range(tl.cdiv(channels, BLOCK_C)):
                 offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
                 ok_c = offs_c < channels
+                # The next step's rows are under way during this one's product.
+                dy_tile, next_c = dy_next.to(tl.float32), offs_c + BLOCK_C
+                dy_next = load_tile(dy_rows, next_c, dy.strides[2], ok_m, next_c < channels, OFFSET)
                 ok_w = offs_h < wide
                 d = load_weight(down.ptr, offs_h, offs_c, down.strides[0], down.strides[1], ok_w, ok_c, OFFSET)
                 out = tl.dot(dh, d, input_precision=PRECISION) * root  # [BLOCK_M, BLOCK_C]
-                dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
                 direct = skip * dy_tile
                 if gamma is not None:
                     direct *= load_vector(gamma, offs_c, ok_c)[None, :]
@@ -208,57 +234,16 @@ def _adapter_bwd_rows_kernel(
         copy_rows(dy_rows, dy.strides[2], dz_rows, dz.strides[2], ok_m, ok_read, channels, OFFSET, BLOCK_C)
 
 
-@triton.jit
-def _weights_tile(
-    dy, z, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, first_h, channels, width,
-    inverse_keep, threshold, root, down, outer, sum_dh, sum_dy, sum_dyz,
-    NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """What one tile of rows adds to every sum, to G ``root`` times that if dy is wider than z; ``k`` None means 1."""
-    offs_h = first_h + tl.arange(0, BLOCK_H)
-    ok_c, ok_h = offs_c < channels, offs_h < width
-    dtype = dh_ptr.dtype.element_ty
-    h_offs = rows[:, None] * width + offs_h[None, :]
-    ok_h_tile = ok_m[:, None] & ok_h[None, :]
-    if z is not None:
-        z_rows = row_pointers(z, batch, offs_l, OFFSET)
-        z_tile = load_tile(z_rows, offs_c, z.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
-    if NEED_DOWN:
-        dh = tl.load(dh_ptr + h_offs, mask=ok_h_tile, other=0.0)  # [BLOCK_M, BLOCK_H]
-        if z is not None:
-            down = tl.dot(tl.trans(z_tile), dh, down, input_precision=PRECISION)
-        sum_dh += tl.sum(dh.to(tl.float32), axis=0)
-    if NEED_UP:
-        dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
-        dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
-        a = activation(tl.load(h_ptr + h_offs, mask=ok_h_tile, other=0.0).to(tl.float32), ACTIVATION)
-        if DROP:
-            keep = dropout_keep_mask(tl.load(seed_ptr), rows, first_h, threshold, BLOCK_M, BLOCK_H)
-            a = tl.where(keep, a * inverse_keep, 0.0)
-        g = dy_tile.to(tl.float32)
-        if k is not None:
-            a *= k[:, None]
-            g *= k[:, None]
-        if dy_tile.dtype != dtype:
-            dy_tile = dy_tile.to(tl.float32) * root
-        outer = tl.dot(tl.trans(dy_tile.to(dtype)), a.to(dtype), outer, input_precision=PRECISION)
-        sum_dy += tl.sum(g, axis=0)
-        if z is not None:
-            sum_dyz += tl.sum(g * z_tile.to(tl.float32), axis=0)
-    return down, outer, sum_dh, sum_dy, sum_dyz
-
-
-@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "per_sample", "steps", "splits", "threshold"])
+@triton.jit(do_not_specialize=["length", "tiles_l", "tiles_m", "per_sample", "steps", "splits"])
 def _adapter_bwd_weights_kernel(
-    dy, z, h_ptr, dh_ptr, up, u_bias, gamma, sample_ptr, seed_ptr, parts_ptr, counter_ptr,
+    dy, z, a_ptr, dh_ptr, up, u_bias, gamma, sample_ptr, parts_ptr, counter_ptr,
     d_down_ptr, d_d_bias_ptr, d_up_ptr, d_u_bias_ptr, d_gamma_ptr,
-    length, channels, width, tiles_l, tiles_m, per_sample, steps, splits, skip, inverse_keep, threshold: tl.uint32,
-    NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr, ACTIVATION: tl.constexpr, DROP: tl.constexpr,
+    length, channels, width, wide, tiles_l, tiles_m, per_sample, steps, splits, skip,
+    NEED_DOWN: tl.constexpr, NEED_UP: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr, LENGTH_MULTIPLE_OF: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The parameters' gradients: sums over rows, cut into ``splits``.
+    """The parameters' gradients: sums over rows, cut into ``splits``; G ``root`` times that if dy is wider than z.
 
     Each program leaves its part in its split's slot of parts; the last to arrive finds all slots summed and writes the
     gradients. A slot holds dD^T and G (BLOCK_C, H each), then the sums of dh (H), k dy and k dy z (BLOCK_C each).
@@ -267,6 +252,7 @@ def _adapter_bwd_weights_kernel(
     pid_c, pid_h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    ok_c = offs_c < channels
     z_dtype = dh_ptr.dtype.element_ty
     down = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
     outer = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
@@ -276,22 +262,45 @@ def _adapter_bwd_weights_kernel(
     root = 1.0
     if gamma is not None:
         root = gate_root(gamma, channels)
+    # Of a loop that might never run the assembler serialises the products.
+    tl.assume(steps > 0)
     for step in range(steps):
         tile = split * steps + step
         batch, offs_l, rows, ok_m = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
         ok_m = ok_m & (tile < tiles_m)
-        k = None
-        live = True
         if sample_ptr is not None:
+            # What is dropped is not read. A branch around all of it would keep loads from going ahead.
             k = sample_of_rows(sample_ptr, rows, ok_m, per_sample)
             ok_m = ok_m & (k != 0.0)
-            live = tl.max(ok_m.to(tl.int32)) > 0
-        if live:
-            down, outer, sum_dh, sum_dy, sum_dyz = _weights_tile(
-                dy, z, h_ptr, dh_ptr, seed_ptr, batch, offs_l, rows, ok_m, k, offs_c, pid_h * BLOCK_H, channels, width,
-                inverse_keep, threshold, root, down, outer, sum_dh, sum_dy, sum_dyz,
-                NEED_DOWN, NEED_UP, ACTIVATION, DROP, PRECISION, OFFSET, BLOCK_M, BLOCK_H,
-            )  # fmt: skip
+        h_offs, ok_tile = rows[:, None] * wide + offs_h[None, :], ok_m[:, None] & (offs_h < wide)[None, :]
+        if z is not None:
+            z_rows = row_pointers(z, batch, offs_l, OFFSET)
+            z_tile = load_tile(z_rows, offs_c, z.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+        if NEED_DOWN:
+            dh = tl.load(dh_ptr + h_offs, mask=ok_tile, other=0.0)  # [BLOCK_M, BLOCK_H]
+        if NEED_UP:
+            dy_rows = row_pointers(dy, batch, offs_l, OFFSET)
+            dy_tile = load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET)  # [BLOCK_M, BLOCK_C]
+            a = tl.load(a_ptr + h_offs, mask=ok_tile, other=0.0)  # [BLOCK_M, BLOCK_H]
+            scaled = dy_tile
+            if dy_tile.dtype != z_dtype:
+                scaled = (dy_tile.to(tl.float32) * root).to(z_dtype)
+        # Side by side, or these would wait for each other.
+        if NEED_DOWN and z is not None:
+            down = tl.dot(tl.trans(z_tile), dh, down, input_precision=PRECISION)
+        if NEED_UP:
+            outer = tl.dot(tl.trans(scaled), a, outer, input_precision=PRECISION)
+        if NEED_DOWN:  # noqa: SIM102 (one condition is the compiler's, the other the program's)
+            if pid_c == 0:
+                sum_dh += tl.sum(dh.to(tl.float32), axis=0)
+        if NEED_UP:  # noqa: SIM102
+            if pid_h == 0:
+                g = dy_tile.to(tl.float32)
+                if sample_ptr is not None:
+                    g *= k[:, None]
+                sum_dy += tl.sum(g, axis=0)
+                if z is not None:
+                    sum_dyz += tl.sum(g * z_tile.to(tl.float32), axis=0)
 
     groups, tiles_h = tl.cdiv(splits, GROUP), tl.num_programs(1)
     slot_size = 2 * BLOCK_C * width + width + 2 * BLOCK_C
@@ -441,9 +450,11 @@ def adapter_residual_bwd(
             gradient.zero_()
         return gradients
     size = dy.device, batch, length, channels, width, like.dtype
-    kind: dict[str, Any] = {"vectorised": vectorised(dy, z, dz if need_dz else None), "beside": int(dropout_p > 0.0)}
-    rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, **kind)
-    sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind)
+    kind: dict[str, Any] = {"vectorised": vectorised(dy, z, dz if need_dz else None)}
+    rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, **kind, beside=int(dropout_p > 0.0))
+    # A wider dy passes through registers.
+    wider = dy.dtype != like.dtype
+    sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind, beside=int(wider))
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)
@@ -451,25 +462,24 @@ def adapter_residual_bwd(
     groups = triton.cdiv(splits, SLOTS_PER_GROUP)
     counter = dy.new_empty((tiles_c, groups + 1), dtype=torch.int32)
     recompute = hidden is None
-    dh = like.new_empty((rows, width))
-    h = torch.empty_like(dh) if recompute else hidden
+    wide = _wide(width)
+    dh = like.new_empty((rows, wide))
+    h, a = dh if recompute else hidden, torch.empty_like(dh) if need_up else None
     shared = {
-        "dy": mat(dy), "dh_ptr": dh, "h_ptr": h, "counter_ptr": counter, "gamma": mat(layer_scale),
-        "channels": channels, "width": width, **samples,
-        "skip": skip, **dropout_arguments(seed, dropout_p), "ACTIVATION": activation, "DROP": dropout_p > 0.0,
+        "dy": mat(dy), "dh_ptr": dh, "a_ptr": a, "counter_ptr": counter, "gamma": mat(layer_scale),
+        "channels": channels, "width": width, "wide": wide, **samples, "skip": skip,
         "PRECISION": dot_precision(like.dtype),
     }  # fmt: skip
     with torch.cuda.device_of(dy):
-        wider = dy.dtype != like.dtype
         down, gated_up = _prepared(like.dtype, down_weight, up_weight, gate=layer_scale, over_root=wider)
         row_tiles = triton.cdiv(length, rows_cfg.block_m)
         launch(
             _adapter_bwd_rows_kernel, (batch * row_tiles,), **shared,
             z=mat(z) if recompute else None, down=mat(down), d_bias=mat(down_bias), up=mat(gated_up),
-            dz=mat(dz) if need_dz else None,
+            dz=mat(dz) if need_dz else None, h_ptr=h, **dropout_arguments(seed, dropout_p),
             **row_length(length, dy, z if recompute else None, dz if need_dz else None),
-            wide=len(down), tiles_l=row_tiles, counters=counter.numel(),
-            RECOMPUTE=recompute, Z_IS_RESIDUAL=z_is_residual,
+            h_width=h.shape[1], tiles_l=row_tiles, counters=counter.numel(),
+            ACTIVATION=activation, DROP=dropout_p > 0.0, RECOMPUTE=recompute, Z_IS_RESIDUAL=z_is_residual,
             OFFSET=offset_type(dy, z, dz, down, gated_up),
             BLOCK_M=rows_cfg.block_m, BLOCK_C=rows_cfg.block_c, BLOCK_H=block_width(width),
             num_warps=rows_cfg.num_warps, num_stages=rows_cfg.num_stages, maxnreg=MAX_REGISTERS,
@@ -493,9 +503,14 @@ def adapter_residual_bwd(
     return gradients
 
 
+def _wide(width: int) -> int:
+    """The narrow width with as many zeros as let vectors load what has it."""
+    return -(-width // 16) * 16
+
+
 def _prepared(dtype: torch.dtype, down: torch.Tensor, up: torch.Tensor, **gate) -> tuple[torch.Tensor, torch.Tensor]:
-    """D and U, with as many zeros in the narrow width as let vectors load them."""
-    channels, wide = down.shape[1], -(-down.shape[0] // 16) * 16
+    """D and U, `_wide`."""
+    channels, wide = down.shape[1], _wide(len(down))
     return prepared(dtype, down, up, ((wide, channels), (channels, wide)), **gate)
 
 

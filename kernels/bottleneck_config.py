@@ -76,12 +76,14 @@ def rows_config(
         block_c = 64 if padded <= 128 and vectorised and beside < 2 else 16 if padded == 512 and beside else 32
     most = max(16, most >> max(0, beside - 1))
 
+    steps = -(-channels // block_c)
+
     def config(block_m: int) -> RowsConfig:
         heavy = block_m == 128 or block_m * padded > 4096 or beside or not vectorised or dtype == torch.float32
-        # Loads in flight hide memory's latency: as many as leave room for a second block.
+        # Loads in flight hide memory's latency: as many as there are, or as leave room for a second block.
         stage = block_c * (block_m + padded) * dtype.itemsize
         stages = 1 + (target.shared_memory // 2 - block_c * padded * dtype.itemsize) // stage
-        return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages)))
+        return RowsConfig(block_m, block_c, num_warps=8 if heavy else 4, num_stages=max(2, min(4, stages, steps)))
 
     def bytes_moved(config: RowsConfig, batch: int, length: int) -> float:
         work = rows_work(config, batch, length, channels, width, dtype)

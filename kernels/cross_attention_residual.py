@@ -179,9 +179,14 @@ def _cross_attention_fwd_kernel(
         )  # fmt: skip
         rho = norm_x * inverse_or_zero(norm + eps)
     y_rows = row_pointers(y, batch, offs_l, OFFSET)
+    first_c = tl.arange(0, BLOCK_C)
+    x_next = load_tile(x_rows, first_c, x.strides[2], ok_m, first_c < channels, OFFSET)
     for start in range(tl.cdiv(channels, BLOCK_C)):
         offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = offs_c < channels
+        # The next step's rows are under way during this one's product.
+        x_tile, next_c = x_next.to(tl.float32), offs_c + BLOCK_C
+        x_next = load_tile(x_rows, next_c, x.strides[2], ok_m, next_c < channels, OFFSET)
         out = _output_tile(a, f_ptr, columns, ok_j, f.strides[3], bias_ptr, offs_c, ok_c, PRECISION, OFFSET)
         if NORM_MATCH:
             out *= rho[:, None]
@@ -189,7 +194,7 @@ def _cross_attention_fwd_kernel(
             out *= weight
         else:
             out *= load_vector(gate, offs_c, ok_c)[None, :]
-        out += load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+        out += x_tile
         store_tile(y_rows, offs_c, y.strides[2], out, ok_m, ok_c, OFFSET)
 
 
@@ -273,14 +278,18 @@ def _cross_attention_bwd_rows_kernel(
         dx_rows = row_pointers(dx, batch, offs_l, OFFSET)
         columns, ok_j = _columns(heads, tokens, e.strides[1], e.strides[2], OFFSET, BLOCK_H, BLOCK_T)
         e_ptr = e.ptr + batch * e.strides[0]
+        first_c = tl.arange(0, BLOCK_C)
+        dy_next = load_tile(dy_rows, first_c, dy.strides[2], ok_m, first_c < channels, OFFSET)
         for start in range(tl.cdiv(channels, BLOCK_C)):
             offs_c = start * BLOCK_C + tl.arange(0, BLOCK_C)
             ok_c = offs_c < channels
+            dy_tile, next_c = dy_next.to(tl.float32), offs_c + BLOCK_C
+            dy_next = load_tile(dy_rows, next_c, dy.strides[2], ok_m, next_c < channels, OFFSET)
             e_tile = load_weight(e_ptr, columns, offs_c, 1, e.strides[3], ok_j, ok_c, OFFSET)
             out = tl.dot(ds, e_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_C]
             if NORM_MATCH:
                 out += towards[:, None] * load_tile(x_rows, offs_c, x.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
-            out = out * root + load_tile(dy_rows, offs_c, dy.strides[2], ok_m, ok_c, OFFSET).to(tl.float32)
+            out = out * root + dy_tile
             store_tile(dx_rows, offs_c, dx.strides[2], out, ok_m, ok_c, OFFSET)
 
 

@@ -52,6 +52,11 @@ def target(device: torch.device) -> Target:
     return INTERPRETER
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether products are wgmma there, which 9.0 alone has."""
+    return target(device).capability[0] == 9
+
+
 def configuration(
     kernel: Any, function: Callable[..., _Config], device: torch.device, *sizes: object, **settings: Any
 ) -> _Config:

@@ -20,6 +20,7 @@ from pyfused.kernels.launch import (
     configuration,
     dot_precision,
     dropout_arguments,
+    has_wgmma,
     launch,
     mat,
     offset_type,
@@ -164,7 +165,7 @@ def _lora_shrink_kernel(
     x, a_ptr, p_ptr, seed_ptr, index_ptr, length, rows_total, k, rank, width, tiles_l, steps,
     scaling, inverse_keep, threshold: tl.uint32,
     DROP_X: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
-    LENGTH_MULTIPLE_OF: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, WGMMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K. TRANSPOSED: A lies as (K, R)."""
@@ -179,6 +180,9 @@ def _lora_shrink_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     if DROP_X:
         seed = tl.load(seed_ptr)
+    if WGMMA:
+        # Of a loop that might never run the assembler serialises these products. Others would take more registers.
+        tl.assume(steps > 0)
     for step in range(steps):
         start = (split * steps + step) * BLOCK_K
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -204,7 +208,7 @@ def _lora_wgrad_kernel(
     length, rows_total, columns, rank, width, tiles_l, tiles_m, steps,
     scaling, q_scaling, inverse_keep, threshold: tl.uint32,
     DROP_T: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
-    LENGTH_MULTIPLE_OF: tl.constexpr,
+    LENGTH_MULTIPLE_OF: tl.constexpr, WGMMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """g[split] (C, R) = s drop(t)^T p over the split's ``steps`` tiles of rows. TRANSPOSED: g lies in memory as (R, C).
@@ -223,6 +227,9 @@ def _lora_wgrad_kernel(
     if f_ptr is not None:
         f = load_weight(f_ptr, offs_c, offs_r, rank, 1, ok_c, ok_r, OFFSET)  # [BLOCK_C, BLOCK_R]
         q_ptr += pid_c.to(tl.int64) * rows_total * rank
+    if WGMMA:
+        # Of a loop that might never run the assembler serialises these products. Others would take more registers.
+        tl.assume(steps > 0)
     for step in range(steps):
         tile = split * steps + step
         batch, offs_l, rows, ok_l = tile_rows(tile, tiles_l, length, OFFSET, BLOCK_M)
@@ -327,7 +334,7 @@ def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False, mixed=_UNMIXED
         rank=rank, **mixed, tiles_l=tiles_l, steps=steps,
         scaling=scaling, **dropout_arguments(seed, dropout_p),
         DROP_X=dropout_p > 0.0, TRANSPOSED=transposed,
-        PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p),
+        PRECISION=dot_precision(x.dtype), OFFSET=offset_type(x, a, p), WGMMA=has_wgmma(x.device),
         BLOCK_M=config.block_m, BLOCK_K=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -369,7 +376,7 @@ def _wgrad(
         tiles_l=tiles_l, tiles_m=batch * tiles_l, steps=steps,
         scaling=scaling if splits == 1 else 1.0, q_scaling=scaling if tiles_c == 1 else 1.0,
         **dropout_arguments(seed, dropout_p), DROP_T=dropout_p > 0.0, TRANSPOSED=transposed,
-        PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p),
+        PRECISION=dot_precision(t.dtype), OFFSET=offset_type(t, gradient, p), WGMMA=has_wgmma(t.device),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_R=block_width(rank),
         num_warps=config.num_warps, num_stages=config.num_stages,
         maxnreg=_most_registers(columns, factor is not None, t.dtype),

@@ -51,9 +51,9 @@ LIBRARY = {("portable", "blas"), ("triton", "blas"), ("portable", ""), ("portabl
 _MASK_BYTES, _MASK_OPERATIONS = 1200, 350
 # An eager dropout reads and writes an element of 2 bytes and writes a byte of mask: in passes over such a tensor.
 _EAGER_DROPOUT = 2.5
-# Instructions of a warp for 64 rows, 64 channels and 64 of h in Triton's sums over rows, which make the activation anew
-# for every tile of channels; read from the machine code for 9.0. A multiprocessor issues for 128 lanes.
-_ISSUED, _LANES = 1803 / 64**3, 128
+# Instructions of a warp for 64 rows, 64 channels and 64 of h in Triton's sums over rows; read from the machine code for
+# 9.0. A multiprocessor issues for 128 lanes.
+_ISSUED, _LANES = 753 / 64**3, 128
 
 
 def works(
@@ -290,9 +290,9 @@ def _bottleneck(
         kernel: str, streams: int, rows: float, read: float, slower: float, issued: float, launches: tuple[int, int]
     ) -> Directions:
         moved = m * channels * (streams * itemsize + 2 * read * width / rows) / there.cache
-        # Forward: z, the residual, y. Backward: dy and dz in one pass, dy and z in the other.
+        # Forward: z, the residual, y. Backward: dy and dz in one pass, which writes dh and a, dy and z in the other.
         forward = max(3 * row + middle, moved, products[0] * product / slower) + mask
-        backward = max(4 * row + 4 * middle, moved + sums, products[1] * product / slower, issued) + mask
+        backward = max(4 * row + 5 * middle, moved + sums, products[1] * product / slower, issued) + mask
         return Work(0.0, forward, kernel, launches[0]), Work(0.0, backward, kernel, launches[1])
 
     issued = _ISSUED * m * channels * width / (there.wide / _LANES)

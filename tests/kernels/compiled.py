@@ -79,7 +79,7 @@ def _step_faults(weight: str, most: int = 200) -> list[str]:
     aligned = {(number,): [["tt.divisibility", 16]] for number in range(4)}
     source = ASTSource(_product, signature, {}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
-    return audit.step_faults(audit._cuobjdump("-sass", made.asm["cubin"]), most, made=False)
+    return audit.step_faults(audit._cuobjdump("-sass", made.asm["cubin"]), audit.Step(most))
 
 
 def _faults(
