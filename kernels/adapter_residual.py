@@ -5,10 +5,11 @@
     dD = dh^T z    dd = sum dh    G = k dy^T a    dU = gamma G    du = gamma sum k dy
     dgamma = skip sum k dy z + rowsum(U G) + u sum k dy
 
-One launch forward, two backward: a pass over tiles of rows, and the sums over rows. Letters: M rows, C channels, H the
-narrow width; z is (B, L, C) with any strides and row m is b * L + l; h and dh are (M, H). D and U come from `prepared`,
-in z's dtype and ``wide`` for ``width``, and U for dh times gamma. dh is divided by the root of the largest |gamma|,
-which is inside float16's range for small gammas and for scaled losses.
+One launch forward, two backward: a pass over tiles of rows, and the sums over rows. Before each direction `prepared`
+brings D and U in z's dtype, ``wide`` for ``width``, and U for dh times gamma, by one more where they are not so.
+Letters: M rows, C channels, H the narrow width; z is (B, L, C) with any strides and row m is b * L + l; h, dh and k a
+are (M, H). dh is divided by the root of the largest |gamma|, which is inside float16's range for small gammas and for
+scaled losses.
 """
 
 from typing import Any

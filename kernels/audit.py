@@ -85,9 +85,9 @@ _STEP: dict[str, Callable[[dict[str, Any]], Step | None]] = {
         if given["DROP_T"]
         else Step(310)
     ),
-    "_adapter_fwd_kernel": lambda given: Step(110),
+    "_adapter_fwd_kernel": lambda given: Step(125),
     "_cross_attention_fwd_kernel": lambda given: Step(145),
-    "_adapter_bwd_rows_kernel": lambda given: Step(130),
+    "_adapter_bwd_rows_kernel": lambda given: Step(145),
     # Sums of columns go through shared memory, factors of samples are single numbers.
     "_adapter_bwd_weights_kernel": lambda given: Step(760, ("STS",) if given["sample_ptr"] is None else ("STS", "LDG")),
 }

@@ -73,7 +73,9 @@ def rows_config(
     else:
         tables = _MOST_ROWS.get(target.capability[0], (_MMA_SYNC, _MMA_SYNC_DROPOUT))
         most = tables[beside > 0][padded]
-        block_c = 64 if padded <= 128 and vectorised and beside < 2 else 16 if padded == 512 and beside else 32
+        # With 32 columns a product beside 256 of the middle is cut into instructions of 16 by wgmma, with 64 of 32.
+        widest = 256 if target.capability[0] == 9 else 128
+        block_c = 64 if padded <= widest and vectorised and beside < 2 else 16 if padded == 512 and beside else 32
     most = max(16, most >> max(0, beside - 1))
 
     steps = -(-channels // block_c)

@@ -25,7 +25,7 @@ from pyfused.kernels.recording import SHARED_MEMORY, LaunchWork, Target
 
 H200 = Target((9, 0), 132, SHARED_MEMORY[9, 0], "NVIDIA H200")
 PEAKS = search.Peaks(790e12, 1.98e9)
-ADAPTER = AdapterCase((1, 640, 128), 16, torch.bfloat16)
+ADAPTER = AdapterCase((1, 640, 256), 16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
