@@ -7,9 +7,9 @@
 
 One launch forward, two backward: a pass over tiles of rows, and the sums over rows. Before each direction `prepared`
 brings D and U in z's dtype, ``wide`` for ``width``, and U for dh times gamma, by one more where they are not so.
-Letters: M rows, C channels, H the narrow width; z is (B, L, C) with any strides and row m is b * L + l; h, dh and k a
-are (M, H). dh is divided by the root of the largest |gamma|, which is inside float16's range for small gammas and for
-scaled losses.
+Letters: M rows, C channels, H the narrow width; z is (B, L, C) with any strides and row m is b * L + l; h is (M, H), dh
+and k a are as wide as the weights. dh is divided by the root of the largest |gamma|, which is inside float16's range
+for small gammas and for scaled losses.
 """
 
 from typing import Any
@@ -453,9 +453,10 @@ def adapter_residual_bwd(
     size = dy.device, batch, length, channels, width, like.dtype
     kind: dict[str, Any] = {"vectorised": vectorised(dy, z, dz if need_dz else None)}
     rows_cfg = configuration(_adapter_bwd_rows_kernel, rows_config, *size, **kind, beside=int(dropout_p > 0.0))
-    # A wider dy passes through registers.
     wider = dy.dtype != like.dtype
-    sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind, beside=int(wider))
+    # A wider dy passes through registers; so do the factors of samples.
+    beside = int(wider or sample_scale is not None)
+    sums_cfg = configuration(_adapter_bwd_weights_kernel, weights_config, *size, **kind, beside=beside)
     tiles_c, tiles_h = triton.cdiv(channels, sums_cfg.block_c), triton.cdiv(width, sums_cfg.block_h)
     tiles_l = triton.cdiv(length, sums_cfg.block_m)
     steps = triton.cdiv(batch * tiles_l, sums_cfg.splits)

@@ -130,7 +130,7 @@ def sound(
     least = {config: peaks.least_seconds(least_work(chosen, config), target) for config in neighbours(chosen.config())}
     hopeful = sorted((config for config in least if least[config] < seconds), key=least.__getitem__)
     cases = [
-        [audit.Case(target, chosen.kernel, item) for item in _launches(direction, chosen, config, target)]
+        [audit.Case(target, chosen.kernel, item, ships=False) for item in _launches(direction, chosen, config, target)]
         for config in hopeful
     ]
     with ThreadPoolExecutor(jobs) as pool:

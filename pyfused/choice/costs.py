@@ -215,7 +215,7 @@ def _adapter(
     weight_bytes = sizes["weight_bytes"]
     # Triton's weights are converted before, and backward's multiplied by the layer's scale.
     launches = 1 + (weight_bytes != itemsize), 3
-    fused = _bottleneck(capability, there, itemsize, sizes, width, (2, 5), launches, weight_bytes, mask)
+    fused = _bottleneck(capability, there, itemsize, sizes, width, (2, 5), launches, weight_bytes, 5, mask)
     return eager, {("portable", ""): portable, **fused}
 
 
@@ -255,7 +255,9 @@ def _attention(
         ),
     )
     mask = drops * MASK * m * width / there.wide
-    fused = _bottleneck(capability, there, itemsize, sizes, width, (2 + norms, 4 + 2 * norms), (1, 2), itemsize, mask)
+    fused = _bottleneck(
+        capability, there, itemsize, sizes, width, (2 + norms, 4 + 2 * norms), (1, 2), itemsize, 4, mask
+    )
     return eager, {("portable", ""): portable, **fused}
 
 
@@ -268,6 +270,7 @@ def _bottleneck(
     products: tuple[int, int],
     launches: tuple[int, int],
     weight_bytes: float,
+    middles: int,
     mask: float,
 ) -> Plans:
     """Each tile of rows reads both weights whole; Triton's kernels read the rows themselves twice, cuda's once.
@@ -277,6 +280,7 @@ def _bottleneck(
         products: of the rows, the channels and the middle, forward and backward.
         launches: of Triton's kernels.
         weight_bytes: that the CUDA C++ kernels read of each element of a weight.
+        middles: tensors of the middle's size that backward reads or writes, each time that it does.
         mask: microseconds that drawing the middle's takes.
     """
     m, channels, cuda_rows = sizes["M"], sizes["C"], sizes["cuda_rows"]
@@ -290,9 +294,9 @@ def _bottleneck(
         kernel: str, streams: int, rows: float, read: float, slower: float, issued: float, launches: tuple[int, int]
     ) -> Directions:
         moved = m * channels * (streams * itemsize + 2 * read * width / rows) / there.cache
-        # Forward: z, the residual, y. Backward: dy and dz in one pass, which writes dh and a, dy and z in the other.
+        # Forward: z, the residual, y. Backward: dy and dz in one pass, dy and z in the other.
         forward = max(3 * row + middle, moved, products[0] * product / slower) + mask
-        backward = max(4 * row + 5 * middle, moved + sums, products[1] * product / slower, issued) + mask
+        backward = max(4 * row + middles * middle, moved + sums, products[1] * product / slower, issued) + mask
         return Work(0.0, forward, kernel, launches[0]), Work(0.0, backward, kernel, launches[1])
 
     issued = _ISSUED * m * channels * width / (there.wide / _LANES)

@@ -9,7 +9,7 @@ k is one number per sample, gamma one per channel. Backward from dy, with g = k 
     G = g^T a              dU = gamma G    du = gamma sum g   dgamma = skip sum g z + rowsum(U G) + u sum g
 
 so the branch is neither stored nor computed again. Backward keeps z, and h or nothing: `choose_plan`. Rows of samples
-with k = 0 are the residual's, whatever z and dy hold there; tiles of nothing else are copied and compute nothing.
+with k = 0 are the residual's, whatever z and dy hold there; where z is not the residual too it is not read there.
 
 The raw operators see z as (B, L, C) with any strides; row m is b * L + l, and sample_scale (S,) gives every M / S rows
 the same k. ``channels_first`` is about the memory of what is made: y, or dz; ``z_channels_first`` about z's.

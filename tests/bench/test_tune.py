@@ -175,7 +175,7 @@ def test_the_same_is_tuned_once_and_no_new_work_begins_after_the_budget(tuner):
     found.on_step = steps.append
     found.tune(ADAPTER)
     first = len(steps)
-    found.tune(replace(ADAPTER, drop_path=0.25))
+    found.tune(replace(ADAPTER, adapter_dtype=torch.float32))
     assert len(found.rows) == 1
     assert len(steps) == first + 1, "only its backends"
     late = tuner(budget=-1.0, _adapter_fwd_kernel_3=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import torch
@@ -83,9 +84,14 @@ def _step_faults(weight: str, most: int = 200) -> list[str]:
 
 
 def _faults(
-    block_m: int, block_n: int, num_warps: int, num_stages: int, capability: tuple[int, int] = (8, 6)
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    capability: tuple[int, int] = (8, 6),
+    ships: bool = True,
 ) -> tuple[str, ...]:
-    """What the audit finds in a GEMM of this configuration."""
+    """What the audit finds in a GEMM of this configuration, which ships or is to be timed."""
     own = lora_linear.gemm_config
     lora_linear.gemm_config = lambda *_, **__: GemmConfig(
         block_m, block_n, 64, num_warps=num_warps, num_stages=num_stages
@@ -94,7 +100,8 @@ def _faults(
         cases = audit.cases((_target(*capability),), False, "shrink_expand 8192x4096->4096 r16 p0.0")
     finally:
         lora_linear.gemm_config = own
-    return audit.compile_case(next(c for c in cases if c.launch.kernel.__name__ == "_lora_gemm_kernel")).faults
+    case = next(c for c in cases if c.launch.kernel.__name__ == "_lora_gemm_kernel")
+    return audit.compile_case(dataclasses.replace(case, ships=ships)).faults
 
 
 if __name__ == "__main__":
@@ -108,6 +115,7 @@ if __name__ == "__main__":
                 "too large": _faults(128, 256, num_warps=4, num_stages=4),
                 "sound": _faults(64, 64, num_warps=8, num_stages=3),
                 "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
+                "timed": _faults(128, 128, 8, 1, (9, 0), ships=False),
                 "steps": [_step_faults("bf16"), _step_faults("fp32"), _step_faults("bf16", most=20)],
                 "one by one": [_waiting(q_first) for q_first in (True, False)],
                 "vectors": [_ptx(images, "_adapter_fwd_kernel"), _ptx(rank_4, "_lora_gemm_kernel")],
