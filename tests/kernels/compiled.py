@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import torch
 import triton
@@ -26,6 +27,22 @@ def _ptx(call, kernel: str) -> str:
         call()
     launch = next(launch for launch in launches if launch.kernel.__name__ == kernel)
     return audit.specialisation(launch, gpu).compile().asm["ptx"]
+
+
+def _barriers() -> dict[str, int]:
+    """Kernel of backward, and what it computes again -> its barriers."""
+    gpu, found = _target(9, 0), {}
+    for save in (True, False):
+        with record(gpu) as launches:
+            audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, save=save)()
+            audit._cross_attention_residual_call((1, 64, 64), 8, 2, torch.bfloat16, save=save)()
+        for launch in launches:
+            name = launch.kernel.__name__
+            if "_bwd_" in name:
+                ttir = audit.specialisation(launch, gpu).compile().asm["ttir"]
+                again = " again" * launch.arguments.get("RECOMPUTE", False)
+                found[f"{name}{again}"] = len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", ttir))
+    return found
 
 
 def _audited(*capabilities: tuple[int, int]) -> list[tuple[int, int]]:
@@ -115,6 +132,7 @@ if __name__ == "__main__":
                 "too large": _faults(128, 256, num_warps=4, num_stages=4),
                 "sound": _faults(64, 64, num_warps=8, num_stages=3),
                 "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
+                "barriers": _barriers(),
                 "timed": _faults(128, 128, 8, 1, (9, 0), ships=False),
                 "steps": [_step_faults("bf16"), _step_faults("fp32"), _step_faults("bf16", most=20)],
                 "one by one": [_waiting(q_first) for q_first in (True, False)],

@@ -199,6 +199,20 @@ def test_audit_finds_products_that_wait_for_each_other(compiled):
     assert compiled["timed"] == [], "what is to be timed is judged by the clock"
 
 
+def test_what_other_threads_read_waits_at_a_barrier(compiled):
+    """The interpreter runs a program in one thread, and misses none."""
+    assert compiled["barriers"] == {
+        # h before it is read, and read before dh takes its place.
+        "_adapter_bwd_rows_kernel": 0,
+        "_adapter_bwd_rows_kernel again": 2,
+        "_cross_attention_bwd_rows_kernel": 0,
+        "_cross_attention_bwd_rows_kernel again": 1,
+        # Two arrivals, and sums before they are read: `sums_slots`.
+        "_adapter_bwd_weights_kernel": 3,
+        "_cross_attention_bwd_weights_kernel": 3,
+    }
+
+
 def test_audit_finds_steps_that_wait_for_their_operands(compiled):
     sound, converted, longer = compiled["steps"]
     assert sound == []
