@@ -1,0 +1,23 @@
+"""Sphinx: `make docs`. Pages are Markdown; the reference of the API is made from docstrings."""
+
+import pyfused
+
+project = "pyfused"
+author = "pyfused contributors"
+copyright = author
+version = release = pyfused.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+# Any heading can be linked to, as on a page of a repository.
+myst_heading_anchors = 4
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"pyfused {release}"
+html_show_copyright = False
+html_show_sourcelink = False
