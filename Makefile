@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test peft-tests bench bench-compare document check audit sanitize gpu gpu-kit clean
+.PHONY: test peft-tests bench bench-compare docs document check audit sanitize gpu gpu-kit clean
 .DELETE_ON_ERROR:
 
 # The last step, which may fail, gets PEFT's tests: the test that runs some of them is skipped without them, and says so.
@@ -35,6 +35,11 @@ bench-compare: $(if $(BASE),$(STAMP))
 	$(if $(BASE),,$(error make bench-compare needs BASE, a commit, such as BASE=main))
 	$(BIN)/python -m pyfused.bench.gate.compare "$(BASE)" $(ARGS)
 
+# The pages of docs/, and the API from docstrings, in a folder for the version; a warning is an error.
+docs: $(STAMP)
+	folder=build/docs/$$($(BIN)/python -c "import pyfused; print(pyfused.__version__)") && \
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs $$folder && echo "written: $$folder/index.html"
+
 document: $(STAMP)
 	$(BIN)/python -m pyfused.bench.show.document
 
@@ -42,6 +47,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
 
 audit: $(STAMP)
 	$(BIN)/python csrc/audit.py

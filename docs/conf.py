@@ -12,9 +12,15 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 # Any heading can be linked to, as on a page of a repository.
 myst_heading_anchors = 4
 
+# A name in single backticks is code.
+default_role = "code"
+
+# Models are imported when they are asked for, and their signatures need nothing of what they wrap.
+autodoc_mock_imports = ["timm", "torchvision"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 html_theme = "furo"

@@ -127,7 +127,7 @@ def explain(model_or_function: Callable, *example_inputs: Any, **kwargs: Any) ->
 
     Args:
         model_or_function: a module, a bound method of a module (``model.encode_image``) or any callable.
-        *example_inputs, **kwargs: passed on; tensors of the shapes, dtypes and device to be explained. Call it under
+        example_inputs, kwargs: passed on; tensors of the shapes, dtypes and device to be explained. Call it under
             ``torch.autocast`` to see what autocast gives.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The figures in README.md, and its plot, from the newest committed records: `make document`.
+"""The figures in documents, and README.md's plot, from the newest committed records: `make document`.
 
 Everything between the two markers is written here; no figure stands outside them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pyfused import files
@@ -26,6 +26,8 @@ _BASELINES = {
     "PEFT": ("PEFT",),
     "PEFT (`nn.Linear` attention)": ("PEFT (nn.Linear attention)",),
 }
+# Those of README.md, where one line stands for all rows of an operator.
+_IN_SUMMARY = ("plain PyTorch", "`torch.compile`", "PEFT")
 _EXPLANATION = """\
 Forward and backward together, or a training step. Under the name of a baseline: its time over that of pyfused, so that
 above 1 pyfused is faster; memory: the peak of pyfused as a share of that of plain PyTorch."""
@@ -44,20 +46,22 @@ def committed_records(root: Path = ROOT) -> list[Path]:
     return sorted((root / name for name in listed.split("\0") if name), key=lambda path: path.parent.name)
 
 
-def block(records: Sequence[Path], root: Path = ROOT) -> str:
-    """The text between the markers, from the last GPU record and the last CPU record of ``records``."""
-    on_cpu, on_gpu = _by_kind(records)
-    return "\n\n".join(
-        [
-            _section(on_gpu[-1], root) if on_gpu else "On a GPU: not yet measured.",
-            _section(on_cpu[-1], root) if on_cpu else "On a CPU: not yet measured.",
-            _EXPLANATION,
-        ]
-    )
+def summary(records: Sequence[Path], root: Path = ROOT) -> str:
+    """A line for each operator and each model, from the last GPU record and the last CPU record of ``records``."""
+    return _of_both(records, root, _summary)
+
+
+def tables(records: Sequence[Path], root: Path = ROOT) -> str:
+    """A table for each operator and one for models, from the records that `summary` takes."""
+    return _of_both(records, root, _tables)
+
+
+# What stands between the markers of each document.
+GENERATED = {Path("README.md"): summary, Path("docs", "benchmarks.md"): tables}
 
 
 def plot(records: Sequence[Path], root: Path = ROOT) -> str:
-    """An SVG of the rows that `block` shows of the last GPU record, or where there is none, of the last CPU record.
+    """An SVG of the rows that `tables` shows of the last GPU record, or where there is none, of the last CPU record.
 
     Its title is that record's directory.
     """
@@ -90,22 +94,67 @@ def _by_kind(records: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return on_cpu, [path for path in records if path not in on_cpu]
 
 
-def _section(record: Path, root: Path) -> str:
-    """Where a record was made, and a table for each operator and for the models."""
-    timed = [row for row in read_rows(record) if _shown(row)]
-    if not timed:
-        raise ValueError(f"no row of {record} that passed parity has times")
-    facts = timed[0].provenance
-    where = record.parent.relative_to(root).as_posix()
-    how = f"{facts['threads']} threads" if timed[0].mode == "wall clock" else timed[0].mode
-    made = f"torch {facts['torch']}, {str(facts['date'])[:10]}, commit {str(facts['commit'])[:9]}"
-    parts = [f"On {facts['device']}, {how}, {made}{' with changes' * bool(facts['dirty'])} ([record]({where})):"]
-    operators = [row for row in timed if row.kind == "operator"]
-    for operator in dict.fromkeys(row.name.partition(" ")[0] for row in operators):
-        rows = {name: row for row in operators for head, _, name in [row.name.partition(" ")] if head == operator}
-        parts.append(_table(f"`{operator}`", rows))
-    models = {row.name: row for row in timed if row.kind == "model"}
-    return "\n\n".join(parts + ([_table("model", models)] if models else []))
+def _of_both(records: Sequence[Path], root: Path, written: Callable[[list[Row]], list[str]]) -> str:
+    on_cpu, on_gpu = _by_kind(records)
+    parts = []
+    for kind, found in (("GPU", on_gpu), ("CPU", on_cpu)):
+        if found:
+            timed = [row for row in read_rows(found[-1]) if _shown(row)]
+            if not timed:
+                raise ValueError(f"no row of {found[-1]} that passed parity has times")
+            parts += [_made(timed[0], found[-1].parent.relative_to(root).as_posix()), *written(timed)]
+        else:
+            parts.append(f"On a {kind}: not yet measured.")
+    return "\n\n".join([*parts, _EXPLANATION])
+
+
+def _made(row: Row, where: str) -> str:
+    facts = row.provenance
+    how = f"{facts['threads']} threads" if row.mode == "wall clock" else row.mode
+    commit = f"commit {str(facts['commit'])[:9]}{' with changes' * bool(facts['dirty'])}"
+    return f"On {facts['device']}, {how}, torch {facts['torch']}, {str(facts['date'])[:10]}, {commit}\n(`{where}`):"
+
+
+def _by_operator(timed: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in timed:
+        if row.kind == "operator":
+            found.setdefault(row.name.partition(" ")[0], []).append(row)
+    return found
+
+
+def _summary(timed: list[Row]) -> list[str]:
+    lines = {f"`{name}`, {_counted(rows)}": _ranges(rows) for name, rows in _by_operator(timed).items()}
+    lines |= {row.name: _ranges([row]) for row in timed if row.kind == "model"}
+    return [_table("forward and backward, a training step", lines, (*_IN_SUMMARY, "memory"))]
+
+
+def _counted(rows: list[Row]) -> str:
+    return f"{len(rows)} sizes" if len(rows) > 1 else "1 size"
+
+
+def _ranges(rows: list[Row]) -> dict[str, str]:
+    """Column -> from the least to the greatest of the rows that have it."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for column, value in _values(row).items():
+            found.setdefault(column, []).append(value)
+    ends = {column: dict.fromkeys((f"{min(values):.2f}x", f"{max(values):.2f}x")) for column, values in found.items()}
+    return {column: " to ".join(values) for column, values in ends.items()}
+
+
+def _tables(timed: list[Row]) -> list[str]:
+    """A table for each operator, and one for the models."""
+    groups = {
+        f"`{name}`": {row.name.partition(" ")[2]: row for row in rows} for name, rows in _by_operator(timed).items()
+    }
+    groups["model"] = {row.name: row for row in timed if row.kind == "model"}
+    columns = ("time", *_BASELINES, "memory")
+    return [
+        _table(title, {name: _cells(row) for name, row in rows.items()}, columns)
+        for title, rows in groups.items()
+        if rows
+    ]
 
 
 def _shown(row: Row) -> bool:
@@ -117,10 +166,9 @@ def _shown(row: Row) -> bool:
     return row.kind == "model"
 
 
-def _table(title: str, rows: dict[str, Row]) -> str:
-    """One line for each row; columns that none fills are left out."""
-    lines = {name: _cells(row) for name, row in rows.items()}
-    columns = [column for column in ("time", *_BASELINES, "memory") if any(column in cells for cells in lines.values())]
+def _table(title: str, lines: dict[str, dict[str, str]], columns: Iterable[str]) -> str:
+    """One line for each of ``lines``; columns that none fills are left out."""
+    columns = [column for column in columns if any(column in cells for cells in lines.values())]
     return "\n".join(
         [
             _line([title, *columns]),
@@ -131,15 +179,21 @@ def _table(title: str, rows: dict[str, Row]) -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    cells = {"time": time_text(row.seconds[row.subject])}
+    ratios = {column: f"{value:.2f}x" for column, value in _values(row).items()}
+    return {"time": time_text(row.seconds[row.subject])} | ratios
+
+
+def _values(row: Row) -> dict[str, float]:
+    """Column -> ratio."""
+    found = {}
     for column, contenders in _BASELINES.items():
-        found = [name for name in contenders if name in row.ratios]
-        if found:
-            cells[column] = f"{row.ratios[found[0]]:.2f}x"
+        there = [name for name in contenders if name in row.ratios]
+        if there:
+            found[column] = row.ratios[there[0]]
     plain = [name for name in _BASELINES["plain PyTorch"] if name in row.peak_bytes]
     if plain and row.subject in row.peak_bytes:
-        cells["memory"] = f"{row.peak_bytes[row.subject] / row.peak_bytes[plain[0]]:.2f}x"
-    return cells
+        found["memory"] = row.peak_bytes[row.subject] / row.peak_bytes[plain[0]]
+    return found
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -147,13 +201,12 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def main() -> int:
-    """Writes README.md and its plot anew; 1 when that cannot be done."""
-    readme, target = ROOT / "README.md", ROOT / PLOT
+    """Writes the documents of `GENERATED` and the plot anew; 1 when that cannot be done."""
     try:
         records = committed_records()
-        text, drawn = inserted(readme.read_text(), block(records)), plot(records)
-        target.parent.mkdir(exist_ok=True)
-        for path, content in ((readme, text), (target, drawn)):
+        texts = {ROOT / name: inserted((ROOT / name).read_text(), made(records)) for name, made in GENERATED.items()}
+        texts[ROOT / PLOT] = plot(records)
+        for path, content in texts.items():
             with files.replacing(path) as partial:
                 partial.write_text(content)
     except ValueError as error:

@@ -23,7 +23,7 @@ class LayerScaleRow:
         path: dotted path of the layer-scale's module; of the adapter where there is none.
         block: class name of the module that the layer-scale and the branch it scales belong to.
         channels: elements of gamma; C of the adapter where there is none.
-        gamma_mean, gamma_max: mean and maximum of |gamma|; None where there is none.
+        gamma_mean, gamma_max: mean and maximum of the absolute gamma; None where there is none.
         gamma_grad: Euclidean norm of gamma's gradient; None where it has none.
         adapter_grad: the same over all parameters of the adapter that gamma scales; None where there is no adapter, or
             no gradient.
@@ -67,7 +67,7 @@ class LayerScaleReport:
         return "\n".join(table(rows, "<<>>>>>>"))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Two panels over depth, both logarithmic: |gamma| (mean and maximum), and the gradient norms.
+        """Two panels over depth, both logarithmic: the absolute gamma (mean and maximum), and the gradient norms.
 
         What is None or 0 is left out.
 

@@ -175,11 +175,11 @@ class LatentWire(nn.Module):
     token that it shall predict, so that teacher forcing gives nothing away.
 
     Objectives:
-        "reconstruction": `latent_wire_loss` of the prompts' embeddings; the language model does not run.
-        "matched": the same, and ``answer_weight`` times the cross-entropy of the answers after the prompts as the
-            adapter makes them, so that what is trained is what generation reads.
-        "teacher_forced": that cross-entropy alone. Nothing holds the adapter to the embeddings: it learns whatever
-            prompt brings the answers, and its cosine is not expected to rise.
+        - "reconstruction": `latent_wire_loss` of the prompts' embeddings; the language model does not run.
+        - "matched": the same, and ``answer_weight`` times the cross-entropy of the answers after the prompts as the
+          adapter makes them, so that what is trained is what generation reads.
+        - "teacher_forced": that cross-entropy alone. Nothing holds the adapter to the embeddings: it learns whatever
+          prompt brings the answers, and its cosine is not expected to rise.
 
     The language model's parameters stop requiring gradients and it stays in eval mode. Before training call
     `fit_compressor`, in all three: without it the language model reads rows 120 times too large.

@@ -66,7 +66,7 @@ def tune(
 
     Args:
         model_or_function: a module, a bound method of one or any callable.
-        *example_inputs, **kwargs: passed on; tensors of the shapes, dtypes and device that training has. Call it under
+        example_inputs, kwargs: passed on; tensors of the shapes, dtypes and device that training has. Call it under
             ``torch.autocast`` to tune what autocast gives.
         seconds: after so many nothing new is begun. Default 60.
         loss_fn: makes a scalar of the output, for backward. None (the default) adds up all its floating tensors.

@@ -51,11 +51,13 @@ def written_by_hand(text: str) -> list[str]:
 
 
 @pytest.mark.host
-def test_the_readme_shows_the_newest_committed_records():
+@pytest.mark.parametrize("name", document.GENERATED, ids=lambda name: name.name)
+def test_documents_show_the_newest_committed_records(name):
     if not (ROOT / ".git").exists():
         pytest.skip("which records are committed is known in a git checkout only")
-    readme = (ROOT / "README.md").read_text()
-    assert readme == document.inserted(readme, document.block(document.committed_records())), "make document"
+    text = (ROOT / name).read_text()
+    made = document.GENERATED[name](document.committed_records())
+    assert text == document.inserted(text, made), "make document"
 
 
 @pytest.mark.host
@@ -174,7 +176,7 @@ def test_a_document_without_the_markers_is_refused():
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
 def test_lines_fit_a_screen(path):
     assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
 
@@ -231,7 +233,7 @@ def _record(root: Path, device: str, date: str, *rows: Row) -> Path:
     return file.path
 
 
-def test_the_block_is_made_of_rows_with_times(tmp_path):
+def test_tables_are_made_of_rows_with_times(tmp_path):
     rows = [
         _row(),
         _row("lora_linear broken", passed=False, seconds={}, ratios={}),
@@ -242,12 +244,11 @@ def test_the_block_is_made_of_rows_with_times(tmp_path):
         _row("tower", kind="model", measured="training step", ratios={"reference": 1.01}, peak_bytes={}),
     ]
     record = _record(tmp_path, "cpu-2x-a", "2026-01-02-000000", *rows)
-    parts = document.block([record], tmp_path).split("\n\n")
+    parts = document.tables([record], tmp_path).split("\n\n")
     assert parts[:2] == [
         "On a GPU: not yet measured.",
-        "On a CPU, 2 threads, torch 2.13, 2026-01-02, commit abcdef012"
-        " ([record](bench/results/cpu-2x-a/2026-01-02-000000)):",
-    ]  # fmt: skip
+        "On a CPU, 2 threads, torch 2.13, 2026-01-02, commit abcdef012\n(`bench/results/cpu-2x-a/2026-01-02-000000`):",
+    ]
     rule = "| --- |"
     tables = [[line for line in part.splitlines() if not line.startswith(rule)] for part in parts[2:5]]
     assert tables == [
@@ -258,10 +259,28 @@ def test_the_block_is_made_of_rows_with_times(tmp_path):
     assert len(parts) == 6
 
 
+def test_the_summary_has_a_line_for_all_rows_of_an_operator(tmp_path):
+    rows = [
+        _row(),
+        _row("lora_linear wide", ratios={"eager": 0.96, "torch.compile": 2.0}, peak_bytes={"pyfused": 9, "eager": 8}),
+        _row("lora_linear broken", passed=False),
+        _row("adapter_residual 8x4 h2", ratios={"eager": 0.9}, peak_bytes={}),
+        _row("tower", kind="model", measured="training step", ratios={"reference": 1.01}, peak_bytes={}),
+    ]
+    record = _record(tmp_path, "cpu-2x-a", "2026-01-02-000000", *rows)
+    lines = document.summary([record], tmp_path).split("\n\n")[2].splitlines()
+    assert lines[0].endswith("| plain PyTorch | `torch.compile` | PEFT | memory |")
+    assert lines[2:] == [
+        "| `lora_linear`, 2 sizes | 0.96x to 1.50x | 2.00x | 1.25x | 0.75x to 1.12x |",
+        "| `adapter_residual`, 1 size | 0.90x |  |  |  |",
+        "| tower | 1.01x |  |  |  |",
+    ]
+
+
 def test_a_gpu_record_shows_its_launches_by_graph(tmp_path):
     modes = [_row(mode="eager launches"), _row(mode="graph replay", seconds={"pyfused": 0.001})]
     gpu = _record(tmp_path, "nvidia-a", "2026-01-01-000000", *modes)
-    text = document.block([gpu], tmp_path)
+    text = document.tables([gpu], tmp_path)
     assert "On a CPU, graph replay, torch" in text
     assert text.count("8x4->2") == 1
     assert "| 1.0 ms |" in text
@@ -271,7 +290,7 @@ def test_a_gpu_record_shows_its_launches_by_graph(tmp_path):
 def test_a_record_without_times_is_refused(tmp_path):
     record = _record(tmp_path, "cpu-2x-a", "2026-01-02-000000", _row(passed=False, seconds={}, ratios={}))
     with pytest.raises(ValueError, match=r"no row of .*rows\.json that passed parity has times"):
-        document.block([record], tmp_path)
+        document.tables([record], tmp_path)
 
 
 @pytest.mark.host
@@ -290,7 +309,7 @@ def test_records_are_the_tracked_ones_oldest_first(tmp_path):
 def test_the_newest_record_of_any_cpu_is_taken(tmp_path):
     older = _record(tmp_path, "cpu-2x-b", "2026-01-02-000000", _row("lora_linear old"))
     newer = _record(tmp_path, "cpu-2x-a", "2026-01-03-000000", _row("lora_linear new"))
-    text = document.block([older, newer], tmp_path)
+    text = document.tables([older, newer], tmp_path)
     assert "| new |" in text
     assert "| old |" not in text
 
