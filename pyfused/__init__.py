@@ -1,7 +1,7 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
 # Before the imports, of which one reads it.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends

@@ -327,18 +327,6 @@ def test_public_names_are_documented():
         assert name == "__version__" or (value.__doc__ and len(value.__doc__) > 40), name
 
 
-@host
-def test_python_in_the_readme_runs(tmp_path, monkeypatch):
-    # It writes files.
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    # One namespace: a later block continues an earlier one.
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-
-
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="no worker")
 def test_a_worker_has_one_thread():
     assert torch.get_num_threads() == 1
