@@ -178,7 +178,9 @@ def test_a_document_without_the_markers_is_refused():
 @pytest.mark.host
 @pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
 def test_lines_fit_a_screen(path):
-    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
+    """But for rows of tables, which cannot be broken."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.host
