@@ -58,7 +58,7 @@ def one_process(model: nn.Module, steps: int = 2) -> list[dict[str, Tensor]]:
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As README.md has it."""
+    """As docs/guides/several-gpus.md has it."""
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 
 

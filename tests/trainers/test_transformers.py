@@ -1,4 +1,4 @@
-"""transformers' Trainer: it trains and resumes models with LoRA, and saves what is said of it in README.md."""
+"""transformers' Trainer: it trains and resumes models with LoRA, and saves what docs/guides/several-gpus.md says."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def rows() -> list[dict]:
 
 
 def adapter_trainer():
-    """The class that README.md shows."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (block,) = (block for block in blocks if "class AdapterTrainer" in block)
+    """The class that the guide shows."""
+    page = ROOT / "docs" / "guides" / "several-gpus.md"
+    shown = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in shown if "class AdapterTrainer" in block)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, str(page), "exec"), names)
     return names["AdapterTrainer"]
 
 
