@@ -14,6 +14,7 @@ import torch
 from tree import ROOT
 
 from pyfused import cli
+from pyfused.choice import measured
 
 pytestmark = pytest.mark.host
 
@@ -38,10 +39,14 @@ def run(document):
 
 @pytest.mark.parametrize("document", WITH_CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_python_of_a_document_runs_and_prints_what_it_shows(document, tmp_path, monkeypatch):
-    # It writes files.
+    # It writes files, and what it tunes is no part of another test.
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYFUSED_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
-    run(document)
+    try:
+        run(document)
+    finally:
+        measured.use(())
 
 
 @pytest.mark.parametrize(

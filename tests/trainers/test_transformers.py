@@ -52,7 +52,7 @@ def rows() -> list[dict]:
 
 def adapter_trainer():
     """The class that the guide shows."""
-    page = ROOT / "docs" / "guides" / "several-gpus.md"
+    page = ROOT / "docs" / "guides" / "language-models.md"
     shown = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     (block,) = (block for block in shown if "class AdapterTrainer" in block)
     names: dict = {}
