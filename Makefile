@@ -1,12 +1,15 @@
-# Every target but `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies or the
-# CUDA C++ sources change.
+# Every target but `wheel`, `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies
+# or the CUDA C++ sources change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+# The tests and the audit read the CUDA C++ kernels, also beside a torch without CUDA. Only where setup.py finds nvcc, which
+# looks in the same places.
+PYFUSED_CUDA ?= $(if $(shell PATH="$${CUDA_HOME:-$$PATH:/usr/local/cuda}/bin" command -v nvcc 2>/dev/null),1)
 
-.PHONY: test peft-tests bench bench-compare docs document check audit sanitize gpu gpu-kit clean
+.PHONY: test peft-tests bench bench-compare docs document check audit sanitize wheel wheel-cuda gpu gpu-kit clean
 .DELETE_ON_ERROR:
 
 # The last step, which may fail, gets PEFT's tests: the test that runs some of them is skipped without them, and says so.
@@ -15,7 +18,7 @@ WORKERS ?= 2
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	PYFUSED_CUDA=$(PYFUSED_CUDA) $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	-$(BIN)/python tests/integrations/peft_suite.py --fetch
 	touch $@
 
@@ -56,6 +59,14 @@ audit: $(STAMP)
 # The C++ kernels for CPUs under the compiler's sanitizers.
 sanitize: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m cpu.sanitized
+
+# Triton and plain torch, for every platform.
+wheel:
+	PYFUSED_CUDA=0 PYFUSED_CPU=0 $(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+# For this platform, with the CUDA C++ kernels and those for CPUs.
+wheel-cuda: $(STAMP)
+	PYFUSED_CUDA=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.
 gpu:

@@ -1,11 +1,11 @@
-"""Builds `pyfused._C`, the CUDA C++ kernels, where nvcc is, and `pyfused._cpu`, the C++ kernels for CPUs, where a C++
-compiler is; all else about the package stands in pyproject.toml.
+"""Builds `pyfused._C`, the CUDA C++ kernels, where nvcc is and torch has CUDA, and `pyfused._cpu`, the C++ kernels for
+CPUs, where a C++ compiler is; all else about the package stands in pyproject.toml, and in MANIFEST.in.
 
 PYFUSED_CUDA=1 and PYFUSED_CPU=1 turn what is missing into an error, PYFUSED_CUDA=0 and PYFUSED_CPU=0 leave the kernels
-out. PYFUSED_CUDA_ARCHS, by default "80;90;100;120", or "80;90" where nvcc is older than 12.8, names the compute
-capabilities to compile for; the newest is added as PTX. MAX_JOBS is how many compilers run at once. ninja keeps the
-objects in build/cuda and build/cpu, with what ptxas says of each kernel (*.log), and compiles again what changed.
-`rm -rf build` starts anew.
+out. A torch without CUDA is enough for PYFUSED_CUDA=1. PYFUSED_CUDA_ARCHS, by default "80;90;100;120", or "80;90" where
+nvcc is older than 12.8, names the compute capabilities to compile for; the newest is added as PTX. MAX_JOBS is how many
+compilers run at once. ninja keeps the objects in build/cuda and build/cpu, with what ptxas says of each kernel (*.log),
+and compiles again what changed. `rm -rf build` starts anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -27,9 +28,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 MIN_NVCC = (12, 0)
+# As pyproject.toml and pyfused/__init__.py have it.
 MIN_TORCH = (2, 10)
 # The first nvcc that knows the last two of them.
 BLACKWELL_NVCC = (12, 8)
@@ -68,25 +71,34 @@ class Toolchain:
     name, kernels, variable, objects = "", "", "", Path()
 
     @classmethod
-    def find(cls) -> Toolchain:
-        """Raises `Missing`, which names the first thing that is not there."""
+    def find(cls, asked: bool = True) -> Toolchain:
+        """Raises `Missing`, which names the first thing that is not there.
+
+        ``asked``: whether somebody asks for the kernels; where nobody does, torch must also be able to run them.
+        """
         if sys.platform != "linux":
             raise Missing(f"the kernels are built on Linux, this is {sys.platform}")
-        own = cls.find_own()
-        cxx = os.environ.get("CXX", "g++")
-        if shutil.which(cxx) is None:
-            raise Missing(f"the C++ compiler {cxx!r} was not found (CXX names another)")
         torch = importlib.util.find_spec("torch")
         if torch is None:
             raise Missing("torch is not installed where the package is built (pip builds apart from it unless told "
                           "--no-build-isolation)")  # fmt: skip
-        torch_version = importlib.metadata.version("torch")
+        folder, torch_version = Path(torch.origin).parent, importlib.metadata.version("torch")
         _at_least("torch", torch_version, MIN_TORCH)
+        if not asked:
+            cls.check_use(folder)
+        own = cls.find_own()
+        cxx = os.environ.get("CXX", "g++")
+        if shutil.which(cxx) is None:
+            raise Missing(f"the C++ compiler {cxx!r} was not found (CXX names another)")
         # Beside the Python that runs this, whose environment may not be on PATH.
         ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
         if ninja is None:
             raise Missing("ninja, which builds the kernels, was not found (pip install ninja)")
-        return cls(ninja, cxx, Path(torch.origin).parent, torch_version, *own)
+        return cls(ninja, cxx, folder, torch_version, *own)
+
+    @classmethod
+    def check_use(cls, torch: Path) -> None:
+        """Raises `Missing` where the torch in this folder cannot run the kernels."""
 
     @classmethod
     def find_own(cls) -> tuple:
@@ -126,7 +138,7 @@ class Toolchain:
     def torch_side(self) -> list[str]:
         """The command for sources that include torch's headers."""
         return [
-            self.cxx, *self.options, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            self.cxx, *self.options, "-O2", f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}{0:012x}",
             "-isystem", str(self.torch / "include"), "-I", str(self.objects), *self.outputs,
         ]  # fmt: skip
 
@@ -148,6 +160,14 @@ class Cuda(Toolchain):
     kernels = "the CUDA C++ kernels"
     variable = "PYFUSED_CUDA"
     objects = Path("build", "cuda")
+
+    @classmethod
+    def check_use(cls, torch: Path) -> None:
+        # Not imported, which takes seconds.
+        said = runpy.run_path(str(torch / "version.py"))
+        if said["cuda"] is None:
+            version = said["__version__"]
+            raise Missing(f"torch {version} had no CUDA to run them ({cls.variable}=1 builds them all the same)")
 
     @classmethod
     def find_own(cls) -> tuple:
@@ -294,12 +314,16 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         (kind,) = (kind for kind in TOOLCHAINS if ext.name == f"pyfused.{kind.name}")
         build(kind.find(), ext.sources, Path(self.get_ext_fullpath(ext.name)))
+        print(f"pyfused.{kind.name}, {kind.kernels}, is built ({kind.variable}=0 leaves it out)", flush=True)
 
 
 class BuildPackage(build_py):
     """Also leaves word of why there are no kernels."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            # Of an earlier build: what is no longer in the tree would be installed.
+            shutil.rmtree(Path(self.build_lib, "pyfused"), ignore_errors=True)
         super().run()
         package = Path(self.get_package_dir("pyfused") if self.editable_mode else f"{self.build_lib}/pyfused")
         for kind, absence in ABSENCES.items():
@@ -311,6 +335,15 @@ class BuildPackage(build_py):
                     old.unlink()
 
 
+class SourceArchive(sdist):
+    """Holds the links inside the package as links."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        for link in filter(Path.is_symlink, Path("pyfused").iterdir()):
+            Path(base_dir, link).symlink_to(link.readlink())
+
+
 def _absence(kind: type[Toolchain]) -> str | None:
     """Why the kernels are not built; None when they are."""
     wanted = os.environ.get(kind.variable, "")
@@ -319,7 +352,7 @@ def _absence(kind: type[Toolchain]) -> str | None:
     if wanted == "0":
         return f"it was installed with {kind.variable}=0"
     try:
-        kind.find()
+        kind.find(asked=wanted == "1")
     except Missing as missing:
         if wanted == "1":
             raise SystemExit(f"pyfused: {kind.variable}=1, but {missing}") from None
@@ -335,7 +368,7 @@ extensions = [
     if absence is None
 ]
 setup(
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackage, "sdist": SourceArchive},
     ext_modules=extensions,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

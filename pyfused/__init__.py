@@ -1,7 +1,16 @@
 """Fused Triton and CUDA kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
 
+# ruff: noqa: E402 - a torch that is too old is named before anything else is asked of it.
+
+import torch
+
 # Before the imports, of which one reads it.
 __version__ = "0.2.0"
+# As pyproject.toml and setup.py have it.
+_MIN_TORCH = (2, 10)
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _MIN_TORCH:
+    raise ImportError(f"pyfused needs torch {'.'.join(map(str, _MIN_TORCH))} or later, found {torch.__version__}")
 
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends

@@ -51,7 +51,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def build_kernels(tree: Path) -> None:
-    """Compiles the tree's CUDA C++ kernels, if any, in place; where nvcc is missing setup.py leaves them out."""
+    """Compiles the tree's CUDA C++ kernels, if any, in place; setup.py leaves out what would not run."""
     if (tree / "setup.py").exists():
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         run_to_the_end(command, cwd=tree, stdout=sys.stderr)

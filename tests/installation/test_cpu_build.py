@@ -48,7 +48,8 @@ def build(checkout: Path, *, fails: bool = False, **variables: str) -> str:
 
 def test_it_is_built_by_a_compiler_alone_and_serves(checkout):
     # No nvcc, and no Python.h, is asked for.
-    build(checkout, CUDA_HOME="/nowhere")
+    printed = build(checkout, CUDA_HOME="/nowhere")
+    assert "\npyfused._cpu, the C++ kernels for CPUs, is built (PYFUSED_CPU=0 leaves it out)\n" in printed
     built, finite = json.loads(run(sys.executable, "-c", SERVES, cwd=checkout))
     assert finite
     assert "baseline" in built["sets"]

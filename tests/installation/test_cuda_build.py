@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import processes
@@ -146,6 +149,12 @@ def test_the_library_says_whether_it_runs():
 
 
 @needs_library
+def test_the_library_fits_its_wheel():
+    # In which it is compressed.
+    assert Path(sys.modules["pyfused._C"].__file__).stat().st_size < 60_000_000
+
+
+@needs_library
 def test_every_implementation_has_its_schema_and_its_other_direction():
     assert "pyfused_cuda::" not in "\n".join(torch._C._dispatch_find_dangling_impls())
     names = {name.removeprefix("pyfused_cuda::") for name in registered()}
@@ -224,7 +233,10 @@ def checkout(tmp_path_factory) -> Path:
     """A checkout whose only kernels are the probe's."""
     copy = tmp_path_factory.mktemp("probe") / "checkout"
     (copy / "csrc").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "pyfused/__init__.py"):
+    for name in (
+        "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyfused/__init__.py", "pyproject.toml",
+        "setup.py",
+    ):  # fmt: skip
         (copy / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
     for path in (ROOT / "csrc").iterdir():
@@ -246,13 +258,18 @@ def build(checkout: Path, *, fails: bool = False, **variables: str) -> str:
     )  # fmt: skip
 
 
+def make(*arguments: str, checkout: Path, **variables: str) -> str:
+    return run("make", *arguments, cwd=checkout, PYFUSED_CUDA_ARCHS="80", PIP_NO_INDEX="1", **variables)
+
+
 @host
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 class TestBuild:
     """setup.py where nvcc is; the tests share one checkout, whose objects are compiled once."""
 
     def test_library_loads_without_a_gpu_and_takes_every_kind_of_argument(self, checkout):
-        build(checkout)
+        printed = build(checkout)
+        assert "\npyfused._C, the CUDA C++ kernels, is built (PYFUSED_CUDA=0 leaves it out)\n" in printed
         library = checkout / "pyfused" / "_C.abi3.so"
         built, names, refusal = json.loads(run(sys.executable, "-c", TRY_PROBE, library, cwd=checkout))
         assert built["targets"] == ["sm_80", "compute_80"]
@@ -269,12 +286,10 @@ class TestBuild:
 
     def test_wheel_is_for_every_python_and_holds_the_library(self, checkout, tmp_path):
         build(checkout)
-        run(
-            sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path,
-            checkout, cwd=tmp_path, PYFUSED_CUDA_ARCHS="80",
-        )  # fmt: skip
-        (wheel,) = tmp_path.glob("*.whl")
-        assert "-cp310-abi3-linux_" in wheel.name
+        # In the environment of the tests, which counts as made.
+        make("wheel-cuda", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", checkout=checkout)
+        (wheel,) = checkout.glob("dist/*-cp310-abi3-*.whl")
+        assert wheel.name.endswith(f"-cp310-abi3-linux_{platform.machine()}.whl")
         shutil.unpack_archive(wheel, tmp_path / "site", "zip")
         _, names, _ = json.loads(
             run(sys.executable, "-c", TRY_PROBE, tmp_path / "site/pyfused/_C.abi3.so", cwd=tmp_path)
@@ -316,7 +331,8 @@ def test_build_that_cannot_be_done(checkout, variables, message):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("given", ["sm_90", "75", "80,90", ""])
 def test_architectures_that_are_none(checkout, given):
-    printed = run(sys.executable, "setup.py", "--name", cwd=checkout, fails=True, PYFUSED_CUDA_ARCHS=given)
+    variables = {"PYFUSED_CUDA": "1", "PYFUSED_CUDA_ARCHS": given}
+    printed = run(sys.executable, "setup.py", "--name", cwd=checkout, fails=True, **variables)
     assert f"PYFUSED_CUDA_ARCHS must be capabilities from 80 on such as \"80;90\", got '{given}'" in printed
 
 
@@ -336,6 +352,7 @@ def test_architectures_that_this_nvcc_knows(monkeypatch, nvcc, expected):
     monkeypatch.setenv("PYFUSED_CPU", "0")
     monkeypatch.delenv("PYFUSED_CUDA_ARCHS", raising=False)
     build = runpy.run_path(str(ROOT / "setup.py"))
+    assert build["MIN_TORCH"] == pyfused._MIN_TORCH
     assert build["_architectures"](nvcc) == expected
     toolchain = build["Cuda"]("ninja", "g++", ROOT, "2.10.0", nvcc, nvcc, expected)
     assert toolchain.targets == [*(f"sm_{name}" for name in expected), f"compute_{expected[-1]}"]
@@ -344,18 +361,74 @@ def test_architectures_that_this_nvcc_knows(monkeypatch, nvcc, expected):
 
 
 @host
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_an_isolated_build_without_torch_says_so(checkout, tmp_path):
-    import setuptools
-
     # An environment of setuptools alone, as pip makes one.
-    for name in ("setuptools", "_distutils_hack"):
-        (tmp_path / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
+    for found in importlib.metadata.files("setuptools"):
+        name = found.parts[0]
+        if name.startswith(("setuptools", "_distutils_hack")) and not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(sysconfig.get_path("purelib") + f"/{name}")
     alone = {"cwd": checkout, "PYTHONPATH": str(tmp_path)}
-    assert "pyfused" in run(sys.executable, "-S", "setup.py", "--name", **alone)
+    # An empty variable is one that is not set.
+    run(sys.executable, "-S", "setup.py", "bdist_wheel", "--dist-dir", tmp_path, PYFUSED_CPU="", **alone)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    for library in ("_C", "_cpu"):
+        why = zipfile.ZipFile(wheel).read(f"pyfused/{library}.absent").decode()
+        assert re.fullmatch(r"when it was installed, torch is not .*\(.* unless told --no-build-isolation\)\n", why)
     printed = run(sys.executable, "-S", "setup.py", "--name", fails=True, PYFUSED_CUDA="1", **alone)
     assert "PYFUSED_CUDA=1, but torch is not installed where the package is built" in printed
     assert "--no-build-isolation" in printed
+
+
+@host
+def test_a_wheel_without_kernels_is_for_every_platform(checkout):
+    gone = checkout / "build" / "lib" / "pyfused" / "gone.py"
+    gone.parent.mkdir(parents=True, exist_ok=True)
+    gone.touch()
+    # "0" is how pip is told so by a variable.
+    make("wheel", f"PYTHON={sys.executable}", checkout=checkout, PIP_NO_BUILD_ISOLATION="0")
+    (wheel,) = checkout.glob("dist/*-none-*.whl")
+    assert wheel.name == f"pyfused-{pyfused.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"pyfused/_C.absent", "pyfused/_cpu.absent"} <= set(names)
+    assert "pyfused/gone.py" not in names
+
+
+@pytest.fixture
+def nvcc(tmp_path) -> Path:
+    """A folder like CUDA_HOME."""
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    processes.script(tmp_path / "cuda" / "bin" / "nvcc", "print('Cuda compilation tools, release 13.0, V13.0.88')")
+    return tmp_path / "cuda"
+
+
+@host
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+@pytest.mark.parametrize(("cuda", "asked"), [(None, ""), (None, "1"), ("13.0", "")])
+def test_kernels_are_built_where_torch_runs_them_or_they_are_asked_for(checkout, nvcc, tmp_path, cuda, asked):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('the build imports no torch')\n")
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.12.0+some'\ncuda = {cuda!r}\n")
+    (tmp_path / "torch-2.12.0.dist-info").mkdir()
+    (tmp_path / "torch-2.12.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.12.0\n")
+    printed = run(
+        sys.executable, "setup.py", "build_py", "--build-lib", tmp_path / "built", cwd=checkout,
+        PYTHONPATH=str(tmp_path), CUDA_HOME=str(nvcc), PYFUSED_CUDA=asked,
+    )  # fmt: skip
+    record = tmp_path / "built" / "pyfused" / "_C.absent"
+    why = "when it was installed, torch 2.12.0+some had no CUDA to run them (PYFUSED_CUDA=1 builds them all the same)\n"
+    left_out = cuda is None and not asked
+    assert (f"pyfused._C, the CUDA C++ kernels, is not built: {why}" in printed) == left_out
+    assert (record.exists() and record.read_text() == why) == left_out
+    assert record.exists() == left_out
+
+
+@host
+@pytest.mark.parametrize(("home", "given", "expected"), [("", None, "1"), ("nowhere", None, ""), ("", "0", "0")])
+def test_make_asks_for_the_kernels_where_nvcc_is(checkout, nvcc, home, given, expected):
+    variables = {} if given is None else {"PYFUSED_CUDA": given}
+    printed = make("-n", "-B", ".venv/.installed", checkout=checkout, CUDA_HOME=str(nvcc / home), **variables)
+    assert re.search(rf"^PYFUSED_CUDA={expected} .* pip install .* -e '\.\[dev\]'$", printed, re.MULTILINE)
 
 
 @host

@@ -12,6 +12,7 @@ import tarfile
 import venv
 from pathlib import Path
 
+import processes
 import pytest
 from tree import ROOT
 
@@ -83,10 +84,16 @@ def modules(package: Path) -> set[str]:
 def clone(copy: Path) -> Path:
     """A copy of what a clone holds: builds leave folders behind, and editable installs point into it."""
     skip = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results", "_C.*", "_cpu.*"
+        ".git", ".venv", ".peft", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "_C.*", "_cpu.*"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skip)
     return copy
+
+
+def tracked() -> set[str]:
+    """What git has, or would take."""
+    command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    return {name for name in run(*command, cwd=ROOT).split("\0") if name and os.path.lexists(ROOT / name)}
 
 
 def installation(kind: str, home: Path) -> tuple[Path, Path, Path]:
@@ -113,15 +120,15 @@ def installation(kind: str, home: Path) -> tuple[Path, Path, Path]:
     elif kind == "plain":
         install(checkout)
     else:
-        build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-        run(sys.executable, "-c", build, home, cwd=checkout)
-        (source,) = home.glob("pyfused-*.tar.gz")
-        with tarfile.open(source) as archive:
-            packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
-        assert packed >= {path.relative_to(checkout) for path in (checkout / "csrc").rglob("*.*")}
-        pip("wheel", *OFFLINE, "--wheel-dir", home, source)
-        (wheel,) = home.glob("pyfused-*.whl")
-        install(wheel)
+        # The wheel is made from the unpacked sdist.
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", home, checkout, cwd=home)
+        release = f"pyfused-{pyfused.__version__}"
+        with tarfile.open(home / f"{release}.tar.gz") as archive:
+            packed = {member.name.removeprefix(f"{release}/") for member in archive if not member.isdir()}
+        made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or name.startswith("pyfused.egg-info/")}
+        if (ROOT / ".git").exists():
+            assert packed - made == tracked()
+        install(home / f"{release}-py3-none-any.whl")
     return checkout, python, site
 
 
@@ -160,4 +167,20 @@ def test_installation(kind, tmp_path):
     for library, variable, why in zip(("_C", "_cpu"), ("PYFUSED_CUDA", "PYFUSED_CPU"), about["kernels"], strict=True):
         assert why.endswith(f"(pyfused.{library}): it was installed with {variable}=0")
     assert set(about["console"]) == {"pyfused.cli:main"}
-    assert about["needs"] == ["torch>=2.10"]
+    assert about["needs"] == [f"torch>={'.'.join(map(str, pyfused._MIN_TORCH))}"]
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [
+        ("1.13.1", True), ("2.9.1", True), ("2.9.1+cpu", True), ("2.10.0.dev2026", False), ("2.11.0a0+git123", False),
+        ("2.13.0+cpu", False), ("3.0.0", False),
+    ],
+)  # fmt: skip
+def test_a_torch_that_is_too_old_is_one_line(tmp_path, version, refused):
+    torch = f"__version__ = {version!r}\ndef __getattr__(name): raise ImportError('more of torch is wanted')\n"
+    (tmp_path / "torch.py").write_text(torch)
+    command = (sys.executable, "-c", "import pyfused")
+    *_, last = processes.run(*command, cwd=ROOT, fails=True, PYTHONPATH=str(tmp_path)).splitlines()
+    said = f"pyfused needs torch 2.10 or later, found {version}" if refused else "more of torch is wanted"
+    assert last == f"ImportError: {said}"
