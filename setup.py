@@ -77,11 +77,10 @@ class Toolchain:
         ``asked``: whether somebody asks for the kernels; where nobody does, torch must also be able to run them.
         """
         if sys.platform != "linux":
-            raise Missing(f"the kernels are built on Linux, this is {sys.platform}")
+            raise Missing(f"sys.platform was {sys.platform}, not linux")
         torch = importlib.util.find_spec("torch")
         if torch is None:
-            raise Missing("torch is not installed where the package is built (pip builds apart from it unless told "
-                          "--no-build-isolation)")  # fmt: skip
+            raise Missing("torch was not found (pip builds apart from it unless told --no-build-isolation)")
         folder, torch_version = Path(torch.origin).parent, importlib.metadata.version("torch")
         _at_least("torch", torch_version, MIN_TORCH)
         if not asked:
@@ -329,8 +328,8 @@ class BuildPackage(build_py):
         for kind, absence in ABSENCES.items():
             (package / kind.absent()).unlink(missing_ok=True)
             if absence is not None:
-                print(f"pyfused.{kind.name}, {kind.kernels}, is not built: {absence}", flush=True)
-                (package / kind.absent()).write_text(absence + "\n")
+                print(f"pyfused.{kind.name}, {kind.kernels}, is left out: {absence}", flush=True)
+                (package / kind.absent()).write_text(f"when it was built, {absence}\n")
                 for old in package.glob(f"{kind.name}.*so"):
                     old.unlink()
 
@@ -350,13 +349,13 @@ def _absence(kind: type[Toolchain]) -> str | None:
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"pyfused: {kind.variable} must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return f"it was installed with {kind.variable}=0"
+        return f"{kind.variable} was 0"
     try:
         kind.find(asked=wanted == "1")
     except Missing as missing:
         if wanted == "1":
             raise SystemExit(f"pyfused: {kind.variable}=1, but {missing}") from None
-        return f"when it was installed, {missing}"
+        return str(missing)
     return None
 
 
