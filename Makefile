@@ -1,12 +1,12 @@
-# Every target but `wheel`, `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared dependencies
-# or the CUDA C++ sources change.
+# Every target but `wheel`, `gpu` and `clean` makes .venv first, once: the stamp is renewed when the declared
+# dependencies or the CUDA C++ sources change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
-# The tests and the audit read the CUDA C++ kernels, also beside a torch without CUDA. Only where setup.py finds nvcc, which
-# looks in the same places.
+# The tests and the audit read the CUDA C++ kernels, also beside a torch without CUDA. Only where nvcc is, sought in the
+# places where setup.py seeks it.
 PYFUSED_CUDA ?= $(if $(shell PATH="$${CUDA_HOME:-$$PATH:/usr/local/cuda}/bin" command -v nvcc 2>/dev/null),1)
 
 .PHONY: test peft-tests bench bench-compare docs document check audit sanitize wheel wheel-cuda gpu gpu-kit clean
@@ -60,12 +60,15 @@ audit: $(STAMP)
 sanitize: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m cpu.sanitized
 
-# Triton and plain torch, for every platform.
+# Triton and plain torch, for every platform. Without build/lib*, out of which setuptools would also pack what is no
+# longer in the tree.
 wheel:
+	rm -rf build/lib*
 	PYFUSED_CUDA=0 PYFUSED_CPU=0 $(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 # For this platform, with the CUDA C++ kernels and those for CPUs.
 wheel-cuda: $(STAMP)
+	rm -rf build/lib*
 	PYFUSED_CUDA=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # For a machine with a GPU and perhaps no network: the system's Python and its torch, the package from this tree.

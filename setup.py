@@ -320,9 +320,6 @@ class BuildPackage(build_py):
     """Also leaves word of why there are no kernels."""
 
     def run(self) -> None:
-        if not self.editable_mode:
-            # Of an earlier build: what is no longer in the tree would be installed.
-            shutil.rmtree(Path(self.build_lib, "pyfused"), ignore_errors=True)
         super().run()
         package = Path(self.get_package_dir("pyfused") if self.editable_mode else f"{self.build_lib}/pyfused")
         for kind, absence in ABSENCES.items():
