@@ -3,31 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
-import platform
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import pyfused
+from pyfused import installation
 from pyfused.choice import backends, cache, measured, order
 
-# Distribution -> why somebody would want it.
-_OPTIONAL = {
-    "triton": "the triton backend",
-    "peft": "a baseline of the benchmarks",
-    "safetensors": "files of what was tuned",
-    "open_clip_torch": "the models of the benchmarks",
-    "timm": "models",
-}
 # Module -> distribution: without these `pyfused bench` does not start; every other package costs its own rows only.
 _BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich"}
 _REPORT_NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "rich": "rich"}
 _TUNE_NEEDS = {"triton": "triton", "rich": "rich"}
+_COMPLETION_NEEDS = {"shtab": "shtab"}
+_SHELLS = ("bash", "zsh", "fish", "tcsh")
+# Exit status -> what every command says by it; then what one command says by others.
+STATUSES = {0: "all is well", 2: "a wrong argument, a missing package or file, or an interruption"}
+OWN_STATUSES = {
+    "check": {1: "a result is further from float64 than its limit"},
+    "bench": {
+        1: "a row failed parity, or a contender raised an error",
+        5: "-k selects no row",
+        6: "this process can measure no more; the same --record goes on",
+    },
+    "doctor": {1: "something is wrong; the lines before the verdict say what"},
+}
+# Command -> how long it takes.
+_TAKES = {
+    "info": "seconds",
+    "doctor": "seconds; up to minutes on a GPU, where Triton compiles",
+    "check": "minutes; each line is printed when it is known",
+    "bench": "an hour or so for all rows, minutes for a few",
+    "tune": "at most --seconds; --show minutes for each case",
+    "report": "seconds",
+    "convert": "seconds, by the size of the files",
+    "completion": "seconds; a completion itself starts no Python",
+}
+# Command -> what a user types.
+EXAMPLES = {
+    "info": ("pyfused info", "pyfused info --json"),
+    "doctor": ("pyfused doctor", "pyfused doctor --json > doctor.json"),
+    "check": ("pyfused check", "pyfused check --device cpu --json > check.json", "pyfused check gradient-ratio"),
+    "bench": ("pyfused bench", "pyfused bench -k lora_linear --seconds 1"),
+    "tune": ("pyfused tune -k lora_linear --seconds 600", "pyfused tune --show 9.0 -k adapter", "pyfused tune --list"),
+    "report": ("pyfused report RECORD", "pyfused report RECORD_BEFORE RECORD --output page"),
+    "convert": (
+        "pyfused convert adapter tuned --from peft --to pyfused",
+        "pyfused convert tuned new.pth --from pyfused --to fastvit-fork --like old.pth",
+    ),
+    "completion": (
+        "pyfused completion bash > ~/.local/share/bash-completion/completions/pyfused",
+        "pyfused completion fish > ~/.config/fish/completions/pyfused.fish",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None (the default) takes the process's own.
 
     Returns:
-        The exit status: 0 when all is well, 1 when a row failed, 2 for wrong arguments or an interruption.
+        The exit status, as `STATUSES` and `OWN_STATUSES` have it.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.function(arguments)
+        status = arguments.function(arguments)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
+        return 2
+    except BrokenPipeError:
+        # Who read it has gone, `head` say; what Python would still write at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except OSError as error:
         # A full disk, a folder that may not be written to.
@@ -51,12 +94,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from pyfused.integrations import formats
+
     parser = argparse.ArgumentParser(prog="pyfused", description=pyfused.__doc__)
     parser.add_argument("--version", action="version", version=f"pyfused {pyfused.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     info = commands.add_parser("info", help="versions, devices, and each backend with the reason if it is missing")
     info.set_defaults(function=_info)
+
+    doctor = commands.add_parser(
+        "doctor", help="info, a short check, the environment and what was tuned: what belongs in the report of a fault"
+    )
+    doctor.set_defaults(function=_doctor)
 
     check = commands.add_parser("check", help="compare every backend here with float64, at the benchmarks' shapes")
     check.set_defaults(function=_check)
@@ -95,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     own = tune.add_mutually_exclusive_group()
     own.add_argument("--list", action="store_true", help="instead: show what pyfused.tune has kept for you")
     own.add_argument("--clear", action="store_true", help="instead: remove what pyfused.tune has kept for you")
+    tune.add_argument("--json", action="store_true", help="with --list: as JSON, alone on stdout")
 
     report = commands.add_parser("report", help="an HTML page with figures on one record of `bench`, or on several")
     report.set_defaults(function=_report)
@@ -106,19 +157,14 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIRECTORY", help="where index.html goes (default: report/ in the last record)"
     )
 
-    from pyfused.integrations import formats
-
-    convert = commands.add_parser(
-        "convert", help="write what was tuned in another package's format",
-        epilog="; ".join(f"{name}: {what}" for name, what in formats.FORMATS.items()),
-    )  # fmt: skip
+    convert = commands.add_parser("convert", help="write what was tuned in another package's format")
     convert.set_defaults(function=_convert)
-    convert.add_argument("source", metavar="SRC", help="what is read")
-    convert.add_argument("target", metavar="DST", help="what is written, whole or not at all")
+    convert.add_argument("source", type=Path, metavar="SRC", help="what is read")
+    convert.add_argument("target", type=Path, metavar="DST", help="what is written, whole or not at all")
     convert.add_argument("--from", dest="from_format", choices=formats.FORMATS, required=True, help="the format of SRC")
     convert.add_argument("--to", dest="to_format", choices=formats.FORMATS, required=True, help="the format of DST")
     convert.add_argument(
-        "--like", metavar="PATH",
+        "--like", type=Path, metavar="PATH",
         help=f"one in the format of DST, for {' and '.join(formats.LIKE)}: what was not tuned is taken from it",
     )  # fmt: skip
     convert.add_argument(
@@ -126,10 +172,40 @@ def _parser() -> argparse.ArgumentParser:
         help="of fastvit-fork, which its files do not say: adapter before the layer-scale (right) or behind (broken)",
     )  # fmt: skip
 
+    completion = commands.add_parser("completion", help="a script by which a shell completes this command")
+    completion.set_defaults(function=_completion)
+    completion.add_argument("shell", choices=_SHELLS)
+
+    for command in (info, doctor, check):
+        command.add_argument("--json", action="store_true", help="as JSON, alone on stdout")
     for command in (check, bench):
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
+
+    notes = {
+        "bench": "The rows are JSON: rows.json in the directory that the last line names.",
+        "tune": "--output is JSON. For a model of yours, on a CPU too: pyfused.tune(model, ...).",
+        "convert": "\n".join(["formats:", *(f"  {name:14s}{what}" for name, what in formats.FORMATS.items())]),
+    }
+    for name, command in commands.choices.items():
+        examples = "\n".join(["examples:", *(f"  {example}" for example in EXAMPLES[name])])
+        statuses = _statuses((STATUSES | OWN_STATUSES.get(name, {})).items())
+        _end_help(command, notes.get(name), examples, f"takes: {_TAKES[name]}", statuses)
+    more = [(status, f"{name}: {what}") for name, own in OWN_STATUSES.items() for status, what in own.items()]
+    _end_help(parser, "pyfused COMMAND --help has examples.", _statuses([*STATUSES.items(), *more]))
     return parser
+
+
+def _end_help(parser: argparse.ArgumentParser, *paragraphs: str | None) -> None:
+    """Puts paragraphs below a parser's help, in the lines that they have."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = textwrap.fill(parser.description or "", 78)
+    parser.epilog = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def _statuses(pairs: Iterable[tuple[int, str]]) -> str:
+    by_number = sorted(pairs, key=lambda pair: pair[0])
+    return "\n".join(["exit status:", *(f"  {status}  {what}" for status, what in by_number)])
 
 
 def _default_device() -> torch.device:
@@ -172,73 +248,70 @@ def _positive_seconds(text: str) -> float:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    print("\n".join(f"{name:14s}{value}" for name, value in _facts()))
-    print("\nbackends")
-    for name, reason in pyfused.available_backends().items():
-        print(f"  {name:10s}{'available' if reason is None else f'not available: {reason}'}")
+    found = installation.facts()
+    print(_as_json(found) if arguments.json else "\n".join(installation.told(found)))
     return 0
 
 
-def _facts() -> Iterator[tuple[str, str]]:
-    yield "pyfused", f"{pyfused.__version__} ({Path(pyfused.__file__).parent})"
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
-    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
-    if not torch.cuda.is_available():
-        yield "device", "cpu: torch sees no CUDA device"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield f"cuda:{index}", f"{properties.name}, capability {properties.major}.{properties.minor}, {memory}"
-    if "pyfused._C" in sys.modules:
-        library = sys.modules["pyfused._C"]
-        built = json.loads(library.build_info())
-        kernels = f"{len(library.kernel_names())} kernels by nvcc {built['nvcc']} for {', '.join(built['targets'])}"
-        yield "pyfused._C", f"{kernels}, beside torch {built['torch']}"
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            yield f"  cuda:{index}", _how_kernels_run(torch.device("cuda", index), built["targets"])
-    if backends.CPU_REFUSAL is None:
-        built = backends.cpu_build_info()
-        sets = f"{backends.cpu_instruction_set()} of {', '.join(built['sets'])}"
-        yield "pyfused._cpu", f"{sets}, by {built['compiler']}, beside torch {built['torch']}"
-    for distribution, purpose in _OPTIONAL.items():
-        yield distribution.removesuffix("_torch"), _version(distribution) or f"not installed ({purpose})"
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = installation.examined()
+    text = _as_json(found) if arguments.json else "\n".join(installation.diagnosis(found))
+    print(installation.without_home(text))
+    return 1 if found["problems"] else 0
 
 
-def _how_kernels_run(device: torch.device, targets: Sequence[str]) -> str:
-    """Which of the library's ``targets`` a GPU runs, or why none."""
-    reason = backends.refusal("cuda", device, torch.float16)
-    if reason is not None:
-        return f"does not run: {reason}"
-    code = backends.code_for(torch.cuda.get_device_capability(device), targets)
-    if code is not None and code.startswith("sm_"):
-        return f"runs {code}"
-    # docs/measured.md has what ptxas takes for each module.
-    return (
-        f"runs what its driver compiles from {code}: the first forward and the first backward of an operator wait for "
-        "it, up to about a minute each, once for each user"
-    )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+def _as_json(value: object) -> str:
+    # JSON has no NaN and no infinity.
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=1)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.what is None:
         from pyfused.bench.run import check
 
-        return check.run(arguments.device, arguments.threads)
+        return _with_rows(
+            arguments.json, lambda rows: check.run(arguments.device, arguments.threads, on_row=rows.append)
+        )  # fmt: skip
     from pyfused.bench import thirdparty
     from pyfused.bench.models import gradient_ratio
 
+    def ratios(rows: list[dict[str, Any]]) -> int:
+        def on_row(name: str, row: pyfused.diagnostics.GradientRatio) -> None:
+            rows.append({"of": name} | asdict(row) | {"ratio": row.ratio, "verdict": row.verdict})
+
+        return gradient_ratio.run(arguments.device, arguments.threads, on_row)
+
     try:
-        return gradient_ratio.run(arguments.device, arguments.threads)
+        return _with_rows(arguments.json, ratios)
     except thirdparty.Unavailable as error:
         print(f"pyfused check gradient-ratio: {error}", file=sys.stderr)
         return 2
+
+
+def _with_rows(as_json: bool, run: Callable[[list[dict[str, Any]]], int]) -> int:
+    """``run``, which is given a list for its rows. ``as_json``: what it prints goes to stderr, the rows to stdout."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        status = run(rows)
+    if as_json:
+        print(_as_json({"rows": rows}))
+    return status
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    if _lacks("completion", _COMPLETION_NEEDS, extras="cli"):
+        return 2
+    import shtab
+
+    parser = _parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.type is Path:
+                # shtab reads it from here.
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, arguments.shell))
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -282,7 +355,11 @@ def _report(arguments: argparse.Namespace) -> int:
     if directory.exists() and not directory.is_dir():
         print(f"pyfused report: --output must be a directory, got {str(directory)!r}", file=sys.stderr)
         return 2
-    written = page.write(found, directory)
+    from rich.console import Console
+
+    # On a terminal alone.
+    with Console(stderr=True).status("drawing the figures"):
+        written = page.write(found, directory)
     print(f"written: {written[0]}", f"         and {len(written) - 1} figures beside it", sep="\n")
     return 0
 
@@ -304,8 +381,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.json and not arguments.list:
+        print("pyfused tune: --json must come with --list, got it alone", file=sys.stderr)
+        return 2
     if arguments.list:
-        return _list_kept()
+        return _list_kept(arguments.json)
     if arguments.clear:
         removed = cache.clear()
         print(f"nothing is kept in {cache.path()}" if removed is None else f"removed: {removed}")
@@ -328,13 +408,20 @@ def _tune(arguments: argparse.Namespace) -> int:
     return tune.run(arguments.device, arguments.seconds, arguments.select, arguments.output, arguments.commit)
 
 
-def _list_kept() -> int:
+def _list_kept(as_json: bool) -> int:
     place = cache.path()
     try:
         sections = [] if place is None else cache.read(place)
     except ValueError as error:
         print(f"pyfused tune: {error}", file=sys.stderr)
         return 2
+    if as_json:
+        kept = [
+            {"key": asdict(each.key), "read": each.key == cache.key(), "rows": [*map(measured.as_item, each.rows)]}
+            for each in sections
+        ]
+        print(_as_json({"path": None if place is None else str(place), "sections": kept}))
+        return 0
     if not sections:
         print(f"nothing is kept in {place}")
         return 0

@@ -18,12 +18,17 @@ TOLERANCE = 1e-4
 _WORD = {True: "ok      ", False: "FAILED  "}
 
 
-def run(device: torch.device, threads: int | None = None) -> int:
+def run(
+    device: torch.device,
+    threads: int | None = None,
+    on_row: Callable[[str, GradientRatio], None] = lambda name, row: None,
+) -> int:
     """Prints the ratio of the first image adapter in stage 2: fused, by the reference, with w = 0, and in three loops.
 
     Args:
         device: where to compute.
         threads: CPU threads for torch; None keeps its own number.
+        on_row: called with each ratio and what it is of.
 
     Returns:
         The exit status: 1 when the two ways disagree, or the ratio with w = 0 is not exactly 1, else 0.
@@ -43,14 +48,15 @@ def run(device: torch.device, threads: int | None = None) -> int:
     model.image_cross_attention.weight = weight
     for name, found in (("fused", fused), ("reference", plain), ("fused, w = 0", nothing)):
         print(f"{name:14s}{found}")
+        on_row(name, found)
     apart = abs(fused.ratio / plain.ratio - 1.0)
     agree, exact = apart <= TOLERANCE, nothing.ratio == 1.0
     print(f"{_WORD[agree]}fused and reference ratios differ by {apart:.1e}, {TOLERANCE:.0e} allowed")
     print(f"{_WORD[exact]}with w = 0 the ratio is 1 exactly")
-    print(
-        f"\nbefore each loop of a stage 2 with Adam, its rate halved from loop to loop:\n"
-        f"{over_loops(model, images, tokens)}"
-    )
+    loops = over_loops(model, images, tokens)
+    print(f"\nbefore each loop of a stage 2 with Adam, its rate halved from loop to loop:\n{loops}")
+    for name, found in loops.rows.items():
+        on_row(name, found)
     return 0 if agree and exact else 1
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -13,13 +15,19 @@ from pyfused.bench.measure import parity
 from pyfused.choice import backends
 
 
-def run(device: torch.device, threads: int | None = None, cases: Iterable[Case] | None = None) -> int:
+def run(
+    device: torch.device,
+    threads: int | None = None,
+    cases: Iterable[Case] | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> int:
     """Prints one line for each case, backend and plan: the verdict, or why that backend cannot compute it.
 
     Args:
         device: where to compute.
         threads: CPU threads for torch; None keeps its own number.
         cases: what to compare; None (the default): `parity_cases`.
+        on_row: called with `named` and `judged` of each result.
 
     Returns:
         The exit status: 1 when a result is further from float64 than its limit, else 0.
@@ -57,10 +65,21 @@ def run(device: torch.device, threads: int | None = None, cases: Iterable[Case] 
                 print(f"{verdict:7s}{case.name}, {name} {plan}: nearest {nearest} [{seconds:.1f} s]", flush=True)
                 for item in broken:
                     print(f"       {item}")
+                on_row(named(case, name, plan) | judged(found))
                 failures += bool(broken)
                 count += 1
     print(f"{count - failures} of {count} as close to float64 as plain torch")
     return 1 if failures else 0
+
+
+def named(case: Case, backend: str, plan: str) -> dict[str, Any]:
+    """What was compared, in values that JSON has."""
+    return {"case": case.name, "operator": case.operator, "backend": backend, "plan": plan}
+
+
+def judged(found: Sequence[parity.Deviation]) -> dict[str, Any]:
+    """Whether all are within their limits, and the one that is nearest to its own."""
+    return {"passed": all(item.passed for item in found)} | asdict(max(found, key=parity.strain))
 
 
 def absence(backend: str, device: torch.device) -> str | None:

@@ -181,8 +181,7 @@ def run(device: torch.device, seconds: float, select: str, output: Path, commit:
         return _no_case(select)
     known = measured.read(output)
     measure = by_graph_replay(device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("the GPU's limits", total=len(cases))
         peaks = peaks_of(device, measure)
         tuner = Tuner(
@@ -222,16 +221,28 @@ def show(capability: tuple[int, int], select: str) -> int:
     # At infinitely many FLOP/s and bytes a second nothing is too slow to be tried.
     peaks, jobs = Peaks(float("inf"), float("inf")), os.cpu_count() or 1
     cases = _cases(torch.device("cuda"), select)
-    for case in cases:
-        for direction in search.directions(case, target):
-            for chosen in search.chosen_by(direction, target):
-                own = chosen.config()
-                found = search.sound(direction, chosen, target, peaks, float("inf"), jobs)
-                good = sum(not faults for faults in found.values())
-                print(f"{case.name}: {chosen.kernel}: ships {own}; {good} of {len(found)} neighbours are sound")
-                for config, faults in found.items():
-                    print(f"    {recording.differing(own, config)}: {'; '.join(faults) or 'sound'}", flush=True)
+    with _progress() as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            for direction in search.directions(case, target):
+                for chosen in search.chosen_by(direction, target):
+                    progress.update(task, description=f"{case.name}: {chosen.kernel}")
+                    own = chosen.config()
+                    found = search.sound(direction, chosen, target, peaks, float("inf"), jobs)
+                    good = sum(not faults for faults in found.values())
+                    print(f"{case.name}: {chosen.kernel}: ships {own}; {good} of {len(found)} neighbours are sound")
+                    for config, faults in found.items():
+                        print(f"    {recording.differing(own, config)}: {'; '.join(faults) or 'sound'}", flush=True)
+            progress.advance(task)
     return 0 if cases else _no_case(select)
+
+
+def _progress() -> Progress:
+    """A bar of cases on stderr, on a terminal alone."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # What goes to a file or a pipe is to stay there, and not to come above the bar.
+    return Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty())
 
 
 def _no_case(select: str) -> int:

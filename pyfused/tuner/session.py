@@ -15,6 +15,7 @@ from pyfused.choice import measured, order
 from pyfused.choice.measured import Row
 from pyfused.choice.order import Choice
 from pyfused.ops.decision import Decision
+from pyfused.progress import bar
 from pyfused.tuner import configurations
 from pyfused.tuner.clocks import Clock
 from pyfused.tuner.race import Outcome, race
@@ -89,7 +90,7 @@ class Session:
         total = sum(group.seconds for group in groups)
         found: list[TunedCall] = []
         left = total
-        for group in groups:
+        for group in bar(groups, "tune: comparing"):
             # What is left of the time goes to what is left, by its share.
             remaining = self._end - self._now()
             end = self._now() + remaining * group.seconds / max(left, 1e-12)
@@ -110,7 +111,7 @@ class Session:
     def _groups(self, recorder: Recorder) -> list[Group]:
         """By what a row is found by; each with what pyfused's own choice takes of the model's time."""
         groups: dict[str, Group] = {}
-        for recorded, count in recorder.calls.items():
+        for recorded, count in bar(recorder.calls.items(), "tune: calls"):
             untuned, seconds, note = count.told, 0.0, ""
             try:
                 untuned, seconds = self._untuned(recorded, count)

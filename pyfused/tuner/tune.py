@@ -62,7 +62,8 @@ def tune(
     tune --list`` shows it, ``--clear`` removes it. In a distributed job all ranks call this; rank 0 times, and all take
     and keep what it found.
 
-    The model stays as it was: parameters, gradients, buffers, mode, and torch's random generators.
+    The model stays as it was: parameters, gradients, buffers, mode, and torch's random generators. On a terminal, where
+    tqdm is installed, a bar on stderr shows how far it is.
 
     Args:
         model_or_function: a module, a bound method of one or any callable.

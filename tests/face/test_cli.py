@@ -256,10 +256,11 @@ class TestGradientRatio:
         assert 'pip install "pyfused[bench]"' in error
 
 
-def test_info_and_check_need_torch_alone(tmp_path):
+def test_info_doctor_and_check_need_torch_alone(tmp_path):
     script = """
 import sys
-for name in ("rich", "pytest", "matplotlib", "peft", "open_clip", "timm", "sklearn", "transformers", "typer"):
+others = "rich pytest matplotlib peft open_clip timm sklearn transformers typer tqdm shtab"
+for name in others.split():
     sys.modules[name] = None
 import torch
 from pyfused import cli
@@ -267,7 +268,7 @@ from pyfused.bench.run import check
 from pyfused.bench.cases.adapter_residual import AdapterCase
 from pyfused.bench.cases.lora_linear import LoRACase
 check.parity_cases = lambda device: [LoRACase(5, 16, 8, rank=2), AdapterCase((2, 5, 16), 4)]
-sys.exit(cli.main(["info"]) or cli.main(["check", "--device", "cpu"]))
+sys.exit(cli.main(["info"]) or cli.main(["doctor"]) or cli.main(["check", "--device", "cpu"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {"methods", "lora", "modules", "surgery", "ops.contract"},
     "integrations": {"files", "lora", "methods", "surgery", "ops", "ops.contract"},
     "explanation": {"choice", "integrations", "ops", "surgery"},
-    "tuner": {"choice", "choice.cache", "choice.measured", "ops", "surgery"},
+    "progress": set(),
+    "tuner": {"choice", "choice.cache", "choice.measured", "ops", "progress", "surgery"},
     "face": {
         "choice",
         "ops",
@@ -51,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "integrations",
         "tuner",
     },
-    "cli": {"face", "choice", "choice.cache", "choice.measured"},
+    "installation": {"face", "choice", "choice.cache"},
+    "cli": {"face", "installation", "choice", "choice.cache", "choice.measured"},
     "bench": {
         "face",
         "choice",
@@ -66,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "lora",
         "reference",
         "kernels",
+        "progress",
         "tuner",
     },
 }
@@ -74,6 +77,7 @@ MAY_IMPORT_LATE = {
     "ops": {"portable", "kernels"},
     "ops.contract": {"portable", "kernels"},
     "tuner": {"kernels"},
+    "installation": {"bench"},
     "cli": {"bench", "integrations", "kernels"},
 }
 # Component -> third-party packages besides torch; None: any.
@@ -83,6 +87,7 @@ THIRD_PARTY: dict[str, set[str] | None] = {
     "models": {"timm"},
     "diagnostics": {"matplotlib"},
     "integrations": {"peft"},
+    "progress": {"tqdm"},
     "cli": None,
     "bench": None,
 }
