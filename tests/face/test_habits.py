@@ -191,7 +191,7 @@ def test_bash_completes(typed, expected, capsys, tmp_path):
 
 
 def _environment(**more: str) -> dict[str, str]:
-    left = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE")
+    left = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "PYTHONUNBUFFERED")
     own = {name: value for name, value in os.environ.items() if name not in left}
     return own | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "100"} | more
 
@@ -260,8 +260,9 @@ def test_a_reader_that_goes_is_no_error():
 
 class TestBar:
     def test_on_a_terminal(self, monkeypatch):
-        tqdm = pytest.importorskip("tqdm")
-        monkeypatch.setattr(tqdm.tqdm, "monitor", None)
+        pytest.importorskip("tqdm")
+        threads = []
+        monkeypatch.setattr("tqdm.std.TMonitor", lambda *given: threads.append(given))
         stream = Terminal()
         monkeypatch.setattr(sys, "stderr", stream)
         seen = []
@@ -271,7 +272,7 @@ class TestBar:
             time.sleep(0.12)
         assert seen == [1, 2]
         assert "counting:  50%" in stream.getvalue()
-        assert tqdm.tqdm.monitor is None, "no thread draws beside a clock"
+        assert threads == [], "none draws beside a clock"
 
     @pytest.mark.parametrize("stream", [io.StringIO(), None])
     def test_nowhere_else(self, stream, monkeypatch):
