@@ -27,7 +27,7 @@ _OPTIONAL = {
     "timm": "models",
     "transformers": "models",
     "rich": "pyfused bench, report and tune",
-    "scipy": "the models of the benchmarks",
+    "scipy": "make bench-compare",
     "shtab": "pyfused completion",
     "tqdm": "a bar while pyfused.tune measures",
 }
