@@ -72,7 +72,7 @@ def plot(records: Sequence[Path], root: Path = ROOT) -> str:
     picture = figures.summary([row for row in read_rows(record) if _shown(row)])
     if picture is None:
         raise ValueError(f"no row of {record} has a baseline")
-    return picture.svg(letters=True, Title=record.parent.relative_to(root).as_posix())
+    return picture.svg(Title=record.parent.relative_to(root).as_posix())
 
 
 def inserted(text: str, figures: str) -> str:

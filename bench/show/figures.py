@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.record.rows import Row
@@ -15,33 +14,9 @@ from pyfused.bench.show import style
 from pyfused.bench.show.style import Picture, styled
 
 # Inches.
-_BAR, _GAP = 0.16, 0.14
-
-
-@styled
-def overview(rows: Sequence[Row]) -> Picture | None:
-    """A dot for each baseline of each timed row; None when there is none."""
-    timed = [row for row in rows if row.kind != "machine" and any(name != BASE for name in row.ratios)]
-    if not timed:
-        return None
-    figure = Figure(figsize=(style.WIDTH, 1.4 + 0.24 * len(timed)), layout="constrained")
-    axes = figure.subplots()
-    for name in style.contenders(timed, "ratios"):
-        if name == BASE:
-            continue
-        x, y = zip(*((row.ratios[name], at) for at, row in enumerate(timed) if name in row.ratios), strict=True)
-        colour, marker = style.look(name)
-        axes.scatter(x, y, s=34, color=colour, marker=marker, label=f"against {name}", zorder=4)
-    axes.set_yticks(
-        range(len(timed)), [style.fitting(f"{row.name}  {row.measured_how}") for row in timed], fontsize=7.5
-    )
-    axes.set_ylim(len(timed) - 0.4, -0.6)
-    style.ratio_axis(axes, [ratio for row in timed for name, ratio in row.ratios.items() if name != BASE])
-    axes.set_xlabel("baseline's time / pyfused's time (right of 1x: pyfused is faster)")
-    style.clean(axes)
-    figure.suptitle(_where(timed[0]), fontsize=9)
-    figure.legend(loc="outside lower center", ncols=3)
-    return Picture("ratios", figure, f"Ratios of {len(timed)} rows to their baselines; the table of all rows has them.")
+_LANE = 0.15
+# Characters of a row's name above its lanes, in axes alone and in axes beside others.
+_LONGEST = (96, 56)
 
 
 @styled
@@ -77,35 +52,36 @@ def summary(rows: Sequence[Row]) -> Picture | None:
 
 @styled
 def bars(rows: Sequence[Row], name: str) -> Picture | None:
-    """Every ratio of these rows as a bar from 1x, by what was measured; None when there is none.
+    """The ratio to each baseline as a bar from 1x, by what was measured; None when there is none.
 
     Args:
         rows: of one operator, or of models.
         name: the picture's.
     """
-    parts = style.panels([row for row in rows if row.ratios])
+    parts = {
+        title: [(style.shape_name(row), style.baselines(row)) for row in found]
+        for title, found in style.panels([row for row in rows if style.baselines(row)]).items()
+    }
     if not parts:
         return None
-    names = style.contenders(rows, "ratios")
-    figure, grid = _grid(parts, len(names))
+    figure, grid = _lanes(parts)
     for axes, (title, found) in zip(grid, parts.items(), strict=True):
-        places = _bars(axes, found, names, "ratios", start=1.0)
-        style.ratio_axis(axes, [ratio for row in found for ratio in row.ratios.values()])
-        for place, value, _ in places:
+        for place, value, contender in _places(found):
+            colour = style.look(contender)[0]
+            # With an edge, by which a bar of no length is still seen.
+            axes.barh(place, value - 1.0, 0.75, left=1.0, color=colour, edgecolor=colour, zorder=4, clip_on=False)
+            side = 1 if value >= 1 else -1
             axes.annotate(
-                f"{style.number(value)}x", (value, place), (3 if value >= 1 else -3, 0), textcoords="offset points",
-                ha="left" if value >= 1 else "right", va="center", fontsize=6.5,
+                f"{style.number(value)}x", (value, place), (4 * side, 0), textcoords="offset points",
+                ha="left" if side > 0 else "right", va="center", fontsize=7,
             )  # fmt: skip
+        # One axis for all parts, so that bars of one length are one ratio.
+        style.ratio_axis(axes, [value for each in parts.values() for _, value, _ in _places(each)])
         axes.set_title(title)
         axes.set_xlabel("baseline's time / pyfused's")
         style.clean(axes, "x")
-    figure.legend(handles=_handles(names, prefix="against "), loc="outside lower center", ncols=3)
-    lines = [
-        f"{_title(row)}: " + ", ".join(f"{style.number(value)}x {name}" for name, value in row.ratios.items())
-        for found in parts.values()
-        for row in found
-    ]
-    return Picture(name, figure, "Baseline's time over pyfused's. " + "; ".join(lines) + ".")
+    alt = f"Bars of {sum(map(len, parts.values()))} rows: baseline's time over pyfused's. The table has the numbers."
+    return Picture(name, figure, alt)
 
 
 @styled
@@ -115,25 +91,31 @@ def memory(rows: Sequence[Row], name: str) -> Picture | None:
     once = {(row.name, row.measured): row for row in reversed(rows) if row.peak_bytes or row.saved_bytes}
     found = list(reversed(once.values()))
     fields = {"peak_bytes": "peak", "saved_bytes": "saved for backward"}
-    parts = {label: (field, found) for field, label in fields.items() if any(getattr(row, field) for row in found)}
+    parts = {}
+    for field, label in fields.items():
+        own = [(row, getattr(row, field)) for row in found if getattr(row, field)]
+        if own:
+            names = style.contenders(found, field)
+            parts[label] = [
+                (style.shape_name(row), {name: held[name] / 2**20 for name in names if name in held})
+                for row, held in own
+            ]
     if not parts:
         return None
-    names = style.contenders(found, "peak_bytes")
-    figure, grid = _grid({label: group for label, (_, group) in parts.items()}, len(names))
-    lines = []
-    for axes, (label, (field, group)) in zip(grid, parts.items(), strict=True):
-        places = _bars(axes, group, names, field, scale=2.0**-20)
-        for place, value, _ in places:
+    figure, grid = _lanes(parts)
+    for axes, (label, each) in zip(grid, parts.items(), strict=True):
+        places = _places(each)
+        for place, value, contender in places:
+            axes.barh(place, value, 0.75, color=style.look(contender)[0], zorder=4, clip_on=False)
             axes.annotate(
-                style.number(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5
+                style.number(value), (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7
             )
         axes.set_xlim(0, 1.14 * max(value for _, value, _ in places) or 1.0)
         axes.set_title(label)
         axes.set_xlabel("MiB")
         style.clean(axes, "x")
-        lines += [f"{_title(row)}, {label}: {_mebibytes(getattr(row, field))}" for row in group]
-    figure.legend(handles=_handles(names), loc="outside lower center", ncols=4)
-    return Picture(name, figure, "Memory in MiB. " + "; ".join(lines) + ".")
+    alt = f"Bars of {len(found)} rows: memory of each contender in MiB. The table has the numbers."
+    return Picture(name, figure, alt)
 
 
 @styled
@@ -153,6 +135,16 @@ def curves(rows: Sequence[Row], name: str = "curves") -> Picture | None:
     return Picture(name, figure, "Training loss. " + "; ".join(lines) + ".")
 
 
+def loss_gaps(row: Row) -> dict[str, list[float]]:
+    """Contender -> how far its loss is from the subject's, step by step."""
+    subject = row.loss[row.subject]
+    return {
+        name: [abs(mine - other) for mine, other in zip(subject, losses, strict=True)]
+        for name, losses in row.loss.items()
+        if name != row.subject
+    }
+
+
 def _curves(row: Row, above: Axes, below: Axes) -> str:
     losses = {name: list(values) for name, values in row.loss.items()}
     for index, (name, values) in enumerate(losses.items()):
@@ -163,13 +155,9 @@ def _curves(row: Row, above: Axes, below: Axes) -> str:
     above.set_ylabel("training loss")
     above.legend()
     subject, said = losses[row.subject], []
-    for name, values in losses.items():
-        if name != row.subject:
-            gaps = [abs(mine - other) for mine, other in zip(subject, values, strict=True)]
-            below.plot(range(1, len(gaps) + 1), gaps, color=style.look(name)[0], linewidth=1)
-            said.append(
-                f"largest difference to {name}: {max(gaps):.1e}" if any(gaps) else f"equal to {name}, every bit"
-            )
+    for name, gaps in loss_gaps(row).items():
+        below.plot(range(1, len(gaps) + 1), gaps, color=style.look(name)[0], linewidth=1)
+        said.append(f"largest difference to {name}: {max(gaps):.1e}" if any(gaps) else f"equal to {name}, every bit")
     below.set_title(", ".join(said), fontsize=8.5)
     below.set_ylim(bottom=0)
     below.set_ylabel("difference")
@@ -179,50 +167,45 @@ def _curves(row: Row, above: Axes, below: Axes) -> str:
     return f"{row.name}: {subject[0]:.3f} to {subject[-1]:.3f} in {len(subject)} steps, {', '.join(said)}"
 
 
-def _bars(
-    axes: Axes, rows: Sequence[Row], names: Sequence[str], field: str, start: float = 0.0, scale: float = 1.0
-) -> list[tuple[float, float, str]]:
-    """A group of bars for each row, no room left for who is not in it; (place, value, contender) of each bar."""
-    top, ticks, found = 0.0, [], []
-    for row in rows:
-        own = [name for name in names if name in getattr(row, field)]
-        for index, name in enumerate(own):
-            place, value = top + index * _BAR, scale * getattr(row, field)[name]
-            axes.barh(place, value - start, 0.9 * _BAR, left=start, color=style.look(name)[0], zorder=2)
-            found.append((place, value, name))
-        ticks.append(top + (len(own) - 1) * _BAR / 2)
-        top += len(own) * _BAR + _GAP
-    axes.set_yticks(ticks, [style.shape_name(row) for row in rows], fontsize=7.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(top - _GAP - _BAR / 2 + 0.05, -_BAR / 2 - 0.05)
+# Rows of a part of a figure in order: (name, contender -> value).
+_Rows = list[tuple[str, dict[str, float]]]
+
+
+def _places(rows: _Rows) -> list[tuple[int, float, str]]:
+    """(place, value, contender) of each value, below a place for the name of its row."""
+    found, place = [], 0
+    for _, values in rows:
+        for contender, value in values.items():
+            place += 1
+            found.append((place, value, contender))
+        place += 2
     return found
 
 
-def _grid(parts: dict[str, list[Row]], bars_each: int) -> tuple[Figure, list[Axes]]:
-    """Axes for groups of bars, two beside each other; the right ones without names where both have the same rows."""
-    tallest = max(len(found) for found in parts.values())
-    figure, grid = style.panes(len(parts), height=1.1 + tallest * (bars_each * _BAR + _GAP))
-    names = [[row.name for row in found] for found in parts.values()]
-    for left, right in zip(range(0, len(grid), 2), range(1, len(grid), 2), strict=False):
-        if names[left] == names[right]:
-            grid[right].tick_params(axis="y", labelleft=False)
+def _lanes(parts: dict[str, _Rows]) -> tuple[Figure, list[Axes]]:
+    """Axes for each part, two beside each other, with a lane for each value.
+
+    Every lane has its contender's name at its left, and every row its own above its lanes, so that no legend is needed.
+    Right axes go without the names of lanes where the left ones have the same.
+    """
+    lanes = [[(row, contender) for row, values in found for contender in values] for found in parts.values()]
+    tallest = max(len(own) + 2 * len(found) for own, found in zip(lanes, parts.values(), strict=True))
+    figure, grid = style.panes(len(parts), height=0.7 + tallest * _LANE)
+    for index, (axes, found) in enumerate(zip(grid, parts.values(), strict=True)):
+        places = _places(found)
+        axes.set_yticks([place for place, *_ in places], [style.spoken(name) for *_, name in places], fontsize=7)
+        axes.tick_params(axis="y", length=0, labelleft=not (index % 2 and lanes[index] == lanes[index - 1]))
+        axes.set_ylim(places[-1][0] + 0.7, -0.8)
+        top = 0
+        for row, values in found:
+            # On a ground of its own: lines of the axes would run through it.
+            axes.annotate(
+                style.fitting(row, _LONGEST[len(parts) > 1]), (0, top), (2, 0), textcoords="offset points",
+                xycoords=axes.get_yaxis_transform(), va="center", fontsize=7.5, fontweight="bold", clip_on=True,
+                bbox={"facecolor": style.PAGE, "edgecolor": "none", "pad": 1}, zorder=5,
+            )  # fmt: skip
+            top += len(values) + 2
     return figure, grid
-
-
-def _handles(names: Sequence[str], prefix: str = "") -> list[Line2D]:
-    found = []
-    for name in names:
-        label = f"{prefix}{name}" + (" alone, which does less" if name == BASE and prefix else "")
-        found.append(Line2D([], [], color=style.look(name)[0], linewidth=6, label=label))
-    return found
-
-
-def _title(row: Row) -> str:
-    return f"{style.shape_name(row)} {row.measured}"
-
-
-def _mebibytes(found: dict[str, int]) -> str:
-    return ", ".join(f"{name} {style.number(value / 2**20)}" for name, value in found.items())
 
 
 def _where(row: Row) -> str:

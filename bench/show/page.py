@@ -14,40 +14,57 @@ import jinja2
 from pyfused import files
 from pyfused.bench.record.records import LOSS, Comparison, Record, compare
 from pyfused.bench.record.rows import Row
-from pyfused.bench.show import figures, rates, tables
+from pyfused.bench.show import captions, figures, rates, sentences, style, tables
+from pyfused.bench.show.sentences import KINDS, Finding
 from pyfused.bench.show.style import Picture
 from pyfused.bench.show.tables import Table
 from pyfused.bench.show.terminal import machine_text, traffic_text, verdicts
 
-_KINDS = {"model": "Models", "training": "Training runs", "overhead": "Host overhead", "machine": "Machine",
-          "traffic": "DRAM traffic"}  # fmt: skip
 _PROVENANCE = ("device", "capability", "driver", "threads", "torch", "triton", "cuda", "pyfused", "commit", "dirty",
                "python", "platform", "peft", "open_clip", "date")  # fmt: skip
 
 
-@dataclass
-class Section:
-    """A heading of the page with its figures.
+@dataclass(frozen=True)
+class Shown:
+    """A figure or a table.
 
     Attributes:
-        title: of one operator, or of one kind of rows.
-        figures: (picture, caption) in order.
-        notes: what cannot be shown, and why.
-        how: (contender, what it is), where rows say so.
+        title: of it.
+        content: the figure, or the table.
+        caption: what it shows of this record.
     """
 
     title: str
-    figures: list[tuple[Picture, str]] = field(default_factory=list)
+    content: Picture | Table
+    caption: str
+
+
+@dataclass
+class Section:
+    """A heading of the page with its plot, and behind it what a reader opens.
+
+    Attributes:
+        title: of one operator, or of one kind of rows.
+        finding: what the page says of it at its beginning; None for rows of which there is nothing to compare.
+        plot: the ratios, one figure.
+        details: the rest, collapsed.
+        notes: what cannot be shown, and why.
+    """
+
+    title: str
+    finding: Finding | None = None
+    plot: Shown | None = None
+    details: list[Shown] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    how: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
         return slug(self.title)
 
-    def show(self, picture: Picture | None, caption: str) -> None:
-        if picture is not None:
-            self.figures.append((picture, caption))
+    @property
+    def pictures(self) -> list[Picture]:
+        shown = [self.plot] if self.plot else []
+        return [each.content for each in shown + self.details if isinstance(each.content, Picture)]
 
 
 def write(records: Sequence[Record], directory: Path) -> list[Path]:
@@ -57,85 +74,74 @@ def write(records: Sequence[Record], directory: Path) -> list[Path]:
         records: the last one is shown in full, and compared with each of the others.
         directory: made if it is not there.
     """
-    sections = [
-        section for title, rows in groups(records[-1].rows).items() if (section := _section(title, rows, records[-1]))
-    ]
-    overview = Section("Overview")
-    overview.show(
-        figures.overview(records[-1].rows),
-        "A baseline's time over pyfused's, median over interleaved rounds: right of 1x pyfused is faster.",
-    )
-    text = render(records, overview, sections)
+    newest = records[-1]
+    sections = [_section(title, rows, newest) for title, rows in _parts(newest.rows).items()]
+    text = render(records, sections)
     directory.mkdir(parents=True, exist_ok=True)
-    saved = [picture.save(directory) for part in (overview, *sections) for picture, _ in part.figures]
+    saved = [picture.save(directory) for section in sections for picture in section.pictures]
     page = directory / "index.html"
     with files.replacing(page) as partial:
         partial.write_text(text, encoding="utf-8")
     return [page, *saved]
 
 
-def render(records: Sequence[Record], overview: Section, sections: Sequence[Section]) -> str:
+def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
     """The page's HTML."""
     newest = records[-1]
+    compared = [_compared(old, newest) for old in records[:-1]]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["spoken"] = style.spoken
+    environment.tests["table"] = lambda content: isinstance(content, Table)
     return environment.get_template("page.html.jinja").render(
         records=records,
+        scheme=style.scheme(),
+        lead=sentences.lead(newest, [each.comparison for each in compared]),
+        sections=sections,
+        comparisons=compared,
+        # What developers want to reach is of no use to others; nor is it known of what was installed.
+        verdicts=verdicts(newest.rows) if newest.provenance.get("commit") else [],
         provenance=[(name, _facts(records, name)) for name in _PROVENANCE if any(_facts(records, name))],
         machine=_machine(records),
-        count=len(newest.rows),
-        failed=[(row, tables.broken(row)) for row in newest.rows if not row.passed],
         unavailable=_unavailable(newest.rows),
-        verdicts=verdicts(newest.rows),
-        overview=overview,
-        sections=sections,
-        comparisons=[_compared(old, newest) for old in records[:-1]],
-        rows=[tables.of_rows(title, rows) for title, rows in groups(newest.rows).items()],
+        ran=[(row.name, how) for row in newest.rows if isinstance(how := row.facts.get("how"), dict)],
     )
-
-
-def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by operator, then models, training runs, host overhead, the machine and DRAM traffic: title -> rows."""
-    found: dict[str, list[Row]] = {}
-    kinds: dict[str, list[Row]] = {title: [] for title in _KINDS.values()}
-    for row in rows:
-        if row.kind in _KINDS:
-            kinds[_KINDS[row.kind]].append(row)
-        else:
-            found.setdefault(row.name.partition(" ")[0], []).append(row)
-    return found | {title: own for title, own in kinds.items() if own}
 
 
 def slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _section(title: str, rows: list[Row], record: Record) -> Section | None:
-    found, name = Section(title), slug(title)
-    if title == _KINDS["machine"]:
-        return None
-    if title == _KINDS["traffic"]:
-        found.notes = [f"{row.name}, {row.measured}: {traffic_text(row)}." for row in rows]
-        return found
-    if any(row.kind == "operator" for row in rows):
-        _work(found, rows, record)
-    found.show(
-        figures.bars(rows, f"{name}-ratios"),
-        "A baseline's time over pyfused's, median over interleaved rounds: right of 1x pyfused is faster.",
-    )
-    found.show(
-        figures.memory(rows, f"{name}-memory"),
-        "The most memory that a call holds at once beyond what was held before, and what it keeps for its backward "
-        "beyond inputs and parameters.",
-    )
-    found.show(figures.curves(rows), "The training loss of each contender from the same seed, and how far they part.")
-    how = {pair for row in rows for pair in (row.facts.get("how") or {}).items()}
-    found.how = sorted(how)
-    if not found.figures:
-        found.notes.append("No row of this section has a time.")
+def _parts(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The groups but the machine's, whose speeds are provenance."""
+    found = sentences.groups(rows)
+    found.pop(KINDS["machine"], None)
     return found
+
+
+def _section(title: str, rows: list[Row], record: Record) -> Section:
+    section, name = Section(title), slug(title)
+    if title == KINDS["traffic"]:
+        section.notes = [f"{row.name}, {row.measured}: {traffic_text(row)}." for row in rows]
+        return section
+    section.finding = sentences.finding(title, rows)
+    plot = figures.bars(rows, f"{name}-ratios")
+    if plot is not None:
+        section.plot = Shown("Ratios", plot, captions.of_ratios(title, rows))
+    section.details.append(Shown("All numbers", tables.of_rows(title, rows), captions.of_table(title, rows)))
+    held = figures.memory(rows, f"{name}-memory")
+    if held is not None:
+        section.details.append(Shown("Memory", held, captions.of_memory(title, rows)))
+    losses = figures.curves(rows)
+    if losses is not None:
+        section.details.append(Shown("Loss curves", losses, captions.of_losses(title, rows)))
+    if any(row.kind == "operator" for row in rows):
+        _work(section, rows, record)
+    if any(row.parity for row in rows):
+        section.details.append(Shown("Parity", tables.of_parity(title, rows), captions.of_parity(title, rows)))
+    return section
 
 
 def _work(section: Section, rows: list[Row], record: Record) -> None:
@@ -145,17 +151,12 @@ def _work(section: Section, rows: list[Row], record: Record) -> None:
     if limits is None or reason is not None:
         section.notes.append(f"No roofline, and no figure of time against size: {reason}.")
         return
-    section.show(
-        rates.roofline(rows, limits, f"{section.anchor}-roofline"),
-        "The same work divided by each one's time: the floating-point operations that the cheapest plan needs, so that "
-        "a contender who computes more lies lower. The lines are this machine's own matrix product and copy, from the "
-        "same run; a point above the slanted one found tensors in a cache.",
-    )
-    section.show(
-        rates.scaling(rows, limits, f"{section.anchor}-scaling"),
-        "Median time of a call against its size: the time that the machine's own matrix product and then its copy need "
-        "for the same work. Below the black line a call does both at once, or less.",
-    )
+    roofline = rates.roofline(rows, limits, f"{section.anchor}-roofline")
+    scaling = rates.scaling(rows, limits, f"{section.anchor}-scaling")
+    section.details += [
+        Shown("Roofline", roofline, captions.of_roofline(section.title, rates.shares(rows, limits))),
+        Shown("Time against size", scaling, captions.of_scaling(section.title, rows)),
+    ]
 
 
 def _facts(records: Sequence[Record], name: str) -> list[str]:
@@ -199,7 +200,7 @@ class Compared:
 def _compared(old: Record, new: Record) -> Compared:
     comparison = compare(old, new)
     found = []
-    for title, rows in groups(pair.new for pair in comparison.pairs).items():
+    for title, rows in sentences.groups(pair.new for pair in comparison.pairs).items():
         own = {id(row) for row in rows}
         found.append(tables.of_pairs(title, [pair for pair in comparison.pairs if id(pair.new) in own], comparison))
     return Compared(comparison, found, tables.judged(comparison, "worse"), tables.judged(comparison, "better"))

@@ -41,6 +41,16 @@ def missing(rows: Sequence[Row], limits: Limits | None) -> str | None:
     return None
 
 
+def shares(rows: Sequence[Row], limits: Limits) -> dict[str, tuple[float, float]]:
+    """Contender -> the least and the greatest share of the limits that it reaches in any of these rows."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name in _of(row):
+            limit = min(limits.flops[str(row.facts["dtype"])], _intensity(row) * limits.bandwidth)
+            found.setdefault(name, []).append(_rate(row, name) / limit)
+    return {name: (min(own), max(own)) for name, own in found.items()}
+
+
 @style.styled
 def roofline(rows: Sequence[Row], limits: Limits, name: str) -> Picture:
     """FLOP/s against arithmetic intensity, both of the least work that the row's call needs.
@@ -65,13 +75,13 @@ def roofline(rows: Sequence[Row], limits: Limits, name: str) -> Picture:
         written.append([_number(axes, numbers[style.shape_name(row)], row) for row in found])
     figure.legend(handles=_marks(timed) + _limits(timed, limits), loc="outside upper center", ncols=4, fontsize=8)
     key = [_key(index, text) for text, index in numbers.items()]
-    figure.legend(handles=key, loc="outside lower center", ncols=3, handletextpad=0.2, fontsize=8)
+    figure.legend(handles=key, loc="outside lower center", ncols=3, handlelength=0, handletextpad=0, fontsize=8)
     figure.draw_without_rendering()
     for axes, labels, found in zip(grid, written, parts.values(), strict=True):
         _spread(axes, labels, found)
     lines = [
         f"{style.shape_name(row)} {row.measured}: {_intensity(row):.3g} FLOP per byte, "
-        + ", ".join(f"{name} {_rate(row, name) / 1e9:.3g} GFLOP/s" for name in _of(row))
+        + ", ".join(f"{style.spoken(name)} {_rate(row, name) / 1e9:.3g} GFLOP/s" for name in _of(row))
         for row in timed
     ]
     return Picture(name, figure, "Roofline. " + "; ".join(lines) + ".")
@@ -111,7 +121,7 @@ def scaling(rows: Sequence[Row], limits: Limits, name: str) -> Picture:
         axes.set_ylabel("median time of a call")
         style.clean(axes)
     handles = [
-        Line2D([], [], color=style.look(name)[0], marker=style.look(name)[1], markersize=5, label=name)
+        Line2D([], [], color=style.look(name)[0], marker=style.look(name)[1], markersize=5, label=style.spoken(name))
         for name in names
     ]
     handles.append(Line2D([], [], color=INK, label="as fast as the measured limits"))
@@ -182,7 +192,7 @@ def _roof(axes: Axes, rows: Sequence[Row], limits: Limits, speeds: Sequence[floa
 
 def _marks(rows: Sequence[Row]) -> list[Line2D]:
     return [
-        Line2D([], [], color=style.look(name)[0], marker=style.look(name)[1], linestyle="", label=name)
+        Line2D([], [], color=style.look(name)[0], marker=style.look(name)[1], linestyle="", label=style.spoken(name))
         for name in _CONTENDERS
         if any(name in row.seconds for row in rows)
     ]
@@ -206,10 +216,7 @@ def _number(axes: Axes, number: int, row: Row) -> Annotation:
 
 
 def _key(number: int, text: str) -> Line2D:
-    return Line2D(
-        [], [], linestyle="", marker=f"${number}$", markersize=6 if number < 10 else 10, markeredgewidth=0,
-        color=INK, label=text,
-    )  # fmt: skip
+    return Line2D([], [], linestyle="", label=f"{number}: {style.fitting(text)}")
 
 
 def _spread(axes: Axes, labels: Sequence[Annotation], rows: Sequence[Row]) -> None:

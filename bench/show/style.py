@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from xml.sax.saxutils import quoteattr
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,15 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from pyfused import files
+from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.record.rows import Row
 
 # Light to dark page: what is drawn in the first is shown in the second where the reader's scheme is dark.
-INK, GRID = "#1f2329", "#d3d8de"
+INK, GRID, PAGE = "#1f2329", "#d3d8de", "#ffffff"
 # Of every figure, in inches.
 WIDTH = 9.6
-# Characters of a name in a figure.
-_LONGEST = 96
-_DARK = {INK: "#e4e8ee", GRID: "#3a424c"}
+_DARK = {INK: "#e4e8ee", GRID: "#3a424c", PAGE: "#1c2027"}
 _STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -40,7 +40,6 @@ _STYLE: dict[Any, Any] = {
     "grid.color": GRID,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "svg.hashsalt": "pyfused",
     # A "$" in a row's name is one.
     "text.parse_math": False,
 }
@@ -66,8 +65,28 @@ _CONTENDERS = {
     "PEFT (nn.Linear attention)": ("#9c6b2f", "<"),
     "PEFT (autocast_adapter_dtype=False)": ("#b8a03c", ">"),
     "PEFT (autocast)": ("#8a7a1f", "P"),
-    "base GEMM": ("#8b949e", "X"),
+    BASE: ("#8b949e", "X"),
 }
+# Contender -> what a reader calls it; the others have their own names.
+_SPOKEN = {"eager": "plain PyTorch", "reference": "plain PyTorch", BASE: "frozen layer alone"}
+# What an SVG of matplotlib's says at length -> the same, as short as a page needs it; then the same within a tag.
+_SHORTER = (
+    (r"<metadata>.*?</metadata>", ""),
+    (r"<defs>\s*<style.*?</style>\s*</defs>", ""),
+    (r">\s+<", "><"),
+    (r"<g( id=\"[^\"]*\")?/>", ""),
+)
+_SHORTER_TAGS = (
+    # Of groups: what is referred to is a path or a clip.
+    (r"^<g id=\"[^\"]*\"", "<g"),
+    (r" (?:xmlns(?::xlink)?|version)=\"[^\"]*\"", ""),
+    (r" font-family: [^;]*;", ""),
+    (r" transform=\"rotate\(-0 [^\"]*\"", ""),
+    (r"xlink:href", "href"),
+    (r"(\d\.\d)\d+", r"\1"),
+    (r"\s*\n\s*", " "),
+    (r"(?<=[;:MLz]) | (?=[LMz\"])", ""),
+)
 # For contenders of a user's own rows.
 _SPARE = (("#c2508a", "*"), ("#6b8e23", "d"), ("#b5651d", "P"), ("#708090", "X"))
 
@@ -93,36 +112,45 @@ class Picture:
             self.figure.savefig(partial, dpi=150, facecolor="white", format="png")
         return path
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in CSS pixels."""
-        width, height = self.figure.get_size_inches() * 96
-        return round(width), round(height)
-
-    def svg(self, letters: bool = False, **metadata: str) -> str:
-        """The figure as an SVG that follows the reader's colour scheme.
+    def svg(self, **metadata: str) -> str:
+        """The figure as an SVG of its own that follows the reader's colour scheme; its text is in the reader's font.
 
         Args:
-            letters: text stays text, in the reader's own font, which is shorter; else (the default) it is drawn.
             metadata: what the SVG says of itself, such as Title.
         """
+        return self._drawn("pyfused", **metadata).replace("<defs>", f"<style>{scheme()}</style><defs>", 1)
+
+    def inline(self) -> str:
+        """The figure as an element of a page that has `scheme` and a font for figures among its styles.
+
+        It is a third of the size of `svg`: nothing is said that a reader does not see.
+        """
+        drawn = self._drawn(self.name)
+        drawn = drawn[drawn.index("<svg") :]
+        for pattern, shorter in _SHORTER:
+            drawn = re.sub(pattern, shorter, drawn, flags=re.DOTALL)
+        for pattern, shorter in _SHORTER_TAGS:
+            drawn = re.sub(r"<[^>]*>", lambda tag: re.sub(pattern, shorter, tag[0]), drawn)  # noqa: B023
+        return drawn.replace("<svg", f'<svg role="img" aria-label={quoteattr(self.alt)}', 1).strip()
+
+    def _drawn(self, salt: str, **metadata: str) -> str:
+        """``salt`` makes names in the SVG, by which its parts are found, differ from those of other figures."""
         stream = io.StringIO()
-        with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none" if letters else "path"}):
+        with matplotlib.rc_context({**_STYLE, "svg.fonttype": "none", "svg.hashsalt": salt}):
             self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, **metadata})
         drawn = stream.getvalue()
-        names = {light: f"var(--c{index})" for index, light in enumerate(_DARK)}
-        for light, variable in names.items():
-            drawn = drawn.replace(light, variable)
+        for index, light in enumerate(_DARK):
+            drawn = drawn.replace(light, f"var(--c{index})")
+        return drawn
 
-        def scheme(colours: Sequence[str]) -> str:
-            return ":root{" + "".join(f"--c{index}:{colour};" for index, colour in enumerate(colours)) + "}"
 
-        both = f"{scheme(list(_DARK))}@media(prefers-color-scheme:dark){{{scheme(list(_DARK.values()))}}}"
-        return drawn.replace("<defs>", f"<style>{both}</style><defs>", 1)
+def scheme() -> str:
+    """CSS that gives ink (--c0), grid lines (--c1) and ground (--c2) the colours of the reader's scheme."""
 
-    def data_uri(self) -> str:
-        """`svg` as an address."""
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg().encode()).decode()
+    def root(colours: Sequence[str]) -> str:
+        return ":root{" + "".join(f"--c{index}:{colour};" for index, colour in enumerate(colours)) + "}"
+
+    return f"{root(list(_DARK))}@media(prefers-color-scheme:dark){{{root(list(_DARK.values()))}}}"
 
 
 def styled(draw: Callable[..., Picture | None]) -> Callable[..., Picture | None]:
@@ -150,6 +178,16 @@ def contenders(rows: Sequence[Row], field: str) -> list[str]:
     return sorted(found, key=lambda name: order.get(name, len(order)))
 
 
+def baselines(row: Row) -> dict[str, float]:
+    """The ratios to those who do the same without this package."""
+    return {name: ratio for name, ratio in row.ratios.items() if name != BASE and not name.startswith("pyfused")}
+
+
+def spoken(contender: str) -> str:
+    """What a reader calls it."""
+    return _SPOKEN.get(contender, contender)
+
+
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by what was measured and, on a GPU, how; the title of each part first."""
     found: dict[str, list[Row]] = {}
@@ -159,19 +197,19 @@ def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def short_name(row: Row) -> str:
-    """An operator row's name without the operator."""
-    return (row.name.partition(" ")[2] if row.kind == "operator" else "") or row.name
+    """A row's name without what its section of the page is about."""
+    return (row.name.partition(" ")[2] if row.kind in ("operator", "overhead") else "") or row.name
 
 
 def shape_name(row: Row) -> str:
-    """The same without the dtype, as long as a figure has room for."""
-    words = [word for word in short_name(row).split() if word != row.facts.get("dtype")]
-    return fitting(" ".join(words).replace("->", "→"))
+    """The same without the dtype."""
+    words = [word for word in short_name(row).split() if word.rstrip(",") != row.facts.get("dtype")]
+    return " ".join(words).replace("->", "→")
 
 
-def fitting(text: str) -> str:
+def fitting(text: str, longest: int = 96) -> str:
     """``text``, its middle left out where it would push a figure's axes off the page."""
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[1 - _LONGEST // 2 :]}"
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
 
 
 def panes(count: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyfused.bench.record.records import Comparison, Pair
 from pyfused.bench.record.rows import Row
@@ -39,10 +40,10 @@ class Table:
 
 def of_rows(title: str, rows: Sequence[Row]) -> Table:
     """Every number of these rows."""
-    timed, ratios, peaks, saved = (
-        style.contenders(rows, field) for field in ("seconds", "ratios", "peak_bytes", "saved_bytes")
+    timed, ratios, peaks, saved, losses = (
+        list(dict.fromkeys(map(style.spoken, style.contenders(rows, field))))
+        for field in ("seconds", "ratios", "peak_bytes", "saved_bytes", "loss")
     )
-    losses = style.contenders(rows, "loss")
     groups = [
         ("", ["parity", "rounds"]),
         ("median time", timed),
@@ -56,14 +57,33 @@ def of_rows(title: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         parity = Cell("FAILED", "failed") if not row.passed else Cell(f"{margin(row):.2f}" if row.parity else "")
         cells = [parity, Cell(str(row.rounds or ""))]
-        cells += [Cell(time_text(row.seconds.get(name))) for name in timed]
-        cells += [Cell(ratio_text(row.ratios.get(name))) for name in ratios]
+        cells += [Cell(time_text(value)) for value in _columns(row.seconds, timed)]
+        cells += [Cell(ratio_text(value)) for value in _columns(row.ratios, ratios)]
         cells += [Cell(floor_text(row))] if groups[3][1] else []
-        cells += [_mebibytes(row.peak_bytes.get(name)) for name in peaks]
-        cells += [_mebibytes(row.saved_bytes.get(name)) for name in saved]
-        cells += [_loss(row.loss.get(name)) for name in losses]
+        cells += map(_mebibytes, _columns(row.peak_bytes, peaks))
+        cells += map(_mebibytes, _columns(row.saved_bytes, saved))
+        cells += map(_loss, _columns(row.loss, losses))
         lines.append((style.short_name(row), row.measured_how, cells))
     return Table(title, [group for group in groups if group[1]], lines)
+
+
+def of_parity(title: str, rows: Sequence[Row]) -> Table:
+    """Of each row the error that is the largest share of its limit."""
+    lines = []
+    for row in rows:
+        if row.parity:
+            worst = max(row.parity, key=lambda item: float(item["error"]) / float(item["limit"]))
+            numbers = [Cell(f"{float(worst[name]):.2g}") for name in ("error", "plain", "limit")]
+            cells = [Cell(worst["tensor"]), Cell(worst["norm"]), *numbers]
+            cells.append(Cell(f"{margin(row):.2f}", "" if row.passed else "failed"))
+            lines.append((style.short_name(row), row.measured_how, cells))
+    return Table(title, [("", ["tensor", "norm", "error", "plain PyTorch's", "limit", "error / limit"])], lines)
+
+
+def _columns(numbers: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    """The number of each column, whose title is what a contender is called; None where there is none."""
+    called = {style.spoken(name): value for name, value in numbers.items()}
+    return [called.get(column) for column in columns]
 
 
 def of_pairs(title: str, pairs: Sequence[Pair], comparison: Comparison) -> Table:
@@ -83,7 +103,9 @@ def of_pairs(title: str, pairs: Sequence[Pair], comparison: Comparison) -> Table
     for pair in pairs:
         cells = [_change(pair, field, name, comparison) for field, names in columns.items() for name in names]
         lines.append((style.short_name(pair.new), pair.new.measured_how, cells))
-    return Table(title, [(titles[field], names) for field, names in columns.items() if names], lines)
+    return Table(
+        title, [(titles[field], [*map(style.spoken, names)]) for field, names in columns.items() if names], lines
+    )
 
 
 def judged(comparison: Comparison, verdict: str) -> list[tuple[str, str, str, str]]:
@@ -93,7 +115,11 @@ def judged(comparison: Comparison, verdict: str) -> list[tuple[str, str, str, st
         for field in (*_COSTS, "ratios"):
             for name, change in pair.change(field).items():
                 if _verdict(pair, field, name, change, comparison) == verdict:
-                    what = f"lead over {name}" if field == "ratios" else f"{_COSTS[field]} of {name}"
+                    what = (
+                        f"lead over {style.spoken(name)}"
+                        if field == "ratios"
+                        else f"{_COSTS[field]} of {style.spoken(name)}"
+                    )
                     found.append(
                         (max(change, 1 / change), (pair.new.name, pair.new.measured_how, what, f"{change:.3f}"))
                     )
