@@ -53,6 +53,9 @@ _WHY = {
 }
 _MEASURED = {"forward": "Forward alone", "forward+backward": "Forward and backward", "training step": "A training step"}
 
+# Modes that are the only one there, or that the title says.
+_OF_COURSE = ("wall clock", "host time")
+
 
 @dataclass
 class Finding:
@@ -97,11 +100,11 @@ def lead(record: Record, comparisons: Sequence[Comparison]) -> list[str]:
             "slower than a baseline": sum(ratio < 1 for ratio in least),
         }
         facts = record.provenance
-        where = f"{facts.get('device', 'an unknown device')}, {_count(facts.get('threads', 'unknown'), 'thread')}"
-        said.append(
-            f"On {where}, of {_count(len(compared), 'row')} of operators and models pyfused is "
-            f"{_listed([f'{what} in {count}' for what, count in counts.items() if count])}."
-        )
+        device = facts.get("device", "an unknown device")
+        threads = f" with {_count(facts['threads'], 'thread')}" if "threads" in facts else ""
+        of = _count(len(compared), "row")
+        how = _listed([f"{what} in {count}" for what, count in counts.items() if count])
+        said.append(f"On {device}{threads}, of {of} of operators and models pyfused is {how}.")
         said.append(
             "Where it is 1.20x as fast as a baseline, the baseline takes 1.20 times as long, in the median over rounds "
             "that take turns."
@@ -212,13 +215,9 @@ def _list(found: Finding, heading: str, rows: Sequence[Row], costs: _Costs, word
 
 
 def _measured(rows: Sequence[Row], unit: str = "row") -> str:
-    how = _how(rows[0])
-    return f"{_MEASURED.get(how, how)}, {_count(len(rows), unit)}"
-
-
-def _how(row: Row) -> str:
-    """What was measured; that it is the host's time the title says."""
-    return row.measured if row.mode == "host time" else row.measured_how
+    first = rows[0]
+    mode = "" if first.mode in _OF_COURSE else f", {first.mode}"
+    return f"{_MEASURED.get(first.measured, first.measured)}{mode}, {_count(len(rows), unit)}"
 
 
 def _times(rows: Sequence[Row]) -> str:
@@ -240,7 +239,11 @@ def _on_a_cpu(row: Row) -> bool:
     return "capability" not in row.provenance
 
 
-def _count(number: int | str, what: str) -> str:
+def _how(row: Row) -> str:
+    return row.measured if row.mode in _OF_COURSE else row.measured_how
+
+
+def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

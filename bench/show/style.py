@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 from xml.sax.saxutils import quoteattr
 
 import matplotlib
@@ -22,6 +22,8 @@ from pyfused import files
 from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.record.rows import Row
 
+_Arguments = ParamSpec("_Arguments")
+_Drawn = TypeVar("_Drawn")
 # Light to dark page: what is drawn in the first is shown in the second where the reader's scheme is dark.
 INK, GRID, PAGE = "#1f2329", "#d3d8de", "#ffffff"
 # Of every figure, in inches.
@@ -153,11 +155,11 @@ def scheme() -> str:
     return f"{root(list(_DARK))}@media(prefers-color-scheme:dark){{{root(list(_DARK.values()))}}}"
 
 
-def styled(draw: Callable[..., Picture | None]) -> Callable[..., Picture | None]:
+def styled(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
     """``draw`` with the fonts and colours of all figures."""
 
     @functools.wraps(draw)
-    def drawn(*arguments, **options) -> Picture | None:
+    def drawn(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Drawn:
         with matplotlib.rc_context(_STYLE):
             return draw(*arguments, **options)
 

@@ -9,6 +9,7 @@ import html.parser
 import os
 import re
 import types
+import xml.etree.ElementTree
 from pathlib import Path
 
 import browser
@@ -22,10 +23,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("rich")
 
+from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.cases.lora_linear import LoRACase
 from pyfused.bench.record import records, rows
 from pyfused.bench.record.rows import Row
-from pyfused.bench.show import figures, page, rates, style, tables
+from pyfused.bench.show import captions, document, figures, page, rates, sentences, style, tables
 
 CPU = torch.device("cpu")
 OLD_RECORD = ROOT / "bench/results/cpu-2x-intel-r-xeon-r-processor-2-50ghz/2026-11-21-115040"
@@ -171,7 +173,8 @@ def test_any_name_is_drawn(name, tmp_path, capsys):
         [*_machine(), _row(name), _row(name, kind="training", loss={"pyfused": [1.0, float("nan")]})], tmp_path
     )
     assert cli.main(["report", str(directory)]) == 0
-    assert (directory / "report" / "ratios.png").stat().st_size > 0
+    drawn = [path for path in (directory / "report").glob("*.png") if path.stat().st_size > 0]
+    assert len(drawn) == 3
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, monkeypatch, capsys):
@@ -281,11 +284,11 @@ def test_a_roofline_is_left_out_with_the_reason():
 
 def test_a_committed_record_of_old_is_shown_without_what_it_lacks():
     record = records.load(OLD_RECORD)
-    for title, own in page.groups(record.rows).items():
+    for title, own in sentences.groups(record.rows).items():
         section = page._section(title, own, record)
         wanted = title in ("Models", "Training runs")
         assert wanted != any("do not say how much they compute and move" in note for note in section.notes)
-        assert not any("roofline" in picture.name for picture, _ in section.figures)
+        assert not any("roofline" in picture.name for picture in section.pictures)
 
 
 # ---- two records
@@ -314,8 +317,8 @@ def test_records_are_paired_by_name_measured_and_mode():
         ({"seconds": 1.05}, [("time of pyfused", "1.050")], []),
         ({"seconds": 1.049}, [], []),
         ({"seconds": 0.90}, [], [("time of pyfused", "0.900")]),
-        ({"ratios": 0.90}, [("lead over eager", "0.900")], []),
-        ({"ratios": 1.10}, [], [("lead over eager", "1.100")]),
+        ({"ratios": 0.90}, [("lead over plain PyTorch", "0.900")], []),
+        ({"ratios": 1.10}, [], [("lead over plain PyTorch", "1.100")]),
         ({"peak_bytes": 1.5, "saved_bytes": 0.5}, [("peak memory of pyfused", "1.500")],
          [("saved memory of pyfused", "0.500")]),
     ],
@@ -367,11 +370,13 @@ def test_between_machines_nothing_is_judged(change):
     comparison = records.compare(_record(old), _record(new))
     assert list(comparison.differences) == list(change)
     assert tables.judged(comparison, "worse") == tables.judged(comparison, "better") == []
-    text = page.render([_record(old, Path("old")), _record(new)], page.Section("Overview"), [])
+    text = page.render([_record(old, Path("old")), _record(new)], [])
     assert "Not the same machine." in text
+    assert "old is of another machine: nothing is judged against it." in text
     assert 'class="worse"' not in text.partition('id="targets"')[0]
-    same = page.render([_record(old, Path("old")), _record(old)], page.Section("Overview"), [])
+    same = page.render([_record(old, Path("old")), _record(old)], [])
     assert "Not the same machine." not in same
+    assert "Against old, by 5 % or more: 0 figures worse, 0 better." in same
 
 
 def test_a_row_that_failed_in_one_record_has_no_change():
@@ -393,17 +398,49 @@ def test_contenders_look_the_same_in_every_figure_and_differ():
     limits = _record(_rows()).limits()
     colour = style.look("eager")[0]
     for picture in (
-        figures.overview(timed), figures.bars(timed, "a"), figures.memory(timed, "b"),
+        figures.summary(timed), figures.bars(timed, "a"), figures.memory(timed, "b"),
         rates.roofline(timed, limits, "c"), rates.scaling(timed, limits, "d"),
     ):  # fmt: skip
-        drawn = Path(picture.name).with_suffix(".svg").name, picture.figure
-        assert colour in _svg(picture), drawn
+        assert colour in picture.svg(), picture.name
+        assert colour in picture.inline(), picture.name
 
 
-def _svg(picture: style.Picture) -> str:
-    import base64
+def test_a_figure_inside_the_page_says_the_same_in_less():
+    name = "lora_linear 0.12345 <i> & $x$ font-family: none;"
+    picture = figures.bars([_row(name, ratios={"eager": 1.5}), _row("lora_linear b", ratios={"PEFT": 0.9})], "a-name")
+    whole, short = (xml.etree.ElementTree.fromstring(text) for text in (picture.svg(), picture.inline()))
+    written = [
+        ["".join(element.itertext()) for element in tree.iter() if element.tag.endswith("text")]
+        for tree in (whole, short)
+    ]
+    assert written[0] == written[1]
+    assert {name.partition(" ")[2], "1.50x", "0.90x", "plain PyTorch", "PEFT"} <= set(written[1])
+    assert len(picture.inline()) < 0.5 * len(picture.svg())
+    # Names of parts, such as clips, are the figure's own: a page holds many.
+    ids = [set(re.findall(r' id="([^"]+)"', dataclasses.replace(picture, name=each).inline())) for each in ("a", "b")]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', picture.inline()))
+    assert used <= set(re.findall(r' id="([^"]+)"', picture.inline()))
 
-    return base64.b64decode(picture.data_uri().partition("base64,")[2]).decode()
+
+def test_the_bars_of_a_row_carry_its_names_and_numbers():
+    """Three rows, of which two have one name in a figure; bars on both sides of 1x."""
+    given = [
+        _row("lora_linear a float32", facts={"dtype": "float32"}, ratios={"eager": 1.2, "PEFT": 0.5, BASE: 0.9}),
+        _row("lora_linear a bfloat16", facts={"dtype": "bfloat16"}, ratios={"eager": 1.0, "pyfused triton": 2.0}),
+        _row("lora_linear b", ratios={"eager": 1.3}, measured="forward+backward"),
+    ]
+    picture = figures.bars(given, "bars")
+    left, right = picture.figure.axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([0.2, -0.5, 0.0])
+    assert [text.get_text() for text in left.get_yticklabels()] == ["plain PyTorch", "PEFT", "plain PyTorch"]
+    assert [text.get_text() for text in left.texts] == ["a", "a", "1.20x", "0.50x", "1.00x"]
+    assert [text.get_text() for text in right.texts] == ["b", "1.30x"]
+    # Bars of one length are one ratio.
+    assert left.get_xlim() == right.get_xlim()
+    assert picture.figure.legends == []
+    assert figures.bars([_row("a", ratios={BASE: 0.9, "pyfused cuda": 1.1})], "bars") is None
 
 
 def test_labels_of_a_crowded_roofline_do_not_overlap():
@@ -423,7 +460,7 @@ def test_labels_of_a_crowded_roofline_do_not_overlap():
         assert axes.get_window_extent().count_contains([box.min, box.max]) == 2
     numbers = [text.get_text() for text in axes.texts]
     (_, key) = picture.figure.legends
-    assert [text.get_text() for text in key.get_texts()] == [f"{int(number) - 1}x8" for number in numbers]
+    assert [text.get_text() for text in key.get_texts()] == [f"{number}: {int(number) - 1}x8" for number in numbers]
 
 
 def test_a_roofline_shows_the_rate_of_the_least_work():
@@ -446,6 +483,167 @@ def test_graph_replay_shares_the_memory_of_eager_launches():
     (axes,) = picture.figure.axes
     assert [patch.get_width() for patch in axes.patches] == [2.0, 3.0]
     assert figures.memory([_row("a")], "memory") is None
+
+
+# ---- sentences
+
+
+def test_sentences_of_an_operator():
+    """Ratios above, at and below 1, a baseline that one row lacks, and a row that failed."""
+    both = {"measured": "forward+backward"}
+    peaks = {"peak_bytes": {"pyfused": 3 << 20, "eager": 4 << 20, "PEFT": 2 << 20, BASE: 1}}
+    given = [
+        _row("lora_linear a", ratios={"eager": 1.5, "PEFT": 0.95, BASE: 0.8, "pyfused triton": 0.1}, **both, **peaks),
+        _row("lora_linear b", ratios={"eager": 0.8, "PEFT": 0.7}, **both),
+        _row(
+            "lora_linear c", ratios={"eager": 0.996}, unavailable={"PEFT": "no PEFT", "pyfused cuda": "no GPU"}, **both
+        ),
+        _row("lora_linear a", ratios={"eager": 1.25}),
+        _failed("lora_linear d"),
+    ]
+    found = sentences.finding("lora_linear", given)
+    assert found.said == [
+        "Forward and backward, 3 rows: pyfused is 0.80x to 1.50x as fast as plain PyTorch and 0.70x to 0.95x as fast "
+        "as PEFT (in 2 of 3).",
+        "Forward alone, 1 row: pyfused is 1.25x as fast as plain PyTorch.",
+        "At its peak pyfused holds 0.75x the memory of plain PyTorch and 1.50x the memory of PEFT.",
+        "PEFT was not measured in 1 of 5 rows: no PEFT.",
+    ]
+    assert found.lists == {
+        "Slower than a baseline, 2 of 4 rows": [
+            "b, forward+backward: 0.80x as fast as plain PyTorch and 0.70x as fast as PEFT",
+            "a, forward+backward: 0.95x as fast as PEFT",
+        ],
+        "More memory than a baseline, 1 of 1 row": ["a, forward+backward: 1.50x the memory of PEFT"],
+    }
+    assert found.failed == ["lora_linear d, forward: dx, maximum: error 0.5, limit 1e-06"]
+    (why,) = found.why
+    assert "oneDNN" in why
+
+
+def _failed(name: str) -> Row:
+    wrong = {"tensor": "dx", "norm": "maximum", "error": 0.5, "plain": 1e-7, "limit": 1e-6}
+    return _row(name, seconds={}, ratios={}, passed=False, parity=[wrong])
+
+
+def test_nothing_slower_is_said_too():
+    found = sentences.finding("mine", [_row("mine", ratios={"eager": 1.0})])
+    assert found.said == [
+        "Forward alone, 1 row: pyfused is 1.00x as fast as plain PyTorch.",
+        "No row is slower than a baseline.",
+    ]
+    assert found.lists == {}
+    assert found.why == []
+
+
+@pytest.mark.parametrize("row", [_failed("lora_linear a"), _row("lora_linear a", ratios={BASE: 0.9})])
+def test_rows_without_a_baseline_are_said_to_have_none(row):
+    found = sentences.finding("lora_linear", [row])
+    assert found.said == ["No row has the times of pyfused and of a baseline."]
+    assert found.why == []
+
+
+def test_sentences_of_a_gpu_give_no_reason_of_a_cpu():
+    """Eager launches and graph replay apart; the memory of a call is counted once."""
+    where = WHERE | {"capability": "9.0"}
+    peaks = {"peak_bytes": {"pyfused": 4 << 20, "eager": 2 << 20}}
+    given = [
+        _row("lora_linear a", mode=mode, ratios={"eager": ratio}, provenance=where, **peaks)
+        for mode, ratio in (("eager launches", 0.5), ("graph replay", 2.0))
+    ]
+    found = sentences.finding("lora_linear", given)
+    assert found.said == [
+        "Forward alone, eager launches, 1 row: pyfused is 0.50x as fast as plain PyTorch.",
+        "Forward alone, graph replay, 1 row: pyfused is 2.00x as fast as plain PyTorch.",
+        "At its peak pyfused holds 2.00x the memory of plain PyTorch.",
+    ]
+    assert found.lists == {
+        "Slower than a baseline, 1 of 2 rows": ["a, forward, eager launches: 0.50x as fast as plain PyTorch"],
+        "More memory than a baseline, 1 of 1 row": ["a, forward, eager launches: 2.00x the memory of plain PyTorch"],
+    }
+    assert found.why == []
+    (always,) = sentences.finding("cross_attention_residual", given).why
+    assert "short context" in always
+    assert "CPU" not in always
+
+
+def test_sentences_of_the_host_are_about_time_that_it_takes():
+    given = [
+        _row(
+            f"overhead {name} 16x64, portable", "overhead", mode="host time", seconds={"pyfused": seconds},
+            ratios=ratios,
+        )
+        for name, seconds, ratios in (("adapter", 1e-4, {"eager": 2.0}), ("lora", 2e-4, {"eager": 0.5, "PEFT": 0.8}))
+    ]  # fmt: skip
+    found = sentences.finding("Host overhead", given)
+    assert found.said == [
+        "Forward alone, 2 small calls: pyfused takes the host 100.0 us to 200.0 us, 0.50x to 2.00x the time of plain "
+        "PyTorch and 1.25x the time of PEFT (in 1 of 2)."
+    ]
+    assert found.lists == {
+        "Longer than a baseline, 1 of 2 rows": [
+            "lora 16x64, portable, forward: 2.00x the time of plain PyTorch and 1.25x the time of PEFT"
+        ]
+    }
+
+
+def test_sentences_of_models_and_training():
+    """The plain formula is called eager in one row and reference in another."""
+    given = [_row("a", "model", "training step"), _row("b", "model", "training step", ratios={"reference": 0.9})]
+    assert sentences.finding("Models", given).said == [
+        "A training step, 2 rows: pyfused is 0.90x to 1.20x as fast as plain PyTorch."
+    ]
+    losses = {"pyfused": [2.0, 1.0, 0.5], "eager": [2.0, 1.0, 0.625], "PEFT": [2.0, 1.0, 0.5]}
+    run = sentences.finding("Training runs", [_row("digits", "training", "training step", loss=losses)])
+    assert run.said[-1] == (
+        "digits: the loss goes from 2.000 to 0.500; it parts from that of plain PyTorch by at most 1.2e-01 and from "
+        "that of PEFT by nothing."
+    )
+
+
+def test_the_first_sentences_count():
+    """A record of few rows, and one of which nothing can be said."""
+    parity = [{"tensor": "y", "norm": "maximum", "error": 1e-7, "plain": 1e-7, "limit": 1e-6}]
+    given = [
+        _row("a", ratios={"eager": 1.5, "PEFT": 1.1}, parity=parity), _row("b", ratios={"eager": 1.5, "PEFT": 0.9}),
+        _row("c", ratios={"eager": 1.002}), _row("c", ratios={"eager": 1.1}), _failed("d"),
+        _row("overhead e", "overhead", ratios={"eager": 0.1}),
+    ]  # fmt: skip
+    first, explained, held, failed = sentences.lead(_record(given), [])
+    assert first == (
+        "On a CPU with 2 threads, of 4 rows of operators and models pyfused is faster than every baseline in 2, as "
+        "fast as the fastest baseline in 1 and slower than a baseline in 1."
+    )
+    assert "1.20 times as long" in explained
+    assert held == "Against float64 the errors of 1 row are within their limits."
+    assert failed == "The errors of 1 row are not; such a row has no times."
+    assert sentences.lead(_record([_row("a", provenance={})]), [])[0].startswith(
+        "On an unknown device, of 1 row of operators and models pyfused is faster than every baseline in 1."
+    )
+    assert sentences.lead(_record(_machine()), []) == []
+
+
+def test_every_reason_is_of_something_that_is_measured():
+    from pyfused.bench.cases.operators import OPERATORS
+
+    assert sentences._WHY.keys() == {*OPERATORS, "Models", "Training runs", "Host overhead"}
+    # Figures come from records.
+    assert [
+        said for reasons in sentences._WHY.values() for said in reasons if re.search(r"\dx\b|\d ?(%|ms)", said)
+    ] == []
+
+
+def test_captions_hold_numbers_of_their_rows():
+    given = [row for row in _rows() if row.kind == "operator"]
+    said = captions.of_ratios("lora_linear", given)
+    assert f"from 0.90x (plain PyTorch, {style.short_name(given[0])}, forward)" in said
+    assert f"to 1.20x (plain PyTorch, {style.short_name(given[2])}, forward)" in said
+    assert "from 2.00 MiB" in captions.of_memory("lora_linear", given)
+    limits = _record(_rows()).limits()
+    shares = rates.shares([row for row in given if row.seconds], limits)
+    assert shares == {"pyfused": pytest.approx((0.8, 0.8)), "eager": pytest.approx((0.8 / 1.2, 0.8 / 1.2))}
+    assert "pyfused 80 % to 80 % and plain PyTorch 67 % to 67 %" in captions.of_roofline("lora_linear", shares)
+    assert "500000.00 of its limit (<b>wrong</b> & more, forward)" in captions.of_parity("lora_linear", given)
 
 
 # ---- the page
@@ -484,31 +682,91 @@ def test_the_page_holds_everything(report):
     text = report.read_text()
     found = _Page(text)
     assert found.open == []
-    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
-    assert all(source["src"].startswith("data:image/svg+xml;base64,") for source in found.all("img"))
-    assert all(len(image["alt"]) > 20 for image in found.all("img"))
+    assert "http" not in text
+    assert all(len(image["aria-label"]) > 20 for image in found.all("svg"))
     assert all(cell.get("scope") for cell in found.all("th"))
     identifiers = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(set(identifiers)) == len(identifiers)
-    assert {link["href"] for link in found.all("a")} <= {f"#{name}" for name in identifiers}
+    links = {link["href"] for link in found.all("a")}
+    assert links <= {f"#{name}" for name in identifiers}
+    assert {"#lora-linear", "#models", "#comparison-1", "#dram-traffic", "#targets", "#provenance"} <= links
     drawn = {path.stem for path in report.parent.glob("*.png")}
     assert drawn == {
-        "ratios", "curves", "models-ratios", "training-runs-ratios",
+        "curves", "models-ratios", "training-runs-ratios",
         *(f"lora-linear-{name}" for name in ("roofline", "scaling", "ratios", "memory")),
     }  # fmt: skip
-    assert len(found.all("img")) == len(drawn)
+    assert len(found.all("svg")) == len(drawn)
     for said in (
         "lora_linear &lt;b&gt;wrong&lt;/b&gt; &amp; more, forward: dx, maximum: error 0.5, limit 1e-06",
         "torch.compile, in 6 rows: no compiler",
         "plain formulas",
         "100.0 GFLOP/s by oneDNN",
         "lora_linear, forward: 2.00 times the 2.0 MB that it must move: 3.0 MB read, 1.0 MB written, 2 kernels.",
+        "Against 2026-01-01, by 5 % or more: 2 figures worse, 0 better.",
         "Worse: 2",
         'better">met<',
         'worse">not met<',
     ):
         assert said in text, said
     assert text.count('class="worse">1.250') == 4
+
+
+def test_the_page_begins_with_sentences_and_ends_with_provenance(report):
+    text = report.read_text()
+    body = text[text.index("<main>") :]
+    order = re.findall(r'<section id="([^"]+)"', body)
+    assert order == [
+        "summary", "comparison-1", "lora-linear", "models", "training-runs", "dram-traffic", "targets", "provenance"
+    ]  # fmt: skip
+    summary = body[: body.index("</section>")]
+    assert "<svg" not in summary
+    assert "<table" not in summary
+    assert "pyfused is 0.90x to 1.20x as fast as plain PyTorch." in summary
+    assert (
+        f"{CASES[0].name.partition(' ')[2].replace('->', '-&gt;')}, forward: 0.90x as fast as plain PyTorch" in summary
+    )
+
+
+def test_one_plot_a_section_is_open_and_each_caption_is_its_own(report):
+    text = report.read_text()
+    captions_found = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
+    assert len(set(captions_found)) == len(captions_found) == 11
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    sections = re.findall(r'<section id="([^"]+)">(.*?)</section>', shown, re.DOTALL)
+    assert {name: part.count("<svg") for name, part in sections if "<svg" in part} == {
+        "lora-linear": 1, "models": 1, "training-runs": 1
+    }  # fmt: skip
+    titles = re.findall(r"<summary>(.*?)</summary>", text)
+    assert titles[:6] == ["Every row in both", "All numbers", "Memory", "Roofline", "Time against size", "Parity"]
+    assert "Loss curves" in titles
+    assert "Developers' targets" in titles[-1].replace("&#39;", "'")
+
+
+def test_targets_are_for_those_who_have_a_checkout():
+    with_targets = page.render([_record(_rows())], [])
+    assert "targets" in with_targets
+    installed = _rows()
+    for row in installed:
+        row.provenance = WHERE | {"commit": None}
+    assert "targets" not in page.render([_record(installed)], [])
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory) -> Path:
+    """The page of the newest committed record."""
+    newest = document.committed_records()[-1] if (ROOT / ".git").exists() else None
+    if newest is None:
+        pytest.skip("which records are committed is known in a git checkout only")
+    out = tmp_path_factory.mktemp("committed")
+    assert cli.main(["report", str(newest), "--output", str(out)]) == 0
+    return out / "index.html"
+
+
+def test_a_whole_record_makes_a_small_page(committed):
+    assert committed.stat().st_size < 500_000
+    text = committed.read_text()
+    for operator in sentences._WHY:
+        assert f">{operator}</a></dt>" in text
 
 
 def test_one_record_is_compared_with_nothing(tmp_path, capsys):
@@ -532,14 +790,43 @@ def shown(tmp_path_factory):
 
 
 def _faults(shown: browser.Browser, address: str) -> list[str]:
-    """What is wrong with the page that is shown."""
+    """What is wrong with the page that is shown, and with what a reader opens in it."""
+    shown.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     found = [f"console: {text}" for text in shown.said]
     found += [f"asks for {url}" for url in shown.requested if url != address and not url.startswith("data:")]
     broken = "[...document.images].filter(i => !(i.naturalWidth * i.naturalHeight * i.width * i.height))"
     found += [f"no image: {alt}" for alt in shown.evaluate(f"{broken}.map(i => i.alt)")]
+    empty = "[...document.querySelectorAll('svg')].filter(s => !(s.clientWidth * s.getBBox().width))"
+    found += [f"no figure: {label}" for label in shown.evaluate(f"{empty}.map(s => s.ariaLabel)")]
     widths = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     needed, there = shown.evaluate(widths)
-    return found + ([f"{needed} px wide in a window of {there}"] if needed > there else [])
+    found += [f"{needed} px wide in a window of {there}"] if needed > there else []
+    # What is wider than the window must be in something that scrolls.
+    clipped = (
+        "[...document.querySelectorAll('table, svg')].filter(e => e.getBoundingClientRect().right > innerWidth"
+        " && getComputedStyle(e.closest('.scroll') ?? document.body).overflowX != 'auto')"
+    )
+    return found + [f"clipped: {tag}" for tag in shown.evaluate(f"{clipped}.map(e => e.tagName)")]
+
+
+# Pairs of texts of one figure that lie on one another, in the reader's own font.
+_OVERLAPS = """
+[...document.querySelectorAll('section > figure svg')].flatMap(figure => {
+  const texts = [...figure.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const both = (r, s, low, high) => Math.min(r[high], s[high]) - Math.max(r[low], s[low]);
+  return texts.flatMap(([a, r], i) => texts.slice(i + 1).filter(
+    ([b, s]) => both(r, s, "left", "right") > 1 && both(r, s, "top", "bottom") > 3
+  ).map(([b]) => `${a} on ${b}`));
+})
+"""
+
+
+def test_no_text_of_a_plot_lies_on_another(shown, committed):
+    shown.open(committed.as_uri(), 1280)
+    assert shown.evaluate("document.querySelectorAll('section > figure svg').length") == 7
+    assert shown.evaluate("document.querySelectorAll('section > figure svg text').length") > 200
+    assert shown.evaluate(_OVERLAPS) == []
+    assert _faults(shown, committed.as_uri()) == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -547,7 +834,7 @@ def _faults(shown: browser.Browser, address: str) -> list[str]:
 def test_a_browser_shows_the_page(shown, report, width, dark, tmp_path):
     image = pytest.importorskip("PIL.Image")
     shown.open(report.as_uri(), width, dark)
-    assert shown.evaluate("document.images.length") == 8
+    assert shown.evaluate("document.querySelectorAll('svg').length") == 7
     assert _faults(shown, report.as_uri()) == []
     # Text is as dark as its background is light, or the other way round, in the page and in its figures.
     page_colour, ink = shown.evaluate(
@@ -555,7 +842,9 @@ def test_a_browser_shows_the_page(shown, report, width, dark, tmp_path):
     )
     assert (_lightness(page_colour) < 60) == (_lightness(ink) > 200) == dark
     assert (_lightness(page_colour) > 200) == (_lightness(ink) < 60) == (not dark)
-    shown.evaluate("document.querySelector('#lora-linear img').scrollIntoView()")
+    letters = "[...document.querySelectorAll('svg text')].map(t => getComputedStyle(t).fill)"
+    assert {_lightness(colour) > 200 for colour in shown.evaluate(letters)} == {dark}
+    shown.evaluate("document.querySelector('#lora-linear svg[aria-label^=\"Roofline\"]').scrollIntoView()")
     seen = image.open(shown.screenshot(tmp_path / "page.png", whole=False)).convert("RGB")
     assert seen.width == width
     colours = {colour: count for count, colour in seen.getcolors(1 << 24)}
@@ -578,12 +867,14 @@ def test_the_browser_sees_what_is_wrong(shown, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text(
         f'{head}<img alt="gone" src="data:image/png;base64,AAAA">'
-        '<img alt="outside" src="other.png"><div style="width: 2000px">wide</div>'
+        '<img alt="outside" src="other.png"><table style="width: 2000px"><tr><td>wide</table>'
+        '<details><svg aria-label="blank"></svg></details>'
         '<script>console.error("trouble"); throw new Error("stop")</script>'
     )
     shown.open(bad.as_uri(), 390)
     text = "\n".join(_faults(shown, bad.as_uri()))
-    for wanted in ("console: trouble", "console: Uncaught", "other.png", "no image: gone", "no image: outside", "390"):
+    for wanted in ("console: trouble", "console: Uncaught", "other.png", "no image: gone", "no image: outside", "390",
+                   "no figure: blank", "clipped: TABLE"):  # fmt: skip
         assert wanted in text
     blank = tmp_path / "blank.html"
     blank.write_text(f"{head}<p>nothing")
