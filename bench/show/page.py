@@ -89,6 +89,8 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
     """The page's HTML."""
     newest = records[-1]
     compared = [_compared(old, newest) for old in records[:-1]]
+    classes: dict[str, str] = {}
+    drawn = {picture.name: picture.inline(classes) for section in sections for picture in section.pictures}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -98,6 +100,8 @@ def render(records: Sequence[Record], sections: Sequence[Section]) -> str:
     return environment.get_template("page.html.jinja").render(
         records=records,
         scheme=style.scheme(),
+        classes=classes,
+        drawn=drawn,
         lead=sentences.lead(newest, [each.comparison for each in compared]),
         sections=sections,
         comparisons=compared,

@@ -24,8 +24,9 @@ _WHY = {
     ),
     "adapter_residual": (
         "",
-        "On a CPU the gain is fewer passes over memory. It is least for images as small as 7x7, where the products "
-        "take most of the time. The scratch of each thread counts as memory, which shows where an image is small.",
+        "What there is to gain on a CPU is fewer passes over memory. It is least for images as small as 7x7, where the "
+        "products take most of the time. The scratch of each thread counts as memory, which shows where an image is "
+        "small.",
     ),
     "cross_attention_residual": (
         "To a short context the mathematics saves work: the query projection is moved onto the keys, and the output "

@@ -122,10 +122,13 @@ class Picture:
         """
         return self._drawn("pyfused", **metadata).replace("<defs>", f"<style>{scheme()}</style><defs>", 1)
 
-    def inline(self) -> str:
+    def inline(self, classes: dict[str, str]) -> str:
         """The figure as an element of a page that has `scheme` and a font for figures among its styles.
 
-        It is a third of the size of `svg`: nothing is said that a reader does not see.
+        It is a quarter of the size of `svg`: nothing is said twice, and nothing that a reader does not see.
+
+        Args:
+            classes: CSS of parts -> their class, of all figures of the page; what this one lacks is added.
         """
         drawn = self._drawn(self.name)
         drawn = drawn[drawn.index("<svg") :]
@@ -133,6 +136,13 @@ class Picture:
             drawn = re.sub(pattern, shorter, drawn, flags=re.DOTALL)
         for pattern, shorter in _SHORTER_TAGS:
             drawn = re.sub(r"<[^>]*>", lambda tag: re.sub(pattern, shorter, tag[0]), drawn)  # noqa: B023
+
+        def classed(tag: re.Match[str]) -> str:
+            return re.sub(
+                r'style="([^"]*)"', lambda css: f'class="{classes.setdefault(css[1], f"c{len(classes)}")}"', tag[0]
+            )
+
+        drawn = re.sub(r"<[^>]*>", classed, drawn)
         return drawn.replace("<svg", f'<svg role="img" aria-label={quoteattr(self.alt)}', 1).strip()
 
     def _drawn(self, salt: str, **metadata: str) -> str:

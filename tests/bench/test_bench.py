@@ -379,13 +379,13 @@ def test_pictures(tmp_path):
     from pyfused.bench.show import figures
 
     run = _row("run", kind="training", loss={"pyfused": [2.0, 1.0, 0.5], "reference": [2.0, 1.0, 0.6]})
-    for picture in (figures.overview([_row(), run]), figures.curves([_row(), run])):
+    for picture in (figures.bars([_row(), run], "ratios"), figures.curves([_row(), run])):
         path = picture.save(tmp_path)
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5000
     assert {path.name for path in tmp_path.iterdir()} == {"ratios.png", "curves.png"}
     assert figures.curves([_row()]) is None
-    assert figures.overview([_row(ratios={}), _row(kind="machine")]) is None
+    assert figures.bars([_row(ratios={})], "ratios") is None
 
 
 # ---- the whole, on rows of a user's own

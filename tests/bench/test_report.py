@@ -402,26 +402,34 @@ def test_contenders_look_the_same_in_every_figure_and_differ():
         rates.roofline(timed, limits, "c"), rates.scaling(timed, limits, "d"),
     ):  # fmt: skip
         assert colour in picture.svg(), picture.name
-        assert colour in picture.inline(), picture.name
+        classes: dict[str, str] = {}
+        assert picture.inline(classes).startswith("<svg ")
+        assert any(colour in css for css in classes), picture.name
 
 
 def test_a_figure_inside_the_page_says_the_same_in_less():
     name = "lora_linear 0.12345 <i> & $x$ font-family: none;"
     picture = figures.bars([_row(name, ratios={"eager": 1.5}), _row("lora_linear b", ratios={"PEFT": 0.9})], "a-name")
-    whole, short = (xml.etree.ElementTree.fromstring(text) for text in (picture.svg(), picture.inline()))
+    classes: dict[str, str] = {}
+    inline = picture.inline(classes)
+    whole, short = (xml.etree.ElementTree.fromstring(text) for text in (picture.svg(), inline))
     written = [
         ["".join(element.itertext()) for element in tree.iter() if element.tag.endswith("text")]
         for tree in (whole, short)
     ]
     assert written[0] == written[1]
     assert {name.partition(" ")[2], "1.50x", "0.90x", "plain PyTorch", "PEFT"} <= set(written[1])
-    assert len(picture.inline()) < 0.5 * len(picture.svg())
+    assert len(inline) < 0.3 * len(picture.svg())
+    assert "style=" not in inline
+    assert set(re.findall(r'class="([^"]+)"', inline)) == set(classes.values())
+    # Of a second figure the same look has the same class.
+    assert picture.inline(classes) == inline
     # Names of parts, such as clips, are the figure's own: a page holds many.
-    ids = [set(re.findall(r' id="([^"]+)"', dataclasses.replace(picture, name=each).inline())) for each in ("a", "b")]
+    ids = [set(re.findall(r' id="([^"]+)"', dataclasses.replace(picture, name=each).inline({}))) for each in ("a", "b")]
     assert ids[0]
     assert not ids[0] & ids[1]
-    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', picture.inline()))
-    assert used <= set(re.findall(r' id="([^"]+)"', picture.inline()))
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', inline))
+    assert used <= set(re.findall(r' id="([^"]+)"', inline))
 
 
 def test_the_bars_of_a_row_carry_its_names_and_numbers():
@@ -815,7 +823,7 @@ _OVERLAPS = """
   const texts = [...figure.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
   const both = (r, s, low, high) => Math.min(r[high], s[high]) - Math.max(r[low], s[low]);
   return texts.flatMap(([a, r], i) => texts.slice(i + 1).filter(
-    ([b, s]) => both(r, s, "left", "right") > 1 && both(r, s, "top", "bottom") > 3
+    ([b, s]) => both(r, s, "left", "right") > 1 && both(r, s, "top", "bottom") > 1
   ).map(([b]) => `${a} on ${b}`));
 })
 """

@@ -42,7 +42,10 @@ from pathlib import Path
 from pyfused import cli
 from pyfused.bench.record.rows import Row, RowFile
 from pyfused.bench.show.terminal import print_table
-row = Row("lora_linear 8x8->8", "operator", "forward+backward", seconds={"pyfused": 1.0}, ratios={"eager": 0.5})
+row = Row(
+    "lora_linear 8x8->8", "operator", "forward+backward", seconds={"pyfused": 1.0}, ratios={"eager": 0.5},
+    provenance={"commit": "of a checkout"},
+)
 RowFile(Path("record")).append(row)
 assert cli.main(["report", "record"]) == 0
 print_table([row], sys.stdout)
