@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from pyfused.lora.base import LoRAModule
 from pyfused.lora.pairs import LoRASettings
+from pyfused.ops.decision import LeftToTorch, notify
+
+_LEFT_TO_TORCH = LeftToTorch("LoRAConv2d", why="its convolution is no 1x1 without stride, padding and groups")
 
 
 class LoRAConv2d(LoRAModule, nn.Conv2d):
@@ -98,9 +101,11 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
         if self._is_linear():
             y = self._lora_linear(x, self.weight.flatten(1), self.bias, channel_dim=1)
         elif self._chosen is None:
+            notify(_LEFT_TO_TORCH)
             low_rank = self._low_rank(x, self.lora_a, self.lora_b, self.lora_dropout)
             y = torch.add(super().forward(x), low_rank, alpha=self.scaling)
         else:
+            notify(_LEFT_TO_TORCH)
             lora_a, lora_b, scaling, dropout, of_sample = self._acting(x)
             low_rank = self._low_rank(x, lora_a, lora_b, dropout, of_sample)
             y = torch.add(super().forward(x), low_rank, alpha=scaling)

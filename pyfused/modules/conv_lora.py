@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from pyfused.lora.pairs import check_lora_settings
 from pyfused.ops.contract import checks
+from pyfused.ops.decision import LeftToTorch, notify
 from pyfused.surgery.added import KeepsWide, draw, kaiming
+
+_LEFT_TO_TORCH = LeftToTorch("ConvLoRA", why="no operator has a convolution wider than 1x1")
 
 
 class ConvLoRA(KeepsWide):
@@ -67,6 +70,7 @@ class ConvLoRA(KeepsWide):
         """(B, C, H, W) -> (B, C, H, W) in x's dtype."""
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"ConvLoRA: x must have shape (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        notify(_LEFT_TO_TORCH)
         down = F.conv2d(x, self.lora_a.to(x.dtype), padding=self.kernel_size // 2)
         return torch.add(x, F.conv2d(down, self.lora_b.to(down.dtype)), alpha=self.scaling)
 

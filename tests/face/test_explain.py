@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -392,3 +393,15 @@ def test_byte_units(count, text):
 def test_not_callable():
     with pytest.raises(TypeError, match="explain: model_or_function must be a module or a callable, got int"):
         explain(3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_convolutions_that_stay_torchs_are_named(mixed):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+    pyfused.inject_lora(model, ["0", "1"], rank=2)
+    model.append(pyfused.ConvLoRA(8, rank=2))
+    images = torch.randn(2, 4, 5, 5)
+    with pyfused.adapter_batch(model, ["default", None]) if mixed else contextlib.nullcontext():
+        explanation = explain(model, images)
+    assert [call.module for call in explanation.calls] == ["1"]
+    assert [(part.module, part.what) for part in explanation.plain] == [("0", "LoRAConv2d"), ("2", "ConvLoRA")]

@@ -1,4 +1,4 @@
-"""transformers' Trainer: it trains and resumes models with LoRA, and saves what docs/guides/several-gpus.md says."""
+"""transformers' Trainer: it trains and resumes models with LoRA, and saves what docs/guides/language-models.md says."""
 
 from __future__ import annotations
 
