@@ -31,7 +31,7 @@ peft-tests: $(STAMP)
 	$(BIN)/python tests/integrations/peft_suite.py $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/pyfused bench $(ARGS)
+	$(BIN)/pyfused bench --targets $(ARGS)
 
 # BASE: the commit that the working tree is held against.
 bench-compare: $(if $(BASE),$(STAMP))

@@ -32,7 +32,6 @@ OWN_STATUSES = {
     "check": {1: "a result is further from float64 than its limit"},
     "bench": {
         1: "a row failed parity, or a contender raised an error",
-        5: "-k selects no row",
         6: "this process can measure no more; the same --record goes on",
     },
     "doctor": {1: "something is wrong; the lines before the verdict say what"},
@@ -52,8 +51,13 @@ _TAKES = {
 EXAMPLES = {
     "info": ("pyfused info", "pyfused info --json"),
     "doctor": ("pyfused doctor", "pyfused doctor --json > doctor.json"),
-    "check": ("pyfused check", "pyfused check --device cpu --json > check.json", "pyfused check gradient-ratio"),
-    "bench": ("pyfused bench", "pyfused bench -k lora_linear --seconds 1"),
+    "check": (
+        "pyfused check",
+        "pyfused check -k lora_linear -k T2",
+        "pyfused check --device cpu --json > check.json",
+        "pyfused check gradient-ratio",
+    ),
+    "bench": ("pyfused bench", "pyfused bench --list", "pyfused bench -k '400x768->768 r16' --seconds 1"),
     "tune": ("pyfused tune -k lora_linear --seconds 600", "pyfused tune --show 9.0 -k adapter", "pyfused tune --list"),
     "report": ("pyfused report RECORD", "pyfused report RECORD_BEFORE RECORD --output page"),
     "convert": (
@@ -118,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="parity, time and memory against plain torch, torch.compile and PEFT")
     bench.set_defaults(function=_bench)
     bench.add_argument("paths", nargs="*", help="files or directories with rows of your own (pytest files)")
-    bench.add_argument("-k", dest="select", metavar="EXPRESSION", help="only rows with these names, as pytest's -k")
+    bench.add_argument(
+        "--targets", action="store_true", help="print also whether the project's own numbers to reach are met"
+    )
     bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
     bench.add_argument(
         "--record", type=Path, metavar="DIRECTORY",
@@ -179,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (info, doctor, check):
         command.add_argument("--json", action="store_true", help="as JSON, alone on stdout")
     for command in (check, bench):
+        command.add_argument(
+            "-k", dest="select", metavar="TEXT", action="append", default=[],
+            help="only what has this text in its name as --list prints it, in capitals or not; several: any of them",
+        )  # fmt: skip
+        command.add_argument("--list", action="store_true", help="print the names, and compute nothing")
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
 
@@ -270,8 +281,14 @@ def _check(arguments: argparse.Namespace) -> int:
         from pyfused.bench.run import check
 
         return _with_rows(
-            arguments.json, lambda rows: check.run(arguments.device, arguments.threads, on_row=rows.append)
-        )  # fmt: skip
+            arguments.json,
+            lambda rows: check.run(
+                arguments.device, arguments.threads, arguments.select, arguments.list, on_row=rows.append
+            ),
+        )
+    if arguments.select or arguments.list:
+        print("pyfused check: -k and --list are about the cases; gradient-ratio has none", file=sys.stderr)
+        return 2
     from pyfused.bench import thirdparty
     from pyfused.bench.models import gradient_ratio
 
@@ -293,7 +310,7 @@ def _with_rows(as_json: bool, run: Callable[[list[dict[str, Any]]], int]) -> int
     rows: list[dict[str, Any]] = []
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         status = run(rows)
-    if as_json:
+    if as_json and status != 2:
         print(_as_json({"rows": rows}))
     return status
 
@@ -375,9 +392,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyfused.bench.run.session import Settings
 
     settings = Settings(
-        arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record
+        arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record,
+        arguments.targets,
     )  # fmt: skip
-    return run(settings, arguments.select, arguments.paths)
+    return run(settings, arguments.select, arguments.paths, arguments.list)
 
 
 def _tune(arguments: argparse.Namespace) -> int:

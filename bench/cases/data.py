@@ -14,6 +14,8 @@ from pyfused.bench import thirdparty
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _WINDOW = 320
+# Windows that `photographs` gives.
+PHOTOGRAPHS = 8
 
 
 def photographs(size: int) -> tuple[Tensor, Tensor]:

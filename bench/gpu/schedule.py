@@ -182,8 +182,8 @@ def _steps(machine: Machine, record: Path, commit: str | None) -> list[Step]:
         ]  # fmt: skip
 
     def bench(select: str, rows: int) -> Callable[[float], list[str]]:
-        command = [sys.executable, "-m", "pyfused.cli", "bench", "--device", "cuda", *into, "-k", select, *named]
-        return lambda seconds: [*command, "--seconds", f"{max(0.5, 0.3 * seconds / rows):.1f}"]
+        command = [sys.executable, "-m", "pyfused.cli", "bench", "--targets", "--device", "cuda", *into, "-k", select]
+        return lambda seconds: [*command, *named, "--seconds", f"{max(0.5, 0.3 * seconds / rows):.1f}"]
 
     def tests(name: str) -> Callable[[float], list[str]]:
         return lambda _: [*_pytest(machine, TESTS[name].parallel), *TESTS[name].arguments()]

@@ -144,14 +144,32 @@ class Interleaved:
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(values) for name, values in self.seconds.items()}
 
+    def quartiles(self) -> dict[str, list[float]]:
+        """The lower and the upper quartile of each contender's seconds."""
+        return {name: _quartiles(values) for name, values in self.seconds.items()}
+
     def ratios(self) -> dict[str, float]:
         """Median over the rounds of (contender's time / subject's time); above 1 the subject is faster."""
+        return {name: statistics.median(values) for name, values in self._paired().items()}
+
+    def ratio_quartiles(self) -> dict[str, list[float]]:
+        """The lower and the upper quartile of what `ratios` has the medians of."""
+        return {name: _quartiles(values) for name, values in self._paired().items()}
+
+    def _paired(self) -> dict[str, list[float]]:
         own = self.seconds[self.subject]
         return {
-            name: statistics.median(other / mine for other, mine in zip(values, own, strict=True))
+            name: [other / mine for other, mine in zip(values, own, strict=True)]
             for name, values in self.seconds.items()
             if name != self.subject
         }
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) == 1:
+        return [values[0], values[0]]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
 
 
 def rounds_within(budget_seconds: float, seconds_per_round: float, least: int = 7, most: int = 200) -> int:

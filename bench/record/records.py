@@ -16,7 +16,8 @@ from pyfused.bench.record.rows import Row, read_rows
 LOSS = 0.05
 # A row with the types that its fields must have.
 _PATTERN = Row("", "", "")
-_NUMBERS = ("seconds", "ratios", "peak_bytes", "saved_bytes")
+_NUMBERS = ("seconds", "ratios", "peak_bytes", "saved_bytes", "load")
+_QUARTILES = ("quartiles", "ratio_quartiles")
 # Kind of row -> the facts that the page needs of it.
 _FACTS = {"machine": ("flops", "bytes"), "traffic": ("read_bytes", "written_bytes", "bytes", "kernels")}
 # Of a time in seconds, and of a ratio: beyond it no figure has an axis.
@@ -109,8 +110,12 @@ def _check(file: Path, index: int, row: Row) -> None:
             refuse(name, "printable text", getattr(row, name))
     for name in _NUMBERS:
         for contender, value in getattr(row, name).items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            if not _is_amount(value):
                 refuse(f"{name}[{contender!r}]", "a number from 0 on", value)
+    for name in _QUARTILES:
+        for contender, value in getattr(row, name).items():
+            if not isinstance(value, list) or len(value) != 2 or not all(map(_is_amount, value)):
+                refuse(f"{name}[{contender!r}]", "two numbers from 0 on", value)
     for name in _FACTS.get(row.kind, ()):
         value = row.facts.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -122,6 +127,10 @@ def _check(file: Path, index: int, row: Row) -> None:
             if not 0 < value < _LONGEST:
                 del numbers[contender]
                 row.unavailable[contender] = f"its {name} were recorded as {value}"
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not value < 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,27 @@ import pyfused
 from pyfused import files
 from pyfused.bench import ROOT
 from pyfused.choice import order
+
+
+class Title(NamedTuple):
+    """By which a row is known, in a table and in the record of one device: the fields of `Row`."""
+
+    name: str
+    measured: str
+    mode: str = "wall clock"
+
+    @property
+    def measured_how(self) -> str:
+        """What was measured, and how where that is not by the wall clock."""
+        return self.measured if self.mode == "wall clock" else f"{self.measured}, {self.mode}"
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.name, self.measured_how)))
+
+
+# A row whose ratios vary by more than this share of themselves between their quartiles is noisy. docs/decisions.md says
+# why this share.
+NOISY = 0.15
 
 
 @dataclass
@@ -45,7 +66,12 @@ class Row:
         passed: whether parity holds; when False the row has no times.
         seconds: contender -> median.
         ratios: contender -> median over the rounds of its time / the subject's; above 1 the subject is faster.
+        quartiles, ratio_quartiles: contender -> the lower and the upper quartile of the same; empty in records of
+            before.
         rounds: how many rounds the medians are over.
+        attempts: how often all rounds were measured: again where they were noisy. The least noisy ones are recorded.
+        noisy: whether those have a `spread` of more than `NOISY`.
+        load: the machine's mean number of waiting processes in the last minute, "before" and "after" the rounds.
         peak_bytes: contender -> the most memory held at once during the call, beyond what was held before.
         saved_bytes: contender -> what autograd keeps for backward beyond parameters and inputs.
         loss: contender -> loss, or the losses of a run.
@@ -65,7 +91,12 @@ class Row:
     passed: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    quartiles: dict[str, list[float]] = field(default_factory=dict)
+    ratio_quartiles: dict[str, list[float]] = field(default_factory=dict)
     rounds: int = 0
+    attempts: int = 0
+    noisy: bool = False
+    load: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     saved_bytes: dict[str, int] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
@@ -80,14 +111,18 @@ class Row:
         return self.passed and not self.wrong
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """By which a row is found in the record of one device."""
-        return self.name, self.measured, self.mode
+    def spread(self) -> float:
+        """The widest interquartile range of a ratio, as a share of its median; of seconds where nothing is compared."""
+        medians, quartiles = (self.ratios, self.ratio_quartiles) if self.ratios else (self.seconds, self.quartiles)
+        return max(((upper - lower) / medians[name] for name, (lower, upper) in quartiles.items()), default=0.0)
+
+    @property
+    def key(self) -> Title:
+        return Title(self.name, self.measured, self.mode)
 
     @property
     def measured_how(self) -> str:
-        """What was measured, and how where that is not by the wall clock."""
-        return self.measured if self.mode == "wall clock" else f"{self.measured}, {self.mode}"
+        return self.key.measured_how
 
 
 class RowFile:

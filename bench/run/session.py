@@ -11,7 +11,7 @@ import torch
 
 from pyfused.bench.measure import timing
 from pyfused.bench.record import rows as row_format
-from pyfused.bench.record.rows import Row
+from pyfused.bench.record.rows import Row, Title
 
 # Seconds for which the GPU's clocks and power are not asked for again: asking takes as long as many a row.
 _STATE_SECONDS = 2.0
@@ -29,6 +29,7 @@ class Settings:
         commit: recorded where the checkout has no .git to ask.
         record: the very directory for the results, in place of a new one below ``output``. Rows that it has are not
             measured again, but for those that failed.
+        targets: whether the table is followed by the project's numbers to reach.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -37,6 +38,7 @@ class Settings:
     seconds_per_row: float = 5.0
     commit: str | None = None
     record: Path | None = None
+    targets: bool = False
 
 
 class Session:
@@ -47,7 +49,7 @@ class Session:
         spoiled: which capture failed and why; the run ends with its row.
         continued: how many rows the record had.
         on_row: called with each finished row.
-        on_round: called between rounds, never while a clock runs, with (row name, round, rounds).
+        on_round: called between rounds, never while a clock runs, with (what is measured, round, rounds).
 
     Raises:
         ValueError: ``settings.record`` has rows that cannot be read, or of another device.
@@ -86,7 +88,7 @@ class Session:
 
     def recorded(self, name: str, measured: str, mode: str) -> bool:
         """Whether the record had this row when the run began, and it was good."""
-        earlier = self._earlier.get((name, measured, mode))
+        earlier = self._earlier.get(Title(name, measured, mode))
         return earlier is not None and earlier.good
 
     def gpu_state(self) -> dict[str, str] | None:

@@ -23,7 +23,7 @@ def rows() -> list[dict[str, Any]]:
         # In one dtype: Triton compiles each kernel anew for another.
         dtypes[torch.device("cuda")] = (torch.bfloat16,)
     asked = [
-        (device, case, name, plan)
+        (device, check.Comparison(case, name, plan))
         for device, each in dtypes.items()
         for dtype in each
         for case in (dataclasses.replace(module.TINY, dtype=dtype) for module in operators.OPERATORS.values())
@@ -32,10 +32,11 @@ def rows() -> list[dict[str, Any]]:
         if refusal(case, device, name, plan) is None
     ]
     found = []
-    for device, case, name, plan in bar(asked, "check"):
-        row = {"device": str(device)} | check.named(case, name, plan)
+    for device, each in bar(asked, "check"):
+        row = {"device": str(device)} | check.named(each)
         try:
-            found.append(row | check.judged(parity.check(case, device, backend=name, plan=plan)))
+            compared = parity.check(each.case, device, backend=each.backend, plan=each.plan)
+            found.append(row | check.judged(compared))
         except Exception as error:
             # Whatever a kernel or a driver does is what is asked for.
             found.append(row | {"passed": False, "raised": f"{type(error).__name__}: {error}".partition("\n")[0]})

@@ -4,14 +4,20 @@ have it."""
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pyfused.bench.cases import operators
 from pyfused.bench.cases.case import Case, row_facts, row_id
 from pyfused.bench.measure import parity, timing
+from pyfused.bench.record.rows import Title
 from pyfused.bench.run.plugin import SESSION, Compare
 from pyfused.bench.run.session import Session
 
 _COMPILED = "torch.compile"
+
+
+def row_title(test: str, device: torch.device, case: Case) -> Title:
+    return Title(f"{case.name}, beside torch.compile", "forward+backward", timing.mode_of(device, graph=True))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -20,9 +26,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_compiled_forward_backward(case: Case, compare: Compare, bench_session: Session) -> None:
-    device, measured = bench_session.settings.device, "forward+backward"
-    name = f"{case.name}, beside torch.compile"
-    compare.unless_recorded(name, measured, timing.mode_of(device, graph=True))
+    device = bench_session.settings.device
+    name, measured, _ = row_title("test_compiled_forward_backward", device, case)
     tensors = case.tensors(device)
     contenders = case.contenders(tensors)
     if _COMPILED in contenders.unavailable:

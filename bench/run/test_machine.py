@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pyfused.bench.cases.case import short
+from pyfused.bench.measure import timing
+from pyfused.bench.record.rows import Title
 from pyfused.bench.run.plugin import SESSION, Compare
 from pyfused.bench.run.session import Session
 
@@ -14,6 +16,14 @@ from pyfused.bench.run.session import Session
 SIDE = {"cpu": 2048, "cuda": 8192}
 # Device type -> bytes copied: several times any cache.
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}
+
+
+def row_title(test: str, device: torch.device, dtype: torch.dtype | None = None) -> Title:
+    mode = timing.mode_of(device, graph=True)
+    if dtype is None:
+        return Title(f"copy {COPIED[device.type] >> 20} MiB", "copy", mode)
+    side = SIDE[device.type]
+    return Title(f"matrix product {side}x{side}x{side} {short(dtype)}", "matrix product", mode)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -31,12 +41,13 @@ def test_matrix_product(dtype: torch.dtype, compare: Compare, bench_session: Ses
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         # Some CPUs are faster by oneDNN than by the library that torch.mm takes, and pyfused takes it there.
         calls["oneDNN"] = [lambda: _by_onednn(a, b)]
+    name, measured, _ = row_title("test_matrix_product", device, dtype)
     compare(
-        f"matrix product {side}x{side}x{side} {short(dtype)}",
+        name,
         calls,
         subject="torch.mm",
         kind="machine",
-        measured="matrix product",
+        measured=measured,
         graph=True,
         facts={"dtype": short(dtype), "flops": 2 * side**3, "bytes": 3 * a.nbytes},
     )
@@ -51,12 +62,13 @@ def test_copy(compare: Compare, bench_session: Session) -> None:
     device = bench_session.settings.device
     source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    name, measured, _ = row_title("test_copy", device)
     compare(
-        f"copy {source.nbytes >> 20} MiB",
+        name,
         {"Tensor.copy_": [lambda: target.copy_(source)]},
         subject="Tensor.copy_",
         kind="machine",
-        measured="copy",
+        measured=measured,
         graph=True,
         facts={"flops": 0, "bytes": 2 * source.nbytes},
     )

@@ -13,10 +13,10 @@ from pyfused.bench import thirdparty
 from pyfused.bench.cases import data
 from pyfused.bench.cases.adapter_residual import eager_adapter_residual
 from pyfused.bench.cases.baselines import compile_refusal
-from pyfused.bench.measure import memory, parity
+from pyfused.bench.measure import memory, parity, timing
 from pyfused.bench.models import aa_clip, fastvit, towers, training
 from pyfused.bench.models.training import TrainingStep, reference_operators
-from pyfused.bench.record.rows import Row
+from pyfused.bench.record.rows import Row, Title
 from pyfused.bench.run.plugin import Compare
 from pyfused.bench.run.session import Session
 
@@ -37,6 +37,25 @@ _STAGE_2 = {
 }
 
 
+def row_title(test: str, device: torch.device) -> Title:
+    size, batch = data.PHOTOGRAPHS, data.PHOTOGRAPHS * _fastvit_copies(device)
+    tower, pixels = _aa_clip_tower(device)
+    names = {
+        "test_clip_vit_b32_training_step": f"open_clip ViT-B-32 visual, batch {size}, 48 LoRA r16",
+        "test_fastvit_sa12_training_step": f"timm fastvit_sa12, batch {batch}, 14 adapters h = C/2",
+        "test_aa_clip_stage_2_training_step": f"AdaptedCLIP stage 2, open_clip {tower} at {pixels} px, batch {size}",
+    }
+    return Title(names[test], "training step", timing.mode_of(device))
+
+
+def _fastvit_copies(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else 8
+
+
+def _aa_clip_tower(device: torch.device) -> tuple[str, int]:
+    return ("ViT-B-32", 224) if device.type == "cpu" else ("ViT-L-14", 518)
+
+
 def _batch(device: torch.device, dtype: torch.dtype, copies: int = 1, size: int = 224) -> tuple[Tensor, Tensor]:
     images, labels = data.photographs(size)
     return images.repeat(copies, 1, 1, 1).to(device, dtype), labels.repeat(copies).to(device)
@@ -48,7 +67,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 def _row(
     compare: Compare,
-    name: str,
+    title: Title,
     deviations: list[parity.Deviation],
     batch: tuple[Tensor, Tensor],
     steps: dict[str, TrainingStep],
@@ -65,10 +84,10 @@ def _row(
         row.loss = {name: step.losses[-1] for name, step in steps.items()}
 
     row = compare(
-        name,
+        title.name,
         {name: [step] for name, step in steps.items()},
         kind="model",
-        measured="training step",
+        measured=title.measured,
         deviations=deviations,
         facts={"dtype": str(dtype), "batch": len(images), **facts},
         peak_bytes={name: memory.peak_bytes(step, images.device) for name, step in steps.items()},
@@ -106,8 +125,8 @@ def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) ->
     except thirdparty.Unavailable as error:
         unavailable["PEFT"] = str(error)
     facts = {"lora_parameters": count, "how": _LORA}
-    name = "open_clip ViT-B-32 visual, batch 8, 48 LoRA r16"
-    _row(compare, name, training.deviations(model, *batch), batch, steps, "reference", facts, unavailable)
+    title = row_title("test_clip_vit_b32_training_step", device)
+    _row(compare, title, training.deviations(model, *batch), batch, steps, "reference", facts, unavailable)
 
 
 def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) -> None:
@@ -115,7 +134,7 @@ def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) ->
     unavailable = {}
     try:
         base = fastvit.classifier("fastvit_sa12", 2, data.photographs(size=224)[0]).to(device, _dtype(device))
-        batch = _batch(device, _dtype(device), copies=1 if device.type == "cpu" else 8)
+        batch = _batch(device, _dtype(device), copies=_fastvit_copies(device))
     except thirdparty.Unavailable as error:
         pytest.skip(str(error))
     model = fastvit.with_adapters(base)
@@ -133,14 +152,14 @@ def test_fastvit_sa12_training_step(compare: Compare, bench_session: Session) ->
     else:
         unavailable["torch.compile of FastViT"] = refusal
     facts = {"adapter_parameters": count, "how": _ADAPTERS}
-    name = f"timm fastvit_sa12, batch {len(batch[0])}, 14 adapters h = C/2"
-    _row(compare, name, training.deviations(model, *batch), batch, steps, "eager", facts, unavailable)
+    title = row_title("test_fastvit_sa12_training_step", device)
+    _row(compare, title, training.deviations(model, *batch), batch, steps, "eager", facts, unavailable)
 
 
 def test_aa_clip_stage_2_training_step(compare: Compare, bench_session: Session) -> None:
     device = bench_session.settings.device
     dtype = _dtype(device)
-    tower, size = ("ViT-B-32", 224) if device.type == "cpu" else ("ViT-L-14", 518)
+    tower, size = _aa_clip_tower(device)
     try:
         model = aa_clip.second_stage(tower, size, classes=2).to(device, dtype)
         batch = _batch(device, dtype, size=size)
@@ -151,7 +170,7 @@ def test_aa_clip_stage_2_training_step(compare: Compare, bench_session: Session)
         "reference": TrainingStep(copy.deepcopy(model), [batch], reference_operators),
     }
     facts = {"trained_parameters": sum(p.numel() for p in model.trained().values()), "how": _STAGE_2}
-    name = f"AdaptedCLIP stage 2, open_clip {tower} at {size} px, batch {len(batch[0])}"
+    title = row_title("test_aa_clip_stage_2_training_step", device)
     # One window of each photograph is enough for the gate.
     found = aa_clip.deviations(model, *(tensor[::4] for tensor in batch))
-    _row(compare, name, found, batch, steps, "reference", facts, {})
+    _row(compare, title, found, batch, steps, "reference", facts, {})

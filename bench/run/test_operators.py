@@ -14,11 +14,17 @@ from pyfused.bench.cases import operators
 from pyfused.bench.cases.baselines import Contenders
 from pyfused.bench.cases.case import Case, arguments_of, normal, refusals, row_facts, row_id
 from pyfused.bench.measure import memory, parity, timing
+from pyfused.bench.record.rows import Title
 from pyfused.bench.run.plugin import SESSION, Compare
 from pyfused.bench.run.session import Session
 
 # On a GPU input sets take turns, so that no contender finds its input in the cache; each costs every contender a graph.
 _GPU_INPUT_SETS = 2
+_MEASURED = {"test_forward": "forward", "test_forward_backward": "forward+backward"}
+
+
+def row_title(test: str, device: torch.device, case: Case, graph: bool) -> Title:
+    return Title(case.name, _MEASURED[test], timing.mode_of(device, graph))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -128,8 +134,6 @@ def prepared(case: Case, bench_session: Session) -> Iterator[Prepared]:
 
 
 def _checked_row(prepared: Prepared, compare: Compare, graph: bool, measured: str) -> None:
-    # Before anything is drawn.
-    compare.unless_recorded(prepared.case.name, measured, timing.mode_of(prepared.device, graph))
     _row(prepared, compare, graph, measured, list(prepared.faults))
     if prepared.faults:
         lines = (f"{name}: {fault}" for name, fault in prepared.faults.items())
@@ -154,8 +158,8 @@ def _row(prepared: Prepared, compare: Compare, graph: bool, measured: str, wrong
 
 
 def test_forward(prepared: Prepared, graph: bool, compare: Compare) -> None:
-    _checked_row(prepared, compare, graph, "forward")
+    _checked_row(prepared, compare, graph, _MEASURED["test_forward"])
 
 
 def test_forward_backward(prepared: Prepared, graph: bool, compare: Compare) -> None:
-    _checked_row(prepared, compare, graph, "forward+backward")
+    _checked_row(prepared, compare, graph, _MEASURED["test_forward_backward"])

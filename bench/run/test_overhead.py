@@ -15,8 +15,16 @@ from pyfused.bench.cases import operators
 from pyfused.bench.cases.baselines import BASE
 from pyfused.bench.cases.case import Case, refusal
 from pyfused.bench.measure import parity, timing
+from pyfused.bench.record.rows import Title
 from pyfused.bench.run.plugin import SESSION, Compare
 from pyfused.bench.run.session import Session
+from pyfused.choice import backends
+
+_MEASURED = {"test_one_call": "forward", "test_one_step": "forward+backward"}
+
+
+def row_title(test: str, device: torch.device, case: Case, backend: str) -> Title:
+    return Title(f"overhead {case.name}, {backend}", _MEASURED[test], timing.HostClock.mode)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,23 +34,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(case, name, id=f"{case.operator}-{name}")
         for case in operators.tiny_cases(device)
         for name in names
-        # Of what has no kernels for CPUs there is no row, not even one that is skipped.
-        if name != "cpu" or refusal(case, device, name) is None
+        # Of what has no kernels for CPUs there is no row, not even one that is skipped. Not `refusal`, which makes fake
+        # tensors: what they import takes longer than to find all rows.
+        if name != "cpu" or backends.refusal(name, device, case.dtype, case.operator) is None
     ]
     metafunc.parametrize(("case", "backend"), rows)
 
 
 def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
     device = bench_session.settings.device
-    name, clock = _row(case, backend, "forward", compare, device)
+    _skip_where_refused(case, backend, device)
+    name, measured, _ = row_title("test_one_call", device, case, backend)
     ours = functools.partial(getattr(pyfused, case.operator), backend=backend)
     eager = getattr(operators.OPERATORS[case.operator], f"eager_{case.operator}")
     compare(
         name,
         {"pyfused": [_call(case, device, ours)], "eager": [_call(case, device, eager)]},
         kind="overhead",
-        measured="forward",
-        clock=clock,
+        measured=measured,
+        clock=timing.HostClock(device),
         deviations=[item for item in parity.check(case, device, backend=backend) if item.tensor == "y"],
         facts=case.facts() | {"backend": backend},
     )
@@ -51,7 +61,8 @@ def test_one_call(case: Case, backend: str, compare: Compare, bench_session: Ses
 def test_one_step(case: Case, backend: str, compare: Compare, bench_session: Session) -> None:
     """Forward and backward, beside all that users may have without this package but what a compiler makes."""
     device = bench_session.settings.device
-    name, clock = _row(case, backend, "forward+backward", compare, device)
+    _skip_where_refused(case, backend, device)
+    name, measured, _ = row_title("test_one_step", device, case, backend)
     tensors = case.tensors(device)
     inputs = [tensors[name] for name in case.inputs]
     named = case.contenders(tensors, [backend]).named
@@ -62,23 +73,17 @@ def test_one_step(case: Case, backend: str, compare: Compare, bench_session: Ses
         name,
         {name: [each.call(inputs, tensors["dy"], backward=True)] for name, each in taken.items()},
         kind="overhead",
-        measured="forward+backward",
-        clock=clock,
+        measured=measured,
+        clock=timing.HostClock(device),
         deviations=parity.check(case, device, backend=backend),
         facts=case.facts() | {"backend": backend},
     )
 
 
-def _row(
-    case: Case, backend: str, measured: str, compare: Compare, device: torch.device
-) -> tuple[str, timing.HostClock]:
-    """Its name and clock; skips the test where the backend refuses the case, or the record has the row."""
+def _skip_where_refused(case: Case, backend: str, device: torch.device) -> None:
     reason = refusal(case, device, backend)
     if reason is not None:
         pytest.skip(reason)
-    name, clock = f"overhead {case.name}, {backend}", timing.HostClock(device)
-    compare.unless_recorded(name, measured, clock.mode)
-    return name, clock
 
 
 def _call(case: Case, device: torch.device, function: Callable[..., Tensor]) -> Callable[[], Tensor]:

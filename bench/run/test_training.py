@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import Tensor
 
 from pyfused.bench import thirdparty
 from pyfused.bench.cases import data
+from pyfused.bench.measure import timing
 from pyfused.bench.models import fastvit, towers, training
 from pyfused.bench.models.training import Classifier, TrainingStep
-from pyfused.bench.record.rows import Row
+from pyfused.bench.record.rows import Row, Title
 from pyfused.bench.run.plugin import Compare
 from pyfused.bench.run.session import Session
 
@@ -55,6 +57,11 @@ RUNS = {
 }  # fmt: skip
 
 
+def row_title(test: str, device: torch.device, run: Run) -> Title:
+    name = f"digits, {run.name}, batch {run.batch}, {run.steps} steps"
+    return Title(name, "training step", timing.mode_of(device))
+
+
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 def test_digits_training_run(run: Run, compare: Compare, bench_session: Session) -> None:
     device = bench_session.settings.device
@@ -80,11 +87,12 @@ def test_digits_training_run(run: Run, compare: Compare, bench_session: Session)
         row.loss = {name: step.losses for name, step in steps.items()}
         row.facts["held_out_accuracy"] = {name: step.accuracy(*held_out) for name, step in steps.items()}
 
+    name, measured, _ = row_title("test_digits_training_run", device, run)
     row = compare(
-        f"digits, {run.name}, batch {run.batch}, {run.steps} steps",
+        name,
         {name: [step] for name, step in steps.items()},
         kind="training",
-        measured="training step",
+        measured=measured,
         rounds=run.steps,
         facts={"dtype": "float32", "steps": run.steps, "images": len(images)},
         complete=curves,

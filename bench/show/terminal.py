@@ -11,26 +11,40 @@ from rich.console import Console
 from rich.table import Table
 
 from pyfused.bench.cases.baselines import BASE
-from pyfused.bench.record.rows import Row
+from pyfused.bench.record.rows import NOISY, Row
+
+# Before the time of a noisy row.
+_NOISY = "~"
+
+
+def has_targets() -> bool:
+    return importlib.util.find_spec("pyfused.bench.targets") is not None
 
 
 def verdicts(rows: Sequence[Row]) -> list[Any]:
     """The project's numbers to reach, held against these rows; none in an installed package, which lacks them."""
-    if importlib.util.find_spec("pyfused.bench.targets") is None:
+    if not has_targets():
         return []
     from pyfused.bench.targets import numbers
 
     return numbers.verdicts(rows)
 
 
-def print_table(rows: Sequence[Row], stream: TextIO) -> None:
-    """The table, what its columns mean, the losses, then in a checkout each number to reach as met or not met."""
+def print_table(rows: Sequence[Row], stream: TextIO, targets: bool = False) -> None:
+    """The table, what its columns mean, the losses, and which rows are noisy.
+
+    Args:
+        rows: of one run.
+        stream: a terminal that is too narrow for the spreads of the times gets none.
+        targets: whether each of the project's numbers to reach follows, as met or not met.
+    """
     console = Console(file=stream)
-    lines = table([row for row in rows if row.kind not in ("machine", "traffic")])
+    shown = [row for row in rows if row.kind not in ("machine", "traffic")]
+    lines = table(shown, spread=True)
+    if console.is_terminal and console.width < _width(lines):
+        lines = table(shown, spread=False)
     # A table wider than the terminal is still easier to read than one whose columns are folded.
-    wanted = Console(width=10_000).measure(lines).maximum
-    if console.width < wanted:
-        console = Console(file=stream, width=wanted)
+    console = Console(file=stream, width=max(console.width, _width(lines)))
     console.print(lines)
     notes = [
         "Ratios: median over interleaved rounds of (baseline's time / pyfused's); above 1 pyfused is faster. "
@@ -39,6 +53,7 @@ def print_table(rows: Sequence[Row], stream: TextIO) -> None:
         "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend "
         "takes oneDNN's float32 product and torch takes MKL's.",
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
+        "Times: medians; ±: half the distance between their quartiles, where the terminal has room for it.",
     ]
     notes += [f"machine: {row.name}: {machine_text(row)}." for row in rows if row.kind == "machine" and row.seconds]
     notes += [f"DRAM: {row.name}, {row.measured}: {traffic_text(row)}." for row in rows if row.kind == "traffic"]
@@ -54,15 +69,30 @@ def print_table(rows: Sequence[Row], stream: TextIO) -> None:
     notes += sorted({f"not measured: {name}: {reason}" for row in rows for name, reason in row.unavailable.items()})
     for note in notes:
         console.print(note, style="dim", markup=False, highlight=False)
+    noisy = [str(row.key) for row in rows if row.noisy]
+    if noisy:
+        console.print(
+            f"{len(noisy)} of {len(rows)} rows are noisy ({_NOISY}): a ratio varies by more than {NOISY:.0%} of itself "
+            f"between its quartiles, also when measured again: {'; '.join(noisy)}.",
+            style="yellow", markup=False, highlight=False,
+        )  # fmt: skip
+    if not targets:
+        return
+    if not has_targets():
+        console.print("The project's numbers to reach are in a checkout; an installed package has none.", style="dim")
     for verdict in verdicts(rows):
         console.print(str(verdict), style="green" if verdict.met else "red", markup=False, highlight=False)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line for each row; columns that no row fills are left out."""
-    lines = [_cells(row) for row in rows]
+def _width(lines: Table) -> int:
+    return Console(width=10_000).measure(lines).maximum
+
+
+def table(rows: Sequence[Row], spread: bool = False) -> Table:
+    """One line for each row; columns that no row fills are left out, and without ``spread`` how times vary."""
+    lines = [_cells(row, spread) for row in rows]
     filled = {name for cells in lines for name, value in cells.items() if value}
-    names = [name for name in _cells(Row("", "", "")) if name in filled]
+    names = [name for name in _cells(Row("", "", ""), spread) if name in filled]
     result = Table(title=_title(rows), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in names:
         text = name in ("row", "measured")
@@ -85,13 +115,13 @@ def _title(rows: Sequence[Row]) -> str:
     )
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: Row, spread: bool) -> dict[str, str]:
     loss = row.loss.get(row.subject)
     return {
         "row": row.name,
         "measured": row.measured_how,
         "parity": ("FAILED" if not row.passed else f"{margin(row):.2f}" if row.parity else ""),
-        "pyfused": time_text(row.seconds.get(row.subject)),
+        "pyfused": _own_time(row, spread),
         "vs eager": ratio_text(row.ratios.get("eager", row.ratios.get("reference"))),
         "vs compile": ratio_text(row.ratios.get("torch.compile")),
         "vs triton": ratio_text(row.ratios.get("pyfused triton")),
@@ -143,13 +173,28 @@ def traffic_text(row: Row) -> str:
     )
 
 
+def _own_time(row: Row, spread: bool) -> str:
+    own, quartiles = row.seconds.get(row.subject), row.quartiles.get(row.subject)
+    text = _NOISY * row.noisy + time_text(own)
+    if own is None or quartiles is None or not spread:
+        return text
+    (in_a_second, _, digits), (lower, upper) = _unit(own), quartiles
+    return f"{text} ±{(upper - lower) / 2 * in_a_second:.{digits}f}"
+
+
 def time_text(seconds: float | None) -> str:
     """In the unit that leaves few digits; empty for None."""
     if seconds is None:
         return ""
+    in_a_second, unit, digits = _unit(seconds)
+    return f"{seconds * in_a_second:.{digits}f} {unit}"
+
+
+def _unit(seconds: float) -> tuple[float, str, int]:
+    """How many of it are a second, its name, and decimals."""
     if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} us"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+        return 1e6, "us", 1
+    return (1e3, "ms", 1) if seconds < 1 else (1.0, "s", 2)
 
 
 def ratio_text(value: float | None) -> str:

@@ -430,6 +430,10 @@ def test_a_run_from_end_to_end(tmp_path):
     assert (good.name, good.passed, good.mode) == ("tiny good", True, "wall clock")
     assert good.seconds.keys() == {"pyfused", "eager"}
     assert good.rounds >= 7
+    assert good.quartiles.keys() == good.seconds.keys()
+    assert good.ratio_quartiles["eager"][0] <= good.ratios["eager"] <= good.ratio_quartiles["eager"][1]
+    assert good.load.keys() == {"before", "after"}
+    assert "NOT MET" not in done.stdout
     assert good.provenance["threads"] == 1
     assert good.provenance["commit"]
     assert (bad.name, bad.passed, bad.seconds, bad.rounds) == ("tiny bad", False, {}, 0)

@@ -116,7 +116,7 @@ def test_what_failed_stands_in_the_last_lines(tmp_path, capfd, monkeypatch):
         "def test_says():\n    pytest.fail('off by one', pytrace=False)\n"
     )
     settings = Settings(torch.device("cpu"), record=tmp_path / "record")
-    assert command.run(settings, "mine", [str(tmp_path)]) == 1
+    assert command.run(settings, ["mine"], [str(tmp_path)]) == 1
     assert capfd.readouterr().out.splitlines()[-2:] == [
         "FAILED test_raises: AssertionError: not equal", "FAILED test_says: off by one"
     ]  # fmt: skip
@@ -126,5 +126,5 @@ def test_what_failed_stands_in_the_last_lines(tmp_path, capfd, monkeypatch):
         self.spoiled = "PEFT in a row: it waits"
 
     monkeypatch.setattr(command.Session, "__init__", spoiled)
-    assert command.run(settings, "mine", [str(tmp_path)]) == command.SPOILED
+    assert command.run(settings, ["mine"], [str(tmp_path)]) == command.SPOILED
     assert "a capture failed" in capfd.readouterr().err

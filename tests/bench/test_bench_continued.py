@@ -133,8 +133,12 @@ _ROWS = """
 import os
 from pyfused.bench.measure.parity import Deviation
 
+from pyfused.bench.record.rows import Title
+
+def row_title(test, device):
+    return Title(test.removeprefix("test_").replace("_", " "), "call")
+
 def test_tiny_good(compare):
-    compare.unless_recorded("tiny good", "call", "wall clock")
     print("measured good", file=open("log", "a"))
     compare("tiny good", {"pyfused": [lambda: 1], "eager": [lambda: 2]})
 
@@ -155,8 +159,9 @@ def test_a_run_goes_on_where_another_stopped(tmp_path):
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "test_own.py").write_text(_ROWS)
 
-    def run(select, **environment):
-        command = [sys.executable, "-m", "pyfused.cli", "bench", "test_own.py", "-k", select, "--device", "cpu"]
+    def run(*select, **environment):
+        command = [sys.executable, "-m", "pyfused.cli", "bench", "test_own.py", "--device", "cpu"]
+        command += [word for text in select for word in ("-k", text)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         return subprocess.run(
             [*command, "--seconds", "0.01", "--record", "record"], capture_output=True, text=True, timeout=300,
@@ -166,7 +171,7 @@ def test_a_run_goes_on_where_another_stopped(tmp_path):
     def recorded():
         return [(row.name, row.passed, bool(row.seconds)) for row in rows.read_rows(tmp_path / "record" / "rows.json")]
 
-    first = run("tiny and not late")
+    first = run("tiny good", "TINY BAD", "tiny plain, call")
     assert first.returncode == 1, first.stderr
     assert "not measured again" not in first.stdout
     good, plain, late = (("tiny " + name, True, True) for name in ("good", "plain", "late"))
@@ -175,7 +180,7 @@ def test_a_run_goes_on_where_another_stopped(tmp_path):
     second = run("tiny", MENDED="1")
     assert second.returncode == 0, second.stderr
     assert "rows.json has 3 rows, which are not measured again unless they failed" in second.stdout
-    assert "test_tiny_good: Skipped: tiny good, call, wall clock: the record has this row" in second.stderr
+    assert "skipped tiny good, call: Skipped: tiny good, call, wall clock: the record has this row" in second.stderr
     assert recorded() == [good, plain, ("tiny bad", True, True), late]
     assert (tmp_path / "log").read_text().split("\n") == ["measured good", "measured bad", "measured bad", ""]
     first_row = before.index('"tiny bad"') - 20

@@ -270,14 +270,10 @@ def test_peft_with_16_bit_adapters_stands_beside_16_bit_adapters(monkeypatch):
 
 
 class Compared:
-    """Takes the place of `Compare`: keeps what it is given; ``recorded`` rows are in the record already."""
+    """Takes the place of `Compare`: keeps what it is given."""
 
-    def __init__(self, recorded=()):
-        self.recorded, self.given = recorded, {}
-
-    def unless_recorded(self, *key):
-        if key in self.recorded:
-            pytest.skip("there")
+    def __init__(self):
+        self.given = {}
 
     def __call__(self, name, calls, **row):
         self.given = {"name": name, "calls": calls, **row}
@@ -323,19 +319,6 @@ def test_a_plan_that_is_wrong_has_no_time_and_the_row_fails_for_it(monkeypatch, 
         assert ("y (portable)" in tensors) == (broken is None)
         assert all(item.passed for item in compare.given["deviations"])
         assert any(name.startswith("d") for name in tensors) == (measured != "forward")
-
-
-def test_a_row_that_is_recorded_draws_nothing(monkeypatch):
-    pytest.importorskip("pytest_benchmark")
-    from pyfused.bench.run import test_operators as rows
-
-    case = SMALL[0]
-    prepared = rows.Prepared(case, CPU)
-    monkeypatch.setattr(LoRACase, "tensors", lambda *arguments: pytest.fail("drawn"))
-    with pytest.raises(pytest.skip.Exception, match="there"):
-        rows._checked_row(prepared, Compared([(case.name, "forward", "wall clock")]), False, "forward")
-    with pytest.raises(pytest.fail.Exception, match="drawn"):
-        rows._checked_row(prepared, Compared([(case.name, "forward", "wall clock")]), False, "forward+backward")
 
 
 def test_a_case_is_drawn_once_for_its_rows(monkeypatch):

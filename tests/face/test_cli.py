@@ -198,10 +198,52 @@ def test_check_prints_a_line_for_each_case(monkeypatch, capsys):
         assert f"ok     {case.name}, portable save: nearest " in printed
         assert f"ok     {case.name}, portable recompute: nearest " in printed
         assert (f"ok     {case.name}, cpu save: nearest " in printed) == (backends.CPU_REFUSAL is None)
+    lines = printed.splitlines()
     assert "skipped triton: " in printed
     assert "skipped cuda: " in printed
     count = 6 if backends.CPU_REFUSAL is not None else 10
     assert f"{count} of {count} as close to float64 as plain torch" in printed
+    (start,) = (place for place, line in enumerate(lines) if line == f"{count} comparisons on cpu")
+    numbers = [line.split("ok     ")[0].strip() for line in lines[start + 1 : -1]]
+    assert numbers == [f"{number} of {count}" for number in range(1, count + 1)]
+
+
+def _checked(monkeypatch, capsys, *arguments):
+    """(exit status, what it prints, what it complains of) of `pyfused check` on two small cases."""
+    found = [LoRACase(5, 16, 8, rank=2), LoRACase(6, 16, 8, rank=2)]
+    monkeypatch.setattr("pyfused.bench.run.check.parity_cases", lambda device: found)
+    status = cli.main(["check", "--device", "cpu", *arguments])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("select", "wanted"),
+    [
+        ([], ["5x16", "6x16"]),
+        (["-k", "LoRA_linear 6X16->8"], ["6x16"]),
+        (["-k", "5x16->8 r2 float32, portable blas"], ["5x16"]),
+        (["-k", "5x16", "-k", "6x16"], ["5x16", "6x16"]),
+    ],
+)
+def test_check_takes_the_names_that_it_prints(select, wanted, monkeypatch, capsys):
+    names = [f"lora_linear {shape}->8 r2 float32, portable blas" for shape in wanted]
+    assert _checked(monkeypatch, capsys, "--list", *select) == (0, "".join(f"{name}\n" for name in names), "")
+    status, printed, _ = _checked(monkeypatch, capsys, *select)
+    assert status == 0
+    compared = [line for line in printed.splitlines() if "  ok  " in line]
+    assert [line.partition("ok     ")[2].partition(":")[0] for line in compared] == names
+    assert printed.endswith(f"\n{len(names)} of {len(names)} as close to float64 as plain torch\n")
+
+
+def test_check_names_what_is_near(monkeypatch, capsys):
+    status, printed, complaint = _checked(monkeypatch, capsys, "-k", "5x16", "-k", "lora_liner")
+    assert (status, printed) == (2, "")
+    wanted = "pyfused check: -k must be part of a printed name, got 'lora_liner'; near: 'lora_linear'\n"
+    assert complaint == wanted
+    for option in (["-k", "cross"], ["--list"]):
+        status, _, complaint = _checked(monkeypatch, capsys, "gradient-ratio", *option)
+        assert status == 2
+        assert "gradient-ratio has none" in complaint
 
 
 def test_check_covers_dropout_and_mixed_dtypes():
@@ -284,8 +326,10 @@ def test_a_selection_without_rows_is_an_error(tmp_path):
         [sys.executable, "-m", "pyfused.cli", "bench", "-k", "nothing_like_it", "--output", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 5, done.stderr
-    assert "no row is named by -k 'nothing_like_it'" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        "pyfused bench: -k must be part of a printed name, got 'nothing_like_it'; --list prints them\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -48,7 +48,7 @@ row = Row(
 )
 RowFile(Path("record")).append(row)
 assert cli.main(["report", "record"]) == 0
-print_table([row], sys.stdout)
+print_table([row], sys.stdout, targets=True)
 print(Path("record", "report", "index.html").read_text())
 """
 METADATA = """

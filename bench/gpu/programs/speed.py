@@ -24,7 +24,7 @@ from pyfused.bench.run.session import Settings
 from pyfused.kernels.launch import target
 from pyfused.kernels.recording import Target
 
-_SELECT = "test_machine or test_operators or test_overhead or test_compiled"
+_SELECT = ("test_machine", "test_operators", "test_overhead", "test_compiled")
 # Rows beside four of each case: of the machine and of host time. What compiling ahead and the rounds may take of the
 # time; the rest is for tensors, gates, captures and what is compared with.
 _OTHERS, _AHEAD, _ROUNDS = 15, 0.3, 0.35
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = max(1, 4 * len(operators.timed_cases(device)) + _OTHERS - measured)
     settings = Settings(
         device, seconds_per_row=min(_LONGEST, max(0.1, _ROUNDS * left / rows)), commit=arguments.commit,
-        record=arguments.record,
+        record=arguments.record, targets=True,
     )  # fmt: skip
     status = run(settings, _SELECT)
     if status != SPOILED or arguments.restarts < 1:
