@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(function=_bench)
     bench.add_argument("paths", nargs="*", help="files or directories with rows of your own (pytest files)")
     bench.add_argument(
-        "--targets", action="store_true", help="print also whether the project's own numbers to reach are met"
+        "--targets", action="store_true", help="print also which of the project's own numbers to reach are met"
     )
     bench.add_argument("--output", type=Path, metavar="DIRECTORY", help="where <device>/<date>/ is made")
     bench.add_argument(
@@ -187,9 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, bench):
         command.add_argument(
             "-k", dest="select", metavar="TEXT", action="append", default=[],
-            help="only what has this text in its name as --list prints it, in capitals or not; several: any of them",
+            help="only what has this text in a name that --list prints, capitals aside; several: any of them",
         )  # fmt: skip
-        command.add_argument("--list", action="store_true", help="print the names, and compute nothing")
+        command.add_argument("--list", action="store_true", help="instead: print the names, and compute nothing")
         command.add_argument("--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N")
         command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own number)")
 

@@ -4,6 +4,11 @@ Rows of your own: put `from pyfused.bench.run.plugin import *` into a conftest.p
 
     def test_mine(compare):
         compare("my layer", {"pyfused": [fast], "eager": [slow]})
+
+`pyfused bench --list` and -k know such a row by the name of its test, unless its module says what it will be called:
+
+    def row_title(test, device, **parameters):
+        return Title("my layer", "call")
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def print_table(rows: Sequence[Row], stream: TextIO, targets: bool = False) -> N
     if noisy:
         console.print(
             f"{len(noisy)} of {len(rows)} rows are noisy ({_NOISY}): a ratio varies by more than {NOISY:.0%} of itself "
-            f"between its quartiles, also when measured again: {'; '.join(noisy)}.",
+            f"between its quartiles, also when measured again, which training runs are not: {'; '.join(noisy)}.",
             style="yellow", markup=False, highlight=False,
         )  # fmt: skip
     if not targets:
