@@ -9,6 +9,7 @@ pytest.importorskip("pytest_benchmark")
 
 from pyfused import cli
 from pyfused.bench.cases import data, operators
+from pyfused.bench.record import rows
 from pyfused.bench.record.rows import Title, read_rows
 from pyfused.bench.run import command, selection, test_machine
 from pyfused.bench.run.session import Settings
@@ -101,6 +102,21 @@ def test_rows_are_recorded_under_the_names_that_the_list_prints(capfd, monkeypat
     assert printed.err.count(": the record has this row") == len(recorded)
     assert [str(row.key) for row in read_rows(tmp_path / "rows.json")] == recorded
     assert _listed(capfd, "--record", str(tmp_path), "-k", "copy") == {"test_machine": ["copy 1 MiB, copy"]}
+
+
+def test_every_row_of_a_gpu_has_a_name_of_its_own(capfd, monkeypatch, tmp_path):
+    """As it is listed there, without one."""
+    monkeypatch.setattr(rows, "device_name", lambda device: "NVIDIA H200")
+    assert command.run(Settings(torch.device("cuda"), record=tmp_path / "none"), listing=True) == 0
+    printed = [line.removeprefix("  ") for line in capfd.readouterr().out.splitlines()]
+    assert len(set(printed)) == len(printed)
+    assert "copy 1024 MiB, copy, graph replay" in printed
+    for case in operators.timed_cases(torch.device("cuda")):
+        for how in ("forward", "forward+backward"):
+            assert {f"{case.name}, {how}, eager launches", f"{case.name}, {how}, graph replay"} < set(printed)
+    compiled = printed[printed.index("test_compiled") + 1 :]
+    wanted = [f"{case.name}, beside torch.compile" for case in operators.compiled_cases(torch.device("cuda"))]
+    assert compiled == [f"{name}, forward+backward, graph replay" for name in wanted]
 
 
 def test_a_title_says_how_where_it_is_not_by_the_wall_clock():
