@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -187,3 +188,13 @@ def test_a_torch_that_is_too_old_is_one_line(tmp_path, version, refused):
     *_, last = processes.run(*command, cwd=ROOT, fails=True, PYTHONPATH=str(tmp_path)).splitlines()
     said = f"pyfused needs torch 2.10 or later, found {version}" if refused else "more of torch is wanted"
     assert last == f"ImportError: {said}"
+
+
+def test_extras_have_the_names_that_every_pip_finds():
+    """pip before 23.3 installs nothing for an extra whose name is not normalised, and says so in a warning alone."""
+    text = (ROOT / "pyproject.toml").read_text()
+    names = re.findall(r"^([\w-]+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    assert {"open-clip", "bench", "dev"} <= set(names)
+    asked = [name for listed in re.findall(r"pyfused\[([^]]+)\]", text) for name in listed.split(",")]
+    assert [name for name in [*names, *asked] if name != re.sub(r"[-_.]+", "-", name).lower()] == []
+    assert set(asked) <= set(names)
