@@ -79,11 +79,11 @@ def test_the_list_has_every_row_once_and_measures_nothing(capfd, tmp_path):
     assert sorted(found["test_operators"]) == sorted(wanted)
     assert len(found["test_models"]) == 3
     assert found["test_machine"] == ["matrix product 2048x2048x2048 float32, matrix product", "copy 256 MiB, copy"]
-    own = tmp_path / "test_mine.py"
+    own = tmp_path / "test_listed.py"
     own.write_text("def test_good(compare):\n    compare('a name', {'pyfused': [lambda: 1]})\n")
-    assert _listed(capfd, str(own), "-k", "FASTVIT T8", "-k", "test_mine") == {
+    assert _listed(capfd, str(own), "-k", "FASTVIT T8", "-k", "test_listed") == {
         "test_training": ["digits, FastViT T8 with 10 adapters h = C/2, batch 32, 30 steps, training step"],
-        "test_mine": ["test_good"],
+        "test_listed": ["test_good"],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -228,6 +229,8 @@ def _checked(monkeypatch, capsys, *arguments):
 def test_check_takes_the_names_that_it_prints(select, wanted, monkeypatch, capsys):
     names = [f"lora_linear {shape}->8 r2 float32, portable blas" for shape in wanted]
     assert _checked(monkeypatch, capsys, "--list", *select) == (0, "".join(f"{name}\n" for name in names), "")
+    _, listed, _ = _checked(monkeypatch, capsys, "--list", "--json", *select)
+    assert [f"{row['case']}, {row['backend']} {row['plan']}" for row in json.loads(listed)["rows"]] == names
     status, printed, _ = _checked(monkeypatch, capsys, *select)
     assert status == 0
     compared = [line for line in printed.splitlines() if "  ok  " in line]
