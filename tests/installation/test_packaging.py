@@ -193,7 +193,8 @@ def test_a_torch_that_is_too_old_is_one_line(tmp_path, version, refused):
 def test_extras_have_the_names_that_every_pip_finds():
     """pip before 23.3 installs nothing for an extra whose name is not normalised, and says so in a warning alone."""
     text = (ROOT / "pyproject.toml").read_text()
-    names = re.findall(r"^([\w-]+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    names = re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)
     assert {"open-clip", "bench", "dev"} <= set(names)
     asked = [name for listed in re.findall(r"pyfused\[([^]]+)\]", text) for name in listed.split(",")]
     assert [name for name in [*names, *asked] if name != re.sub(r"[-_.]+", "-", name).lower()] == []
