@@ -22,6 +22,8 @@ from pyfused.bench.cases.projection_residual import ProjectionCase
 from pyfused.bench.measure import parity
 from pyfused.choice import backends
 
+pytestmark = pytest.mark.host
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF = {"dtype": torch.bfloat16, "adapter_dtype": torch.float32}
 SMALL = [

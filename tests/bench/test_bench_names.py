@@ -14,6 +14,8 @@ from pyfused.bench.record.rows import Title, read_rows
 from pyfused.bench.run import command, selection, test_machine
 from pyfused.bench.run.session import Settings
 
+pytestmark = pytest.mark.host
+
 CPU = torch.device("cpu")
 NAMES = [
     "lora_linear 400x768->768 r16 float32, forward",

@@ -20,6 +20,8 @@ from pyfused.bench.run import command, plugin
 from pyfused.bench.run.session import Session, Settings
 from pyfused.bench.show import terminal
 
+pytestmark = pytest.mark.host
+
 CPU = torch.device("cpu")
 STEADY, WILD = (1.0, 1.01, 1.02, 1.03), (1.0, 1.1, 1.3, 1.5)
 

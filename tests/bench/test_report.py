@@ -29,6 +29,8 @@ from pyfused.bench.record import records, rows
 from pyfused.bench.record.rows import Row
 from pyfused.bench.show import captions, document, figures, page, rates, sentences, style, tables
 
+pytestmark = pytest.mark.host
+
 CPU = torch.device("cpu")
 OLD_RECORD = ROOT / "bench/results/cpu-2x-intel-r-xeon-r-processor-2-50ghz/2026-11-21-115040"
 WHERE = {"device": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01", "pyfused": "0.1.0", "commit": "abc"}

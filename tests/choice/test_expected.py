@@ -11,6 +11,8 @@ from pyfused.choice import costs, order
 from pyfused.choice.rates import LAUNCH
 from pyfused.choice.rule import BOUND
 
+pytestmark = pytest.mark.host
+
 
 def test_what_is_taken_at_the_targets_sizes():
     """A change of the model, or of a kernel's band, prints another table: ``python tests/choice/expected.py``."""
