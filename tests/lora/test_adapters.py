@@ -208,7 +208,8 @@ def test_a_mixed_batch_is_its_samples_one_by_one(kind, dtype):
     told: list = []
     with adapter_batch(model, names), decision.observed(told.append):
         y = model(x)
-    assert len(told) == len([made for made in told if made.kernels == "mixed_lora_linear"]), "one call for all samples"
+    calls = [made for made in told if isinstance(made, decision.Decision)]
+    assert all(made.kernels == "mixed_lora_linear" for made in calls), "one call for all samples"
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = loop(model, names, x)
     close = {"rtol": 2e-5, "atol": 2e-6} if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 5e-2}
