@@ -2,15 +2,15 @@
 
 # ruff: noqa: E402 - a torch that is too old is named before anything else is asked of it.
 
-import torch
+import torch as _torch
 
 # Before the imports, of which one reads it.
 __version__ = "0.2.0"
 # As pyproject.toml and setup.py have it.
 _MIN_TORCH = (2, 10)
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _MIN_TORCH:
-    raise ImportError(f"pyfused needs torch {'.'.join(map(str, _MIN_TORCH))} or later, found {torch.__version__}")
+if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < _MIN_TORCH:
+    raise ImportError(f"pyfused needs torch {'.'.join(map(str, _MIN_TORCH))} or later, found {_torch.__version__}")
 
 from pyfused import diagnostics, models
 from pyfused.choice.backends import available_backends

@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=_positive_seconds, default=4.0, help="how long each row is timed (default 4)"
     )  # fmt: skip
+    bench.add_argument(
+        "--attempts", type=_positive, default=2, metavar="N", help="how often a noisy row is timed at most (default 2)"
+    )
     bench.add_argument("--commit", metavar="HASH", help="the commit to record where the checkout has no .git")
 
     tune = commands.add_parser("tune", help="time launch configurations and backends on this GPU, and keep the fastest")
@@ -265,9 +268,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    found = installation.examined()
-    text = _as_json(found) if arguments.json else "\n".join(installation.diagnosis(found))
-    print(installation.without_home(text))
+    found = installation.without_home(installation.examined())
+    print(_as_json(found) if arguments.json else "\n".join(installation.diagnosis(found)))
     return 1 if found["problems"] else 0
 
 
@@ -393,7 +395,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     settings = Settings(
         arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record,
-        arguments.targets,
+        arguments.attempts, arguments.targets,
     )  # fmt: skip
     return run(settings, arguments.select, arguments.paths, arguments.list)
 

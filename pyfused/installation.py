@@ -21,7 +21,7 @@ from pyfused.choice import backends, cache
 # Distribution -> why somebody would want it.
 _OPTIONAL = {
     "triton": "the triton backend",
-    "peft": "a baseline of the benchmarks",
+    "peft": "models with its LoRA",
     "safetensors": "files of what was tuned",
     "open_clip_torch": "the models of the benchmarks",
     "timm": "models",
@@ -29,7 +29,7 @@ _OPTIONAL = {
     "rich": "pyfused bench, report and tune",
     "scipy": "make bench-compare",
     "shtab": "pyfused completion",
-    "tqdm": "a bar while pyfused.tune measures",
+    "tqdm": "bars on a terminal",
 }
 # What changes how pyfused runs.
 _VARIABLES = re.compile("PYFUSED_.*|TRITON_.*|CUDA_VISIBLE_DEVICES")
@@ -163,13 +163,19 @@ def diagnosis(found: Mapping[str, Any]) -> list[str]:
     return [*lines, "verdict: nothing is wrong" if count == 0 else f"verdict: {count} problem{'s' * (count > 1)}"]
 
 
-def without_home(text: str) -> str:
-    """``text`` with ~ in place of the user's home directory, whose name is nobody's business."""
+def without_home(found: Any) -> Any:
+    """``found``, values that JSON has, with ~ in place of the user's home directory: its name is nobody's business."""
+    if isinstance(found, dict):
+        return {name: without_home(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [without_home(value) for value in found]
     try:
         home = str(Path.home())
     except RuntimeError:
-        return text
-    return text if home == os.sep else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+        return found
+    if not isinstance(found, str) or home == os.sep:
+        return found
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", found)
 
 
 def _measured_rows() -> dict[str, Any]:
@@ -221,5 +227,6 @@ def _problems(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
+    """2.13.0+cpu -> (2, 13)."""
+    numbers = re.split(r"[^\d.]", version)[0]
+    return tuple(int(part) for part in re.findall(r"\d+", re.sub(r"(\.0+)+$", "", numbers)))

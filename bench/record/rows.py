@@ -112,9 +112,13 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """The widest interquartile range of a ratio, as a share of its median; of seconds where nothing is compared."""
-        medians, quartiles = (self.ratios, self.ratio_quartiles) if self.ratios else (self.seconds, self.quartiles)
-        return max(((upper - lower) / medians[name] for name, (lower, upper) in quartiles.items()), default=0.0)
+        """The widest range between the quartiles of a ratio, of seconds where nothing is compared.
+
+        It is the logarithm of upper over lower: a share where it is small, and the same for a ratio and its inverse.
+        """
+        quartiles = self.ratio_quartiles if self.ratios else self.quartiles
+        ranges = (math.log(upper / lower) if lower > 0 else math.inf for lower, upper in quartiles.values())
+        return max(ranges, default=0.0)
 
     @property
     def key(self) -> Title:

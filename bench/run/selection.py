@@ -28,6 +28,8 @@ def select(items: Sequence[_Item], texts: Sequence[str], names: Callable[[_Item]
     """
     found = [(item, [name.casefold() for name in names(item)]) for item in items]
     for text in texts:
+        if not text:
+            raise Unnamed("-k must be part of a printed name, got ''; without -k it is all of them")
         if not any(text.casefold() in name for _, own in found for name in own):
             near = _near(text, itertools.chain.from_iterable(map(names, items)))
             hint = f"near: {', '.join(map(repr, near))}" if near else "--list prints them"

@@ -29,6 +29,7 @@ class Settings:
         commit: recorded where the checkout has no .git to ask.
         record: the very directory for the results, in place of a new one below ``output``. Rows that it has are not
             measured again, but for those that failed.
+        attempts: how often a noisy row is measured at most.
         targets: whether the table is followed by the project's numbers to reach.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     seconds_per_row: float = 5.0
     commit: str | None = None
     record: Path | None = None
+    attempts: int = 2
     targets: bool = False
 
 

@@ -14,7 +14,7 @@ from pyfused import files
 from pyfused.bench import ROOT
 from pyfused.bench.cases.cross_attention_residual import SDPA
 from pyfused.bench.record.rows import Row, read_rows
-from pyfused.bench.show.terminal import time_text
+from pyfused.bench.show.terminal import noise_text, own_time_text
 
 PLOT = Path("docs", "measured.svg")
 BEGIN, END = "<!-- record: begin -->", "<!-- record: end -->"
@@ -103,6 +103,7 @@ def _of_both(records: Sequence[Path], root: Path, written: Callable[[list[Row]],
             if not timed:
                 raise ValueError(f"no row of {found[-1]} that passed parity has times")
             parts += [_made(timed[0], found[-1].parent.relative_to(root).as_posix()), *written(timed)]
+            parts += filter(None, [noise_text(timed)])
         else:
             parts.append(f"On a {kind}: not yet measured.")
     return "\n\n".join([*parts, _EXPLANATION])
@@ -180,7 +181,7 @@ def _table(title: str, lines: dict[str, dict[str, str]], columns: Iterable[str])
 
 def _cells(row: Row) -> dict[str, str]:
     ratios = {column: f"{value:.2f}x" for column, value in _values(row).items()}
-    return {"time": time_text(row.seconds[row.subject])} | ratios
+    return {"time": own_time_text(row)} | ratios
 
 
 def _values(row: Row) -> dict[str, float]:

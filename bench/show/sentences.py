@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pyfused.bench.record.records import LOSS, Comparison, Record
 from pyfused.bench.record.rows import Row
 from pyfused.bench.show import figures, style, tables
-from pyfused.bench.show.terminal import time_text
+from pyfused.bench.show.terminal import noise_text, time_text
 
 # Kind of row -> the title of its part of a page, in order; an operator's rows have the operator's name.
 KINDS = {"model": "Models", "training": "Training runs", "overhead": "Host overhead", "machine": "Machine",
          "traffic": "DRAM traffic"}  # fmt: skip
 # Title -> why its numbers are what they are, on any device and then on a CPU. The reasons are those of
-# docs/decisions.md and README.md; no GPU has been measured.
+# docs/decisions.md; no GPU has been measured.
 _WHY = {
     "lora_linear": (
         "",
@@ -110,6 +110,9 @@ def lead(record: Record, comparisons: Sequence[Comparison]) -> list[str]:
             "Where it is 1.20x as fast as a baseline, the baseline takes 1.20 times as long, in the median over rounds "
             "that take turns."
         )
+    noise = noise_text(record.rows)
+    if noise:
+        said.append(noise)
     held = sum(row.passed and bool(row.parity) for row in record.rows)
     if held:
         said.append(f"Against float64 the errors of {_count(held, 'row')} are within their limits.")

@@ -45,7 +45,7 @@ def of_rows(title: str, rows: Sequence[Row]) -> Table:
         for field in ("seconds", "ratios", "peak_bytes", "saved_bytes", "loss")
     )
     groups = [
-        ("", ["parity", "rounds"]),
+        ("", ["parity", "rounds", *(["spread"] if any(row.quartiles for row in rows) else [])]),
         ("median time", timed),
         ("time / pyfused's", ratios),
         ("", ["% of floor"] if any(map(floor_text, rows)) else []),
@@ -57,6 +57,8 @@ def of_rows(title: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         parity = Cell("FAILED", "failed") if not row.passed else Cell(f"{margin(row):.2f}" if row.parity else "")
         cells = [parity, Cell(str(row.rounds or ""))]
+        if "spread" in groups[0][1]:
+            cells.append(Cell(f"{row.spread:.0%}" if row.quartiles else "", "worse" if row.noisy else ""))
         cells += [Cell(time_text(value)) for value in _columns(row.seconds, timed)]
         cells += [Cell(ratio_text(value)) for value in _columns(row.ratios, ratios)]
         cells += [Cell(floor_text(row))] if groups[3][1] else []

@@ -69,19 +69,26 @@ def print_table(rows: Sequence[Row], stream: TextIO, targets: bool = False) -> N
     notes += sorted({f"not measured: {name}: {reason}" for row in rows for name, reason in row.unavailable.items()})
     for note in notes:
         console.print(note, style="dim", markup=False, highlight=False)
-    noisy = [str(row.key) for row in rows if row.noisy]
-    if noisy:
-        console.print(
-            f"{len(noisy)} of {len(rows)} rows are noisy ({_NOISY}): a ratio varies by more than {NOISY:.0%} of itself "
-            f"between its quartiles, also when measured again, which training runs are not: {'; '.join(noisy)}.",
-            style="yellow", markup=False, highlight=False,
-        )  # fmt: skip
+    noise = noise_text(rows)
+    if noise:
+        console.print(noise, style="yellow", markup=False, highlight=False)
     if not targets:
         return
     if not has_targets():
         console.print("The project's numbers to reach are in a checkout; an installed package has none.", style="dim")
     for verdict in verdicts(rows):
         console.print(str(verdict), style="green" if verdict.met else "red", markup=False, highlight=False)
+
+
+def noise_text(rows: Sequence[Row]) -> str:
+    """Which rows are noisy; empty where none is."""
+    noisy = [str(row.key) for row in rows if row.noisy]
+    if not noisy:
+        return ""
+    return (
+        f"{len(noisy)} of {len(rows)} rows are noisy ({_NOISY}): between the quartiles of their rounds a ratio, or a "
+        f"time where nothing is compared, varies by more than {NOISY:.0%}: {'; '.join(noisy)}."
+    )
 
 
 def _width(lines: Table) -> int:
@@ -175,11 +182,16 @@ def traffic_text(row: Row) -> str:
 
 def _own_time(row: Row, spread: bool) -> str:
     own, quartiles = row.seconds.get(row.subject), row.quartiles.get(row.subject)
-    text = _NOISY * row.noisy + time_text(own)
+    text = own_time_text(row)
     if own is None or quartiles is None or not spread:
         return text
     (in_a_second, _, digits), (lower, upper) = _unit(own), quartiles
     return f"{text} ±{(upper - lower) / 2 * in_a_second:.{digits}f}"
+
+
+def own_time_text(row: Row) -> str:
+    """The time of pyfused, marked where the row is noisy; empty where it has none."""
+    return _NOISY * row.noisy + time_text(row.seconds.get(row.subject))
 
 
 def time_text(seconds: float | None) -> str:

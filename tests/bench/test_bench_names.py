@@ -32,7 +32,6 @@ def _selected(*texts):
     ("texts", "found"),
     [
         ([], [0, 1, 2]),
-        ([""], [0, 1, 2]),
         (["400x768->768 r16"], [0, 1]),
         (["Forward+BACKWARD"], [1]),
         (["h64", "forward+backward"], [1, 2]),
@@ -52,6 +51,7 @@ def test_a_text_names_what_has_it_in_a_name(texts, found):
         ("400x769->768 r16 float32", "near: '400x768->768 r16 float32', '3152x768 h64 float32'"),
         ("lora_linear or adapter_residual", "--list prints them"),
         ("zzz", "--list prints them"),
+        ("", "without -k it is all of them"),
     ],
 )
 def test_what_names_nothing_is_refused_with_what_is_near(text, near):

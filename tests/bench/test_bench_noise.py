@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,10 @@ from rich.console import Console
 
 from pyfused.bench.measure import timing
 from pyfused.bench.record import records, rows
-from pyfused.bench.record.rows import NOISY, Row
+from pyfused.bench.record.rows import NOISY, Row, RowFile
 from pyfused.bench.run import command, plugin
 from pyfused.bench.run.session import Session, Settings
-from pyfused.bench.show import terminal
+from pyfused.bench.show import document, sentences, tables, terminal
 
 pytestmark = pytest.mark.host
 
@@ -60,12 +61,13 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "rounds_within", lambda budget, each: 4)
     monkeypatch.setattr(plugin.os, "getloadavg", lambda: (2.5, 0.0, 0.0))
 
-    def measure(clock, contenders=("pyfused", "eager"), **settings):
-        session, said = Session(Settings(CPU, record=tmp_path)), []
+    def measure(clock, contenders=("pyfused", "eager"), attempts=2, **settings):
+        record = tmp_path / str(attempts)
+        session, said = Session(Settings(CPU, record=record, attempts=attempts)), []
         session.on_round = lambda *told: said.append(told)
         compare = plugin.Compare(Benchmark(), session)
         row = compare("a row", {name: [lambda: None] for name in contenders}, clock=clock, **settings)
-        assert rows.read_rows(tmp_path / "rows.json") == [row]
+        assert rows.read_rows(record / "rows.json") == [row]
         return row, said
 
     return measure
@@ -99,7 +101,7 @@ def test_of_two_noisy_attempts_the_less_noisy_one_is_recorded_and_marked(measure
     clock = Clock((1.0, 1.0), *attempts)
     row, _ = measured(clock)
     assert row.ratios == {"eager": pytest.approx(1.2)}
-    assert row.spread == pytest.approx((1.35 - 1.075) / 1.2)
+    assert row.spread == pytest.approx(math.log(1.35 / 1.075))
     assert (row.attempts, row.noisy) == (2, True)
     # No third time.
     assert clock.rounds == 2 + 4 + 4
@@ -114,10 +116,14 @@ def test_a_row_whose_every_round_counts_is_marked_but_not_run_again(measured):
 
 def test_the_widest_ratio_counts_and_where_nothing_is_compared_the_seconds():
     where = {"ratios": {"eager": 2.0, "PEFT": 4.0}, "ratio_quartiles": {"eager": [1.9, 2.1], "PEFT": [3.0, 5.0]}}
-    row = Row("a", "operator", "forward", seconds={"pyfused": 1.0}, quartiles={"pyfused": [0.0, 9.0]}, **where)
-    assert row.spread == pytest.approx(0.5)
+    row = Row("a", "operator", "forward", seconds={"pyfused": 1.0}, quartiles={"pyfused": [1.0, 9.0]}, **where)
+    assert row.spread == pytest.approx(math.log(5 / 3))
+    row.ratio_quartiles = {"PEFT": [1 / 5, 1 / 3]}
+    assert row.spread == pytest.approx(math.log(5 / 3)), "the same for the inverse"
     row.ratios, row.ratio_quartiles = {}, {}
-    assert row.spread == pytest.approx(9.0)
+    assert row.spread == pytest.approx(math.log(9))
+    row.quartiles = {"pyfused": [0.0, 9.0]}
+    assert row.spread == math.inf
     assert Row("a", "operator", "forward", seconds={"pyfused": 1.0}, ratios={"eager": 2.0}).spread == 0.0
 
 
@@ -149,8 +155,8 @@ def test_the_table_marks_noisy_rows_and_the_last_line_counts_them():
     assert "~" not in lines["steady"]
     assert "~16.4 ms ±0.3" in lines["wild"]
     summary = " ".join(printed.split())
-    assert f"1 of 2 rows are noisy (~): a ratio varies by more than {NOISY:.0%} of itself" in summary
-    assert summary.endswith("which training runs are not: wild, forward.")
+    assert "1 of 2 rows are noisy (~): between the quartiles of their rounds a ratio" in summary
+    assert summary.endswith(f"varies by more than {NOISY:.0%}: wild, forward.")
     assert "noisy" not in _printed([_row("steady")])
 
 
@@ -229,3 +235,29 @@ def test_a_record_of_before_loads_and_a_new_one_is_checked(tmp_path):
         file.path.write_text(json.dumps([old | {name: value}]))
         with pytest.raises(records.Unreadable, match=wanted):
             records.load(tmp_path)
+
+
+def test_settings_say_how_often_a_noisy_row_is_measured(measured):
+    clock = Clock((1.0, 1.0), WILD, WILD, STEADY)
+    row, _ = measured(clock, attempts=1)
+    assert (row.attempts, row.noisy, clock.rounds) == (1, True, 2 + 4)
+    row, _ = measured(Clock((1.0, 1.0), WILD, WILD, STEADY), attempts=3)
+    assert (row.attempts, row.noisy) == (3, False)
+
+
+def test_documents_and_the_page_mark_noisy_rows(tmp_path):
+    rows_ = [_row("lora_linear steady"), _row("lora_linear wild", noisy=True)]
+    record = tmp_path / "bench" / "results" / "cpu-1x-a" / "2026-01-01-000000"
+    provenance = {"device": "a", "threads": 1, "torch": "2", "date": "2026-01-01", "commit": "a", "dirty": False}
+    for row in rows_:
+        row.measured, row.provenance = "forward+backward", provenance
+        RowFile(record).append(row)
+    for made in document.GENERATED.values():
+        text = made([record / "rows.json"], tmp_path)
+        assert "1 of 2 rows are noisy (~)" in text
+        assert text.count("lora_linear wild, forward+backward.") == 1
+    assert "| wild | ~16.4 ms |" in document.tables([record / "rows.json"], tmp_path)
+    assert any("1 of 2 rows are noisy" in said for said in sentences.lead(records.load(record), []))
+    table = tables.of_rows("lora_linear", rows_)
+    assert table.groups[0] == ("", ["parity", "rounds", "spread"])
+    assert [cells[2].verdict for _, _, cells in table.lines] == ["", "worse"]

@@ -391,8 +391,9 @@ class TestDoctor:
 
 def test_home_is_not_told(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/ann")
-    given = "/home/ann/x, /home/anna/x, /home/ann"
-    assert installation.without_home(given) == "~/x, /home/anna/x, ~"
+    given = {"a": ["/home/ann/x, /home/anna/x, /home/ann", 1, None], "b": {"c": "/mnt/home/ann/x"}}
+    told = {"a": ["~/x, /home/anna/x, ~", 1, None], "b": {"c": "/mnt/home/ann/x"}}
+    assert installation.without_home(given) == told
 
 
 def test_a_report_of_a_fault_asks_for_doctor():

@@ -82,7 +82,8 @@ def test_steps_that_measure_are_told_their_time_and_their_record():
     for name in ("truth", "questions", "speed"):
         assert f"-m pyfused.bench.gpu.programs.{name} --record /record --seconds 90 --workers 6" in commands[name]
     for name, select in (("models", "test_models"), ("training", "test_training")):
-        assert f"bench --targets --device cuda --record /record -k {select} --commit abc --seconds 1" in commands[name]
+        options = f"--record /record -k {select} --commit abc --attempts 1 --seconds 1"
+        assert f"bench --targets --device cuda {options}" in commands[name]
     assert {name for name, command in commands.items() if "--commit abc" in command} == {
         "truth", "questions", "speed", "models", "training", "bytes",
     }  # fmt: skip

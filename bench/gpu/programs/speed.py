@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = max(1, 4 * len(operators.timed_cases(device)) + _OTHERS - measured)
     settings = Settings(
         device, seconds_per_row=min(_LONGEST, max(0.1, _ROUNDS * left / rows)), commit=arguments.commit,
-        record=arguments.record, targets=True,
+        record=arguments.record, attempts=1, targets=True,
     )  # fmt: skip
     status = run(settings, _SELECT)
     if status != SPOILED or arguments.restarts < 1:
