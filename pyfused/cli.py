@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every backend here with float64, at the benchmarks' shapes")
     check.set_defaults(function=_check)
     check.add_argument(
-        "what", nargs="?", choices=("gradient-ratio",),
+        "what", nargs="?", choices=("gradient-ratio",), metavar="gradient-ratio",
         help="instead: what cross-attention does to an adapter's gradient, on a small random AA-CLIP (needs open_clip)",
     )  # fmt: skip
 

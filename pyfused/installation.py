@@ -207,7 +207,7 @@ def _problems(found: Mapping[str, Any]) -> Iterator[str]:
     folder = Path(pyfused.__file__).parent
     for library, refusal in (("_C", backends.CUDA_REFUSAL), ("_cpu", backends.CPU_REFUSAL)):
         # One that was not built is no fault.
-        if refusal is not None and any(folder.glob(f"{library}.*")):
+        if refusal is not None and any(folder.glob(f"{library}.*so")):
             yield refusal
     for name in found["devices"]:
         reasons = {each: backends.refusal(each, torch.device(name), torch.float16) for each in ("cuda", "triton")}

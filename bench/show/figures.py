@@ -31,15 +31,22 @@ def summary(rows: Sequence[Row]) -> Picture | None:
         return None
     figure = Figure(figsize=(style.WIDTH, 1.3 + 0.42 * len(groups)), layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(names):
+    # Of two names for plain PyTorch a row has one.
+    called = list(dict.fromkeys(map(style.spoken, names)))
+    for place, title in enumerate(called):
+        same = [name for name in names if style.spoken(name) == title]
         found = [
-            (row.ratios[name], at) for at, group in enumerate(groups.values()) for row in group if name in row.ratios
+            (row.ratios[name], at)
+            for at, group in enumerate(groups.values())
+            for row in group
+            for name in same
+            if name in row.ratios
         ]
         x, y = zip(*found, strict=True)
         # Side by side, so that none hides another.
-        shifted = [at + (place - (len(names) - 1) / 2) * 0.6 / len(names) for at in y]
-        colour, marker = style.look(name)
-        axes.scatter(x, shifted, s=22, color=colour, marker=marker, label=f"against {name}", zorder=4)
+        shifted = [at + (place - (len(called) - 1) / 2) * 0.6 / len(called) for at in y]
+        colour, marker = style.look(same[0])
+        axes.scatter(x, shifted, s=22, color=colour, marker=marker, label=f"against {title}", zorder=4)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     style.ratio_axis(axes, [ratio for row in rows for name, ratio in row.ratios.items() if name in names])
@@ -210,4 +217,5 @@ def _lanes(parts: dict[str, _Rows]) -> tuple[Figure, list[Axes]]:
 
 def _where(row: Row) -> str:
     facts = row.provenance
-    return f"{facts.get('device')}, {facts.get('threads')} threads, torch {facts.get('torch')}, {facts.get('date')}"
+    day = str(facts.get("date"))[:10]
+    return f"{facts.get('device')}, {facts.get('threads')} threads, torch {facts.get('torch')}, {day}"

@@ -384,6 +384,7 @@ class TestDoctor:
         found = installation.examined()
         monkeypatch.setattr(pyfused, "__file__", str(tmp_path / "__init__.py"))
         monkeypatch.setattr(backends, "CPU_REFUSAL", "its compiled kernels (pyfused._cpu) do not load: no symbol")
+        (tmp_path / "_cpu.absent").touch()
         assert list(installation._problems(found)) == [], "one that was not built is no fault"
         (tmp_path / "_cpu.abi3.so").touch()
         assert list(installation._problems(found)) == [backends.CPU_REFUSAL]
