@@ -307,6 +307,7 @@ def _frozen(adapters: _Adapters) -> CheckRow:
 
 def _scales(adapters: _Adapters) -> Iterator[CheckRow]:
     scales: dict[str, float] = {}
+    frozen = set()
     for path, module in adapters.modules.items():
         gamma = module._parameters.get("gamma")
         # Adapted blocks name an adapter after the layer-scale it stands under: adapter_1 and layer_scale_1.
@@ -317,15 +318,18 @@ def _scales(adapters: _Adapters) -> Iterator[CheckRow]:
                 gamma = beside._parameters.get("gamma")
         if gamma is not None and gamma.numel():
             scales[path] = float(gamma.detach().abs().max())
+            if not gamma.requires_grad:
+                frozen.add(path)
     if not scales:
         return
     small = {path: scale for path, scale in scales.items() if scale < SMALL_SCALE}
     finding = f"{len(scales)} adapters, the smallest max |gamma| is {min(scales.values()):.1e}"
     if small:
+        train = ", or let it train" if frozen & small.keys() else ""
         finding = (
             f"{len(small)} of {len(scales)} adapters stand behind a gamma below {SMALL_SCALE:g} "
-            f"(the smallest {min(small.values()):.1e}) and change nothing that training sees: {_some(small)}; let "
-            "gamma train, or start it larger"
+            f"(the smallest {min(small.values()):.1e}) and change nothing that training sees: {_some(small)}; start "
+            f"gamma larger{train}"
         )
     yield CheckRow("layer-scale", "warn" if small else "pass", finding)
 

@@ -237,6 +237,9 @@ def test_layer_scale_too_small():
     report = check(model, torch.randn(2, 8))
     assert verdict(report, "layer-scale") == "warn"
     assert "1 of 1 adapters stand behind a gamma below 0.0001" in finding(report, "layer-scale")
+    assert finding(report, "layer-scale").endswith("start gamma larger")
+    model[0].gamma.requires_grad_(False)
+    assert finding(check(model, torch.randn(2, 8)), "layer-scale").endswith("start gamma larger, or let it train")
     nn.init.ones_(model[0].gamma)
     assert verdict(check(model, torch.randn(2, 8)), "layer-scale") == "pass"
 
