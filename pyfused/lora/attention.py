@@ -109,7 +109,7 @@ class LoRAProjections(LoRAModule):
         """Projections ``first`` to ``last`` of (q, k, v): (..., K) -> (..., (last - first) * E)."""
         weight, bias = projection(self, first, last)
         if self.qkv is None or self._base_weights or self._chosen == ():
-            self._refuse_merged_training()
+            self._begin_merged()
             return F.linear(x, weight, bias)
         if self._index is not None and x.dim() == 2:
             raise ValueError(
@@ -198,5 +198,5 @@ class LoRAMultiheadAttention(LoRAProjections, CalledAttention):
         base = self._is_base()
         if base:
             for part in self._parts():
-                part._refuse_merged_training()
+                part._begin_merged()
         return base

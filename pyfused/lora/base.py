@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfused.lora.pairs import DEFAULT, HoldsPairs, LoRASettings, check_lora_settings, reset
+from pyfused.ops.decision import LeftToTorch, notify
 from pyfused.ops.lora_linear import lora_linear
 from pyfused.surgery.added import added_parameters
 from pyfused.surgery.guards import bar_fast_paths
@@ -229,8 +230,12 @@ class LoRAModule(HoldsPairs):
         self._parameters.update(self._base_weights)
         self._base_weights.clear()
 
-    def _refuse_merged_training(self) -> None:
-        if not (self._base_weights and torch.is_grad_enabled()):
+    def _begin_merged(self) -> None:
+        """Where it is merged: says that no operator serves it, and refuses to train."""
+        if not self._base_weights:
+            return
+        notify(LeftToTorch(type(self).__name__, why="it is merged, and so a plain layer"))
+        if not torch.is_grad_enabled():
             return
         if any(base.requires_grad for base in self._base_weights.values()):
             raise RuntimeError(

@@ -93,7 +93,7 @@ class LoRAConv2d(LoRAModule, nn.Conv2d):
                 f"LoRAConv2d: input must have shape (B, C_in, H, W) or (C_in, H, W), got {tuple(input.shape)}"
             )
         if self._base_weights:
-            self._refuse_merged_training()
+            self._begin_merged()
             return super().forward(input)
         if self._chosen == ():
             return super().forward(input)

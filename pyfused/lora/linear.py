@@ -100,7 +100,7 @@ class LoRALinear(LoRAModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if self._base_weights:
-            self._refuse_merged_training()
+            self._begin_merged()
             return super().forward(input)
         if self._shared_input is not None:
             y = self._shared_input.output(self, input)

@@ -91,7 +91,7 @@ class _Conv1D(LoRAModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if self._base_weights:
-            self._refuse_merged_training()
+            self._begin_merged()
             return super().forward(x)
         return super().forward(x) if self._chosen == () else self._lora_linear(x, self.weight.t(), self.bias)
 
@@ -146,7 +146,7 @@ class _PackedAttention(LoRAProjections):
         """(B, L, C) -> (B, L, C); ``attn_mask`` (L, L) or (B * num_heads, L, L), bool with True = ignore, or added."""
         if self._is_base():
             for part in self._parts():
-                part._refuse_merged_training()
+                part._begin_merged()
             return super().forward(x, attn_mask)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self._project_packed(x))
         if attn_mask is not None:

@@ -405,3 +405,23 @@ def test_convolutions_that_stay_torchs_are_named(mixed):
         explanation = explain(model, images)
     assert [call.module for call in explanation.calls] == ["1"]
     assert [(part.module, part.what) for part in explanation.plain] == [("0", "LoRAConv2d"), ("2", "ConvLoRA")]
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "named"),
+    [
+        (nn.Linear(4, 4), [(3, 4)], ["LoRALinear"]),
+        (nn.Conv2d(4, 4, 1), [(2, 4, 5, 5)], ["LoRAConv2d"]),
+        (nn.Conv2d(4, 4, 3), [(2, 4, 5, 5)], ["LoRAConv2d"]),
+        (nn.MultiheadAttention(4, 2, batch_first=True), [(2, 3, 4)] * 3, ["LoRAMultiheadAttention", "LoRALinear"]),
+    ],
+    ids=["linear", "conv 1x1", "conv 3x3", "attention"],
+)
+def test_merged_modules_are_named(module, inputs, named):
+    model = nn.ModuleDict({"layer": module})
+    pyfused.inject_lora(model, ["layer"], rank=2)
+    model["layer"].merge()
+    explanation = explain(model["layer"], *(torch.randn(shape) for shape in inputs))
+    assert explanation.calls == []
+    assert [part.what for part in explanation.plain] == named
+    assert {part.why for part in explanation.plain} == {"it is merged, and so a plain layer"}
