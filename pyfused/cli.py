@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,11 @@ _BENCH_NEEDS = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "ric
 _REPORT_NEEDS = {"jinja2": "jinja2", "matplotlib": "matplotlib", "rich": "rich"}
 _TUNE_NEEDS = {"triton": "triton", "rich": "rich"}
 _COMPLETION_NEEDS = {"shtab": "shtab"}
+# Argument of `formats.convert` -> of the command.
+_CONVERT_ARGUMENTS = {
+    "source": "SRC", "target": "DST", "from_format": "--from", "to_format": "--to", "like": "--like",
+    "order": "--order",
+}  # fmt: skip
 _SHELLS = ("bash", "zsh", "fish", "tcsh")
 # Exit status -> what every command says by it; then what one command says by others.
 STATUSES = {0: "all is well", 2: "a wrong argument, a missing package or file, or an interruption"}
@@ -342,7 +348,9 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.order,
         )  # fmt: skip
     except (ImportError, TypeError, ValueError) as error:
-        print(f"pyfused {error}", file=sys.stderr)
+        # Its arguments as they are typed here.
+        told = re.sub(r"(?<=^convert: )\w+", lambda found: _CONVERT_ARGUMENTS.get(found[0], found[0]), str(error))
+        print(f"pyfused {told}", file=sys.stderr)
         return 2
     print(f"written: {arguments.target}", *(f"         {note}" for note in notes), sep="\n")
     return 0

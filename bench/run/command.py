@@ -30,6 +30,7 @@ class Watcher:
         titles: of the rows that are measured, by the id of their test.
         files: file -> its rows among them.
         unnamed: what is wrong with the selection.
+        uncollected: whether a file could not be collected, which is said.
     """
 
     def __init__(self, session: Session, select: Sequence[str], progress: Progress) -> None:
@@ -39,6 +40,7 @@ class Watcher:
         self.titles: dict[str, Title] = {}
         self.files: dict[str, list[Title]] = {}
         self.unnamed: selection.Unnamed | None = None
+        self.uncollected = False
         session.on_round = self._on_round
         session.on_row = self._on_row
 
@@ -62,6 +64,7 @@ class Watcher:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
+            self.uncollected = True
             self._say(f"cannot collect {report.nodeid}:\n{report.longreprtext}", "red")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -140,7 +143,8 @@ def run(settings: Settings, select: Sequence[str] = (), paths: Sequence[str] = (
             status = pytest.main([*arguments, str(Path(__file__).parent), *paths], [watcher, plugin])
     if session.unwritten is not None:
         raise session.unwritten
-    if watcher.unnamed is not None:
+    # What could not be collected may have the name.
+    if watcher.unnamed is not None and not watcher.uncollected:
         print(f"pyfused bench: {watcher.unnamed}", file=sys.stderr)
         return 2
     if listing:

@@ -132,3 +132,12 @@ def test_rows_of_models_are_named_by_their_batch():
     pytest.importorskip("PIL")
     images, labels = data.photographs(8)
     assert len(images) == len(labels) == data.PHOTOGRAPHS
+
+
+def test_of_a_file_that_cannot_be_collected_the_reason_is_said_and_no_other(tmp_path, capfd):
+    (tmp_path / "test_cut_short.py").write_text("def test_cut_short(compare:\n")
+    command = ["bench", "--device", "cpu", "--output", str(tmp_path / "out"), str(tmp_path), "-k", "cut_short"]
+    assert cli.main(command) == 2
+    printed = capfd.readouterr()
+    assert "SyntaxError: '(' was never closed" in printed.err
+    assert "must be part of a printed name" not in printed.err + printed.out

@@ -355,7 +355,9 @@ class TestConvert:
     def test_what_cannot_be_done_is_one_sentence(self, capsys, tmp_path):
         command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--from", "peft", "--to", "pyfused"]
         assert cli.main(command) == 2
-        assert re.fullmatch(r"pyfused convert: source must be there, got nothing at '.*a'\n", capsys.readouterr().err)
+        assert re.fullmatch(r"pyfused convert: SRC must be there, got nothing at '.*a'\n", capsys.readouterr().err)
+        assert cli.main([*command[:3], "--from", "peft", "--to", "adapterhub"]) == 2
+        assert capsys.readouterr().err == "pyfused convert: --like must be given for 'adapterhub', got None\n"
         with pytest.raises(SystemExit):
             cli.main([*command[:3], "--from", "onnx", "--to", "peft"])
         assert "invalid choice: 'onnx'" in capsys.readouterr().err
