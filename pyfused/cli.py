@@ -45,7 +45,7 @@ OWN_STATUSES = {
 # Command -> how long it takes.
 _TAKES = {
     "info": "seconds",
-    "doctor": "seconds; up to minutes on a GPU, where Triton compiles",
+    "doctor": "seconds; longer on a GPU, where Triton compiles",
     "check": "minutes; each line is printed when it is known",
     "bench": "an hour or so for all rows, minutes for a few",
     "tune": "at most --seconds; --show minutes for each case",
@@ -402,8 +402,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyfused.bench.run.session import Settings
 
     settings = Settings(
-        arguments.device, arguments.output, arguments.threads, arguments.seconds, arguments.commit, arguments.record,
-        arguments.attempts, arguments.targets,
+        device=arguments.device, output=arguments.output, threads=arguments.threads, seconds_per_row=arguments.seconds,
+        commit=arguments.commit, record=arguments.record, attempts=arguments.attempts, targets=arguments.targets,
     )  # fmt: skip
     return run(settings, arguments.select, arguments.paths, arguments.list)
 

@@ -80,8 +80,7 @@ def _row(
     dtype = _dtype(images.device)
 
     def losses(row: Row) -> None:
-        # After the first attempt, so that noise makes no step more to part in.
-        row.facts["steps"] = len(steps["pyfused"].losses) - row.rounds * (row.attempts - 1)
+        row.facts["steps"] = _before_repeats(len(steps["pyfused"].losses), row)
         row.loss = {name: step.losses[row.facts["steps"] - 1] for name, step in steps.items()}
 
     row = compare(
@@ -101,6 +100,11 @@ def _row(
     # Rounding differences grow from step to step; a wrong gradient shows at once.
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     assert row.loss["pyfused"] == pytest.approx(row.loss[baseline], rel=tolerance, abs=tolerance)
+
+
+def _before_repeats(steps: int, row: Row) -> int:
+    """Of the steps that were made those until the end of the first attempt: a noisy row has no more to part in."""
+    return steps - row.rounds * (row.attempts - 1)
 
 
 def test_clip_vit_b32_training_step(compare: Compare, bench_session: Session) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -141,3 +143,27 @@ def test_of_a_file_that_cannot_be_collected_the_reason_is_said_and_no_other(tmp_
     printed = capfd.readouterr()
     assert "SyntaxError: '(' was never closed" in printed.err
     assert "must be part of a printed name" not in printed.err + printed.out
+
+
+def test_the_commands_arguments_are_the_runs_settings(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(command, "run", lambda *arguments: ran.append(arguments) or 0)
+    given = [
+        "--device",
+        "cpu",
+        "--output",
+        "o",
+        "--threads",
+        "3",
+        "--seconds",
+        "0.5",
+        "--commit",
+        "abc",
+        "--record",
+        "r",
+    ]
+    assert (
+        cli.main(["bench", *given, "--attempts", "4", "--targets", "-k", "a", "-k", "b", str(tmp_path), "--list"]) == 0
+    )
+    settings = Settings(CPU, Path("o"), 3, 0.5, "abc", Path("r"), attempts=4, targets=True)
+    assert ran == [(settings, ["a", "b"], [str(tmp_path)], True)]

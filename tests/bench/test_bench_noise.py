@@ -17,7 +17,7 @@ from rich.console import Console
 from pyfused.bench.measure import timing
 from pyfused.bench.record import records, rows
 from pyfused.bench.record.rows import NOISY, Row, RowFile
-from pyfused.bench.run import command, plugin
+from pyfused.bench.run import command, plugin, test_models
 from pyfused.bench.run.session import Session, Settings
 from pyfused.bench.show import document, sentences, tables, terminal
 
@@ -261,3 +261,9 @@ def test_documents_and_the_page_mark_noisy_rows(tmp_path):
     table = tables.of_rows("lora_linear", rows_)
     assert table.groups[0] == ("", ["parity", "rounds", "spread"])
     assert [cells[2].verdict for _, _, cells in table.lines] == ["", "worse"]
+
+
+@pytest.mark.parametrize(("attempts", "steps"), [(1, 9), (2, 9), (3, 9)])
+def test_models_are_compared_at_the_end_of_the_first_attempt(attempts, steps):
+    row = _row(rounds=5, attempts=attempts)
+    assert test_models._before_repeats(4 + 5 * attempts, row) == steps

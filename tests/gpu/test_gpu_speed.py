@@ -39,6 +39,7 @@ def test_kernels_are_compiled_first_and_rows_get_what_is_left(tmp_path, monkeypa
     rows = 4 * len(operators.timed_cases(CUDA))
     # The rounds take a third of the 120 s that are left: the rest of a row costs more than they do.
     assert 0.2 * 120 < rows * settings.seconds_per_row < 0.4 * 120
+    assert settings.attempts == 1
 
 
 def test_another_process_goes_on_after_a_capture_that_failed(tmp_path, monkeypatch):
