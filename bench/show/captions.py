@@ -22,9 +22,12 @@ def of_ratios(title: str, rows: Sequence[Row]) -> str:
 
 
 def of_table(title: str, rows: Sequence[Row]) -> str:
+    spread = (
+        " Spread is the widest range between the quartiles of a ratio." if any(row.quartiles for row in rows) else ""
+    )
     return (
         f"Every number of {title}, {_rounds(rows)}. Times are medians. Parity is the largest error against float64 as "
-        "a share of its limit."
+        f"a share of its limit.{spread}"
     )
 
 
