@@ -218,9 +218,9 @@ class HoldsPairs(KeepsWide):
                 f"the {index.shape[0]} samples, got shape {tuple(x.shape)}"
             )
         widest = max(one.rank for one in settings)
-        as_wide = [widest - one.rank for one in settings]
-        stacked_a = torch.stack([F.pad(a, (0, 0, 0, more)) for (a, _), more in zip(pairs, as_wide, strict=True)])
-        stacked_b = torch.stack([F.pad(b, (0, more)) for (_, b), more in zip(pairs, as_wide, strict=True)], dim=1)
+        if any(one.rank < widest for one in settings):
+            pairs = [(F.pad(a, (0, 0, 0, widest - len(a))), F.pad(b, (0, widest - len(a)))) for a, b in pairs]
+        stacked_a, stacked_b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs], dim=1)
         return Acting(stacked_a, stacked_b, scaling, dropout, index.view(-1, *(1 for _ in x.shape[2:])))
 
     def _pair_widths(self) -> dict[str, tuple[int, int]]:
