@@ -51,16 +51,19 @@ class Step:
     Attributes:
         most: instructions of a warp; a rise is a change that somebody decides on.
         beside: what it may have beside asynchronous copies, "LDG" or "STS".
+        tma: its operands come by tensor descriptors alone, and so does the kernel's result go.
     """
 
     most: int
     beside: tuple[str, ...] = ()
+    tma: bool = False
 
 
 # Kernels whose products on 9.0 must not wait for each other, by what a launch has: their machine code is read always.
 # Images whose channels no asynchronous copy of 16 bytes reads are left out.
 _OVERLAPPING: dict[str, Callable[[dict[str, Any]], bool]] = {
     "_lora_gemm_kernel": lambda given: vectorised(given["x"].ptr, given["w"].ptr),
+    "_lora_tma_kernel": lambda given: True,
     "_lora_shrink_kernel": lambda given: vectorised(given["x"].ptr),
     "_lora_wgrad_kernel": lambda given: True,
     "_adapter_fwd_kernel": lambda given: _dense_rows(given["z"].ptr),
@@ -73,6 +76,7 @@ _STEP: dict[str, Callable[[dict[str, Any]], Step | None]] = {
     "_lora_gemm_kernel": lambda given: (
         Step(740, ("STS",)) if given["DROP_X"] else Step(215) if given["OWN_P"] else Step(170)
     ),
+    "_lora_tma_kernel": lambda given: Step(125 if given["OWN_P"] else 82, tma=True),
     # One product a step, of a rank above 128, has nothing to be made beside.
     "_lora_shrink_kernel": lambda given: (
         Step(90) if not given["DROP_X"] else Step(640, ("STS",)) if given["BLOCK_R"] <= 128 else None
@@ -173,6 +177,9 @@ def _lora_linear_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         ("size 1", (1, 1), 1, 1, 1, torch.bfloat16, 0.6, "one_launch"),
         ("over 2^31 elements", (1, 1 << 20), 4096, 4096, 16, torch.bfloat16, 0.0, "one_launch"),
         ("K no multiple of 16,", rows, 776, 768, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("K no multiple of 8,", rows, 772, 768, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("few rows,", (1, 100), 768, 768, 16, torch.bfloat16, 0.0, "one_launch"),
+        ("few rows,", (1, 100), 768, 768, 16, torch.bfloat16, 0.1, "shrink_expand"),
         ("56x56 images,", images, 64, 64, 16, torch.bfloat16, 0.0, "one_launch"),
         ("float32 weight,", rows, 1024, 512, 64, torch.bfloat16, 0.0, "one_launch"),
         ("4 adapters,", rows, 1024, 1024, 64, torch.bfloat16, 0.1, "one_launch"),
@@ -449,7 +456,8 @@ def compile_case(case: Case) -> Finding:
     sixteen_bit = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in case.launch.tensors)
     if "tt.dot" in compiled.asm["ttir"] and sixteen_bit and not instructions:
         faults.append("no tensor-core instruction")
-    if case.target.capability == (9, 0) and name == "_lora_gemm_kernel" and sixteen_bit and "HGMMA" not in instructions:
+    gemms = "_lora_gemm_kernel", "_lora_tma_kernel"
+    if case.target.capability == (9, 0) and name in gemms and sixteen_bit and "HGMMA" not in instructions:
         faults.append("the GEMM does not use wgmma")
     if overlapping:
         faults += filter(None, [serialised(sass)])
@@ -501,6 +509,12 @@ def step_faults(sass: str, asked: Step) -> list[str]:
         faults.append("the loop waits for its own products")
     found = [name for name in ("LDG", "STS") if name not in asked.beside and re.search(rf"\b{name}\b", text)]
     faults += [f"the loop has {name}" for name in found]
+    if asked.tma:
+        found = [name for name in ("LDGSTS", "MEMBAR") if re.search(rf"\b{name}\b", text)]
+        faults += [f"the loop has {name}" for name in found]
+        faults += ["the loop has no UTMALDG"] * ("UTMALDG" not in text) + ["nothing has UTMASTG"] * (
+            "UTMASTG" not in sass
+        )
     if len(step) > asked.most:
         faults.append(f"a step has {len(step)} instructions, {asked.most} allowed")
     return faults

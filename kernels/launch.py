@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
 import triton.language as tl
 
 from pyfused.kernels import recording
@@ -27,9 +29,26 @@ def launch(
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     if recording.watches.current is not None:
-        recording.watches.current.launch(kernel, grid, arguments, options)
+        start = functools.partial(recording.watches.current.launch, kernel, grid, arguments, options)
     else:
-        kernel[grid](**arguments, **options)
+        start = functools.partial(kernel[grid], **arguments, **options)
+    parts = (value.ptr if isinstance(value, Mat) else value for value in arguments.values())
+    with_scratch(next(part.device for part in parts if isinstance(part, torch.Tensor)), start)
+
+
+def with_scratch(device: torch.device, start: Callable[..., Any], *arguments: Any) -> None:
+    """Calls ``start``, a launch, with memory for what the kernel keeps for itself, such as tensor descriptors.
+
+    Triton asks an allocator for it, which belongs to the context of the caller: autograd's threads have none, and a
+    user may have one of his own, which stays.
+    """
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, functools.partial(_scratch, device))
+    context.run(start, *arguments)
+
+
+def _scratch(device: torch.device, size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device=device)
 
 
 @functools.cache

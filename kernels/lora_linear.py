@@ -29,7 +29,15 @@ from pyfused.kernels.launch import (
     target,
     vectorised,
 )
-from pyfused.kernels.lora_linear_config import EXPAND_BLOCK_R, gemm_config, shares_pass, shrink_config, wgrad_config
+from pyfused.kernels.lora_linear_config import (
+    EXPAND_BLOCK_R,
+    gemm_config,
+    rank_divisor,
+    shares_pass,
+    shrink_config,
+    wgrad_config,
+)
+from pyfused.kernels.lora_linear_tma import tma_fits, tma_gemm
 from pyfused.kernels.prepared import prepared
 from pyfused.kernels.program import per_signature
 from pyfused.kernels.recording import INTERPRETER
@@ -52,15 +60,6 @@ from pyfused.kernels.tiles import (
 # is padded to, and by that what divides it, as zeros in A and B see to.
 
 
-@triton.constexpr_function
-def _rank_divisor(width):
-    """What divides the rank of every launch, for loads by vectors; ``width`` is the rank, or the width of its blocks.
-
-    With 4 at rank 64 sums over rows spill on 10.0.
-    """
-    return 4 if width <= 16 else 8
-
-
 @triton.jit(do_not_specialize=["length", "rank", "width", "tiles_l", "tiles_m", "tiles_n", "threshold"])
 def _lora_gemm_kernel(
     x, w, a_ptr, b_ptr, bias, p_ptr, y, seed_ptr, index_ptr, length, n, k, rank, width, tiles_l, tiles_m, tiles_n,
@@ -74,7 +73,7 @@ def _lora_gemm_kernel(
     SAVE_P keeps ``saved_scaling`` P. DROP_X drops x on its way into P (forward); DROP_P masks the rank-r term itself
     (dx). TRANSPOSED: a lies in memory as (K, R) and b as (R, N), as they do for dx.
     """
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, rank_divisor(BLOCK_R))
     pid_m, pid_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -169,7 +168,7 @@ def _lora_shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """P[split] (M, R) = s drop(x) A^T over the split's ``steps`` blocks of K. TRANSPOSED: A lies as (K, R)."""
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, rank_divisor(BLOCK_R))
     pid_m, split = tl.program_id(0), tl.program_id(1)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -215,7 +214,7 @@ def _lora_wgrad_kernel(
 
     With a factor f (C, R) the same pass over t also gives q[column tile] (M, R) = s t f, a part of t's own product.
     """
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, rank_divisor(BLOCK_R))
     pid_c, split = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -264,7 +263,7 @@ def _lora_expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y += s mask (P A), A (R, N), in place: dx's term in plan blas, whose GEMM is the library's."""
-    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, _rank_divisor(BLOCK_R))
+    length, rank = known_multiple(length, LENGTH_MULTIPLE_OF), known_multiple(rank, rank_divisor(BLOCK_R))
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     batch, offs_l, rows, ok_l = tile_rows(pid_m, tiles_l, length, OFFSET, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -297,8 +296,25 @@ def _gemm(
     With ``save_p`` saved_scaling P goes to ``p``. a is (R, K) and b (N, R); ``transposed``, (K, R) and (R, N).
     ``mixed`` is `_mixed`'s.
     """
+    y = rows_like(x, weight.shape[0], channels_first)
+    given = x, weight, a, b, bias, p, y, seed, scaling, dropout_p
+    settings = {
+        "own_p": own_p, "save_p": save_p, "saved_scaling": saved_scaling, "drop_p": drop_p, "transposed": transposed,
+        "mixed": mixed if own_p else _UNMIXED,
+    }  # fmt: skip
+    if not drop_x and tma_fits(x, weight, y, a if own_p else None, p.shape[1]):
+        tma_gemm(*given, **settings)
+    else:
+        pointer_gemm(*given, drop_x=drop_x, **settings)
+    return y
+
+
+def pointer_gemm(
+    x, weight, a, b, bias, p, y, seed, scaling, dropout_p, *,
+    own_p, save_p, saved_scaling, drop_x, drop_p, transposed, mixed,
+) -> None:  # fmt: skip
+    """`_gemm` into y, of any strides."""
     (batch, length, k), n, rank = x.shape, weight.shape[0], p.shape[1]
-    y = rows_like(x, n, channels_first)
     config = configuration(
         _lora_gemm_kernel, gemm_config, x.device, batch, length, n, k, rank, x.dtype,
         vectorised=vectorised(x, weight), own_p=own_p, drop_x=drop_x, drop_p=drop_p,
@@ -307,7 +323,7 @@ def _gemm(
     launch(
         _lora_gemm_kernel, (batch * tiles_l * tiles_n,),
         x=mat(x), w=mat(weight), a_ptr=a, b_ptr=b, bias=mat(bias), p_ptr=p, y=mat(y),
-        **row_length(length, x, y), n=n, k=k, rank=rank, **(mixed if own_p else _UNMIXED),
+        **row_length(length, x, y), n=n, k=k, rank=rank, **mixed,
         tiles_l=tiles_l, tiles_m=batch * tiles_l, tiles_n=tiles_n,
         scaling=scaling, saved_scaling=saved_scaling, **dropout_arguments(seed, dropout_p),
         OWN_P=own_p, SAVE_P=save_p, DROP_X=drop_x, DROP_P=drop_p, TRANSPOSED=transposed,
@@ -316,7 +332,6 @@ def _gemm(
         BLOCK_R=block_width(rank) if own_p else min(block_width(rank), EXPAND_BLOCK_R), GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return y
 
 
 def _shrink(x, a, seed, dropout_p, scaling=1.0, transposed=False, mixed=_UNMIXED) -> torch.Tensor:
@@ -497,8 +512,8 @@ def _mixed(adapter_index: torch.Tensor | None, rank: int, adapters: int) -> dict
 
 
 def _padded_rank(rank: int) -> int:
-    """The rank of every launch, which `_rank_divisor` divides."""
-    return rank + -rank % _rank_divisor.fn(rank)  # its wrapper for device code takes 3 us
+    """The rank of every launch, which `rank_divisor` divides."""
+    return rank + -rank % rank_divisor.fn(rank)  # its wrapper for device code takes 3 us
 
 
 def _prepared(lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

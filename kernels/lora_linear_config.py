@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 from pyfused.kernels.launch import block_width
 from pyfused.kernels.recording import INTERPRETER, LaunchWork, Target, suits_best
@@ -41,6 +42,15 @@ class PassConfig:
 EXPAND_BLOCK_R = 32
 
 
+@triton.constexpr_function
+def rank_divisor(width):
+    """What divides the rank of every launch, for loads by vectors; ``width`` is the rank, or the width of its blocks.
+
+    With 4 at rank 64 sums over rows spill on 10.0.
+    """
+    return 4 if width <= 16 else 8
+
+
 _GEMM_TILES_WGMMA = (
     GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
     GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
@@ -58,6 +68,16 @@ _GEMM_TILES_MMA_SYNC = (
 )
 # Exact float32 has no matrix instruction at all.
 _GEMM_TILES_FLOAT32 = (GemmConfig(64, 64, 16, num_warps=4, num_stages=2),)
+# Major compute capability -> tiles of the kernel that has tensor descriptors, with the most stages that each may have.
+# On 12.0 Triton 3.6 spills in its loop.
+TMA_TILES = {
+    9: (
+        GemmConfig(128, 256, 64, num_warps=8, num_stages=3),
+        GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
+        GemmConfig(64, 128, 64, num_warps=4, num_stages=4),
+    ),
+    10: (GemmConfig(128, 128, 64, num_warps=8, num_stages=3),),
+}
 # Major compute capability -> tiles, and how many registers a thread may give to accumulators and the like. wgmma and
 # tcgen05 read operands from shared memory; mma.sync, everywhere else, passes them through registers too.
 _GEMM_TILES = {9: (_GEMM_TILES_WGMMA, 168), 10: (_GEMM_TILES_TCGEN05, 168)}
@@ -67,14 +87,15 @@ _GEMM_TILES = {9: (_GEMM_TILES_WGMMA, 168), 10: (_GEMM_TILES_TCGEN05, 168)}
 _PRODUCTS = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096}
 _FEWEST_PRODUCTS = 512
 # Bytes that the second-level cache gives a multiprocessor in a cycle: an H100's 5120 by its 132 multiprocessors, and
-# more by as much as the clock is lower in long products. Cycles of a tile beside its loop over K: a model, fitted to
-# public times of such GEMMs at K from 512 to 4096.
-_CACHE_BYTES, _BESIDE_LOOP = 44, 4000
+# more by as much as the clock is lower in long products. Cycles of a tile beside its loop over K, of loads by pointers
+# and by descriptors: a model, fitted to public times of such GEMMs at K from 512 to 4096.
+_CACHE_BYTES, _BESIDE_LOOP, _BESIDE_TMA = 44, 4000, 2300
 
 
 def tile_cost(
-    tiles: int, multiprocessors: int, k: int, block_m: int, block_n: int, narrow: int, operand_bytes: int, products: int
-) -> float:
+    tiles: int, multiprocessors: int, k: int, block_m: int, block_n: int, narrow: int, operand_bytes: int,
+    products: int, beside: int = _BESIDE_LOOP,
+) -> float:  # fmt: skip
     """What the busiest multiprocessor does, in multiply-adds; csrc/gemm_cost.h has the same for the CUDA C++ kernels.
 
     A step along K takes its products, or as long as its operands take from the second-level cache: small tiles starve.
@@ -85,9 +106,10 @@ def tile_cost(
         narrow: columns of P that a tile makes beside its own ``block_n``.
         operand_bytes: that a tile reads for each of k.
         products: multiply-adds of a multiprocessor in a cycle.
+        beside: cycles of a tile beside its loop.
     """
     step = max(float(block_m * (block_n + narrow)), products * operand_bytes / _CACHE_BYTES)
-    return -(-tiles // multiprocessors) * (k * step + products * _BESIDE_LOOP)
+    return -(-tiles // multiprocessors) * (k * step + products * beside)
 
 
 def gemm_config(
@@ -131,19 +153,50 @@ def gemm_config(
         return (accumulators + passing) // (32 * tile.num_warps) + drawing <= registers
 
     def cost(tile: GemmConfig, batch: int, length: int) -> float:
-        tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
-        operand_bytes = (tile.block_m + tile.block_n) * dtype.itemsize
-        whole = -(-k // tile.block_k) * tile.block_k
-        narrow = padded if own_p else 0
-        sides = tile.block_m, tile.block_n, narrow
-        products = _PRODUCTS.get(target.capability, _FEWEST_PRODUCTS)
-        return tile_cost(tiles, target.multiprocessors, whole, *sides, operand_bytes, products)
+        return _cost(tile, batch, length, n, k, padded if own_p else 0, dtype, target, _BESIDE_LOOP)
 
     if not vectorised:
         # Single elements of 2 bytes cannot be copied asynchronously: fewer stages lose nothing.
         tiles = tuple(replace(tile, num_warps=8, num_stages=2) for tile in tiles)
     fitting = [tile for tile in tiles if fits(tile)]
     return suits_best(fitting or tiles[-1:], cost, batch, length)
+
+
+def _cost(
+    tile: GemmConfig, batch: int, length: int, n: int, k: int, narrow: int, dtype: torch.dtype, target: Target,
+    beside: int,
+) -> float:  # fmt: skip
+    """`tile_cost` of y (B, L, N) in such tiles, a sum of K each; ``narrow``: columns of P beside each."""
+    tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
+    operand_bytes = (tile.block_m + tile.block_n) * dtype.itemsize
+    whole = -(-k // tile.block_k) * tile.block_k
+    products = _PRODUCTS.get(target.capability, _FEWEST_PRODUCTS)
+    sides = tile.block_m, tile.block_n, narrow
+    return tile_cost(tiles, target.multiprocessors, whole, *sides, operand_bytes, products, beside)
+
+
+def tma_config(
+    batch: int, length: int, n: int, k: int, rank: int, dtype: torch.dtype, target: Target, *, own_p: bool,
+    drop_p: bool,
+) -> GemmConfig:  # fmt: skip
+    """As `gemm_config`, of the kernel that has tensor descriptors: with as many stages as fit beside the tile of y."""
+    if target == INTERPRETER:
+        return GemmConfig(32, 32, 32, num_warps=4, num_stages=2)
+    padded = block_width(rank)
+    narrow = padded if own_p else 0
+
+    def staged(tile: GemmConfig) -> GemmConfig:
+        stage = (tile.block_m + tile.block_n + narrow) * tile.block_k
+        # Of y what is stored at once, and B where it is loaded ahead.
+        beside = tile.block_n * (tile.block_m // 4 if drop_p else tile.block_m + 16 * (padded <= 16))
+        room = (target.shared_memory - 2048) // dtype.itemsize - beside
+        return replace(tile, num_stages=min(tile.num_stages, room // stage))
+
+    def cost(tile: GemmConfig, batch: int, length: int) -> float:
+        return _cost(tile, batch, length, n, k, narrow, dtype, target, _BESIDE_TMA)
+
+    tiles = [tile for tile in map(staged, TMA_TILES[target.capability[0]]) if tile.num_stages >= 2]
+    return suits_best(tiles, cost, batch, length)
 
 
 def gemm_work(

@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 from pyfused.choice import measured
 from pyfused.kernels import recording
-from pyfused.kernels.launch import Mat
+from pyfused.kernels.launch import Mat, with_scratch
 
 # What a caching allocator aligns to, or less: kernels are compiled for pointers that 16 divides.
 _ALIGNMENT = 256
@@ -208,7 +208,7 @@ class _Watch(TorchDispatchMode):
             if isinstance(step, _Launch):
                 for pointer in step.pointers.values():
                     pointer.move(held, scratch)
-                step.settle()
+                step.settle(device)
         if held:
             # Of at least one byte: a pointer to no elements points somewhere too.
             steps.append(_Allocation(torch.empty(max(1, size), dtype=torch.uint8, device=device), scratch))
@@ -309,7 +309,7 @@ class _Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.arguments, self.pointers = arguments, pointers
 
-    def settle(self) -> None:
+    def settle(self, device: torch.device) -> None:
         """What every run repeats."""
         names = [parameter.name for parameter in self.kernel.params]
         self.template = [self.arguments.get(name) for name in names]
@@ -320,6 +320,8 @@ class _Launch:
         ]
         compiled = self.compiled
         self.start, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        if compiled.metadata.global_scratch_size:
+            self.start = functools.partial(with_scratch, device, compiled.run)
 
     def run(self, values: list[Any], stream: int) -> None:
         arguments = self.template.copy()
@@ -337,7 +339,7 @@ class _Launch:
 class _Interpreted(_Launch):
     """One by Triton's interpreter, which takes tensors."""
 
-    def settle(self) -> None:
+    def settle(self, device: torch.device) -> None:
         pass
 
     def run(self, values: list[Any], stream: int) -> None:

@@ -23,6 +23,7 @@ from pyfused.ops.lora_linear import triton_plan
 # Function of a configuration -> what a launch in it does at least.
 _WORK: dict[Callable[..., Any], Callable[..., LaunchWork]] = {
     lora_linear_config.gemm_config: lora_linear_config.gemm_work,
+    lora_linear_config.tma_config: lora_linear_config.gemm_work,
     lora_linear_config.shrink_config: lora_linear_config.shrink_work,
     lora_linear_config.wgrad_config: lora_linear_config.wgrad_work,
     bottleneck_config.rows_config: bottleneck_config.rows_work,

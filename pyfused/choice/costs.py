@@ -81,6 +81,9 @@ def _rate(there: Gpu, itemsize: int) -> float:
     return there.narrow if itemsize == 2 else there.wide
 
 
+# Major compute capabilities whose kernels load by tensor descriptors, the fewest rows, and the largest rank.
+_TMA, _TMA_ROWS, _TMA_RANK = (9, 10), 128, 64
+
 Tile = tuple[int, int]
 _SMALL_TILES = ((128, 128), (64, 128), (64, 64))
 _TILES = ((128, 256), *_SMALL_TILES)
@@ -159,32 +162,44 @@ def _lora_linear(
         Work(gemm + cast + x + mask + 2 * y, launches=2 + adapters, operations=2 + converts),
         Work(gemm + cast + sums + 2 * x + mask, launches=5 + drops + adapters, operations=2 + converts),
     )
-    kernel = "triton gemm" if itemsize == 2 else "triton gemm, float32"
-    # mma.sync has its operands in registers too, which leaves a thread fewer for a tile. So does a masked term in dx.
+    by_pointers = "triton gemm" if itemsize == 2 else "triton gemm, float32"
+    tma = _loads_by_descriptors(capability, itemsize, sizes)
+    kernel = "triton gemm, tma" if tma else by_pointers
+    # mma.sync has its operands in registers too, which leaves a thread fewer for a tile. So does a masked term in dx,
+    # unless it is made by parts.
     tiles = _TILES if capability[0] == 9 else _SMALL_TILES
-    dx_tiles = _SMALL_TILES if drops else tiles
+    dx_tiles = _SMALL_TILES if drops and not tma else tiles
     shrink_expand = (
         Work(cast + x + mask, forward.own(tiles), kernel, 3 + adapters, converts),
         Work(cast + sums + mask, backward.own(dx_tiles, best=tiles), kernel, 6 + adapters, converts),
     )
 
     def one_launch(
-        tiles: Sequence[Tile], dx_tiles: Sequence[Tile], best: Sequence[Tile], kernel: str, *launches: int
+        tiles: Sequence[Tile], dx_tiles: Sequence[Tile], best: Sequence[Tile], kernels: tuple[str, str], *launches: int
     ) -> Directions:
+        own = forward.own(tiles, rank, best), backward.own(dx_tiles, rank, best)
         return (
             # Every column of tiles draws the mask anew.
-            Work(cast, forward.own(tiles, rank, best) + mask * -(-n // tiles[0][1]), kernel, launches[0], converts),
-            Work(cast + x + y + 2 * mask, backward.own(dx_tiles, rank, best), kernel, launches[1], converts),
+            Work(cast, own[0] + mask * -(-n // tiles[0][1]), kernels[0], launches[0], converts),
+            Work(cast + x + y + 2 * mask, own[1], kernels[1], launches[1], converts),
         )
 
+    # A tile of x is dropped on its way to the product.
+    kernels = by_pointers if drops else kernel, kernel
     cuda_tiles = _TILES if rank <= 16 else _SMALL_TILES
     return eager, {
         ("portable", "blas"): portable,
         ("triton", "blas"): blas,
         ("triton", "shrink_expand"): shrink_expand,
-        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, kernel, 1 + adapters, 5 + adapters),
-        ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, "cuda gemm", 1, 3),
+        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, kernels, 1 + adapters, 5 + adapters),
+        ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, ("cuda gemm", "cuda gemm"), 1, 3),
     }
+
+
+def _loads_by_descriptors(capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float]) -> bool:
+    """Whether Triton's GEMM is the one that has tensor descriptors."""
+    fits = sizes["tma"] and sizes["M"] >= _TMA_ROWS and sizes["R"] <= _TMA_RANK
+    return bool(capability[0] in _TMA and itemsize == 2 and fits)
 
 
 def _adapter(

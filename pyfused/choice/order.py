@@ -53,11 +53,12 @@ def choose(
     Args:
         operator: whose kernels serve the call.
         device, dtype: of the tensors.
-        sizes: M, and all else that the choice depends on: N, K, R, dropout_p, weight_bytes, adapter_bytes of
+        sizes: M, and all else that the choice depends on: N, K, R, dropout_p, weight_bytes, adapter_bytes, tma of
             "lora_linear" and "mixed_lora_linear"; C, h, dropout_p, weight_bytes, cuda_rows of "adapter_residual"; C, J,
             dropout_p, norm_match, cuda_rows of "cross_attention_residual"; K, C, norm_match of "projection_residual".
             ``cuda_rows`` is `cuda_limits.cuda_rows`; ``weight_bytes`` and ``adapter_bytes`` are of one element of the
-            weight, or of a parameter that is trained, as the call has it: a wider one is converted.
+            weight, or of a parameter that is trained, as the call has it: a wider one is converted; ``tma`` is 1 where
+            x, the weight and y lie in rows as tensor descriptors ask.
         candidates: the backends that can serve the call, and their plans.
     """
     found, left = by_row(operator, device, dtype, sizes, candidates)

@@ -61,6 +61,8 @@ _BANDS: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
         (9, 0): (0.70, 0.92),
         _ANY: (0.60, 1.02),
     },
+    # 9.0: public figures of GEMMs of Triton that load by tensor descriptors and are persistent, at the same K.
+    "triton gemm, tma": {(9, 0): (0.85, 1.02), _ANY: (0.60, 1.02)},
     # Without a matrix instruction.
     "triton gemm, float32": {_ANY: (0.40, 0.85)},
     # mma.sync has at best 0.62 of wgmma's rate (the paper above), and less of tcgen05's; elsewhere it is what there is.

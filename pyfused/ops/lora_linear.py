@@ -44,12 +44,16 @@ def candidates(plan: str, rank: int) -> dict[str, tuple[str, ...]]:
     return PLANS | {"triton": tuple(name for name in PLANS["triton"] if name != "one_launch")}
 
 
-def sizes_of(rows: int, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> dict[str, float]:
-    """By which the backend and the plans are chosen, see `pyfused.choice.order.choose`."""
-    n, rank = lora_b.shape
+def sizes_of(
+    rows: int, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float, by_rows: bool
+) -> dict[str, float]:
+    """By which the backend and the plans are chosen, see `pyfused.choice.order.choose`; ``by_rows``: the channels of x
+    lie together."""
+    (n, rank), k = lora_b.shape, lora_a.shape[1]
     return {
-        "M": rows, "N": n, "K": lora_a.shape[1], "R": rank, "dropout_p": dropout_p,
+        "M": rows, "N": n, "K": k, "R": rank, "dropout_p": dropout_p,
         "weight_bytes": weight.itemsize, "adapter_bytes": max(lora_a.itemsize, lora_b.itemsize),
+        "tma": int(by_rows and k % 8 == 0 and n % 8 == 0),
     }  # fmt: skip
 
 
@@ -58,7 +62,8 @@ def triton_plan(raw: str, arguments: Mapping[str, Any], capability: tuple[int, i
     first, lora_a, weight = next(iter(arguments.values())), arguments["lora_a"], arguments["weight"]
     rows = first.shape[0] * first.shape[1]
     # Backward has no weight where x needs no gradient.
-    sizes = sizes_of(rows, first if weight is None else weight, lora_a, arguments["lora_b"], arguments["dropout_p"])
+    parameters = first if weight is None else weight, lora_a, arguments["lora_b"]
+    sizes = sizes_of(rows, *parameters, arguments["dropout_p"], not arguments["channels_first"])
     plans = {"triton": candidates("auto", lora_a.shape[0])["triton"]}
     chosen = order.by_times(_NAME, capability, first.dtype, sizes, plans)
     return chosen.backward if raw.endswith("_bwd") else chosen.forward
@@ -156,7 +161,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
     # Of a program that was traced for one direction, the other is planned where it runs.
-    sizes = sizes_of(x.shape[0] * x.shape[1], weight, lora_a, lora_b, dropout_p)
+    sizes = sizes_of(x.shape[0] * x.shape[1], weight, lora_a, lora_b, dropout_p, not channels_first)
     plans = {backend: candidates("auto", lora_a.shape[0])[backend]}
     backward = backends.planned(_MIXED if mixed else _NAME, x.device, x.dtype, sizes, plans).backward
     y = _LoRALinear.apply(
@@ -303,7 +308,9 @@ def _decide(
     if adapters:
         lora_a, lora_b = lora_a.flatten(0, 1), lora_b.flatten(1)
     rank = lora_a.shape[0]
-    sizes, plans = sizes_of(x.numel() // weight.shape[1], weight, lora_a, lora_b, dropout_p), candidates(plan, rank)
+    by_rows = channel_dim == -1 or layout.runs_by_rows(x)
+    sizes = sizes_of(x.numel() // weight.shape[1], weight, lora_a, lora_b, dropout_p, by_rows)
+    plans = candidates(plan, rank)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
     kernels = name
     if adapter_index is not None:

@@ -45,6 +45,7 @@ def rows(shared_memory: int) -> Iterator[Row]:
     for (m, k, n), (weight, adapters), p in itertools.product(LORA, ((2, 2), (2, 4), (4, 4)), (0.0, 0.1)):
         sizes = {
             "M": m, "N": n, "K": k, "R": 16, "dropout_p": p, "weight_bytes": weight, "adapter_bytes": adapters,
+            "tma": 1,
         }  # fmt: skip
         plans = dict(candidates("auto", 16))
         if weight == 4:

@@ -26,13 +26,14 @@ def _cell(name: str, capability: tuple[int, int], without: str = "") -> tuple[st
 
 
 def test_on_hopper_the_librarys_products_are_taken_where_a_gemm_by_pointers_loses():
-    taken = expected.table()
-    column = list(expected.GPUS).index((9, 0))
-    for name, cells in taken.items():
-        if not name.startswith("lora_linear"):
-            continue
-        if "4096" in name:
-            assert cells[column].endswith(" blas"), name
+    there = next(target for target in expected.GPUS if target == (9, 0))
+    seen = set()
+    for name, operator, sizes, plans in expected.rows(expected.GPUS[there]):
+        if operator == "lora_linear" and "4096" in name:
+            chosen = order.by_times(operator, there, torch.bfloat16, sizes | {"tma": 0}, plans)
+            assert chosen[1:] == ("blas", "blas"), name
+            seen.add(order.by_times(operator, there, torch.bfloat16, sizes, plans).forward)
+    assert seen == {"one_launch", "blas"}, "one that loads by descriptors wins some of them"
     for wide in ("", ", adapters float32", ", weight float32"):
         assert _cell(f"lora_linear 6304x768->3072{wide}", (9, 0)) == ("triton", ["one_launch", "blas"])
 
@@ -41,7 +42,7 @@ def test_on_hopper_without_triton_the_cuda_kernels_serve_small_lora_layers_alone
     for name, cells in expected.table("triton").items():
         if name.startswith("lora_linear") and "dropout" not in name:
             assert cells[list(expected.GPUS).index((9, 0))] == "portable blas", name
-    small = {"M": 64, "N": 512, "K": 512, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2}
+    small = {"M": 64, "N": 512, "K": 512, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
     both = {"cuda": ("one_launch",), "portable": ("blas",)}
     assert order.by_times("lora_linear", (9, 0), torch.bfloat16, small, both).backend == "cuda"
 
@@ -72,7 +73,7 @@ def test_nothing_is_taken_that_may_lose_to_eager(without):
     ],
 )
 def test_the_eager_lora_formula_by_hand(m, k, n, forward, backward):
-    sizes = {"M": m, "N": n, "K": k, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2}
+    sizes = {"M": m, "N": n, "K": k, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
     eager, plans = costs.works("lora_linear", (9, 0), 2, sizes)
     for work, expected_time in zip(eager, (forward, backward), strict=True):
         assert work.fixed == pytest.approx(expected_time, rel=0.04)
@@ -101,7 +102,7 @@ def test_the_eager_adapter_formula_by_hand(m, c, h, forward):
 
 
 def test_what_makes_a_call_slower_never_makes_its_time_less():
-    base = {"M": 6304, "N": 3072, "K": 768, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2}
+    base = {"M": 6304, "N": 3072, "K": 768, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
     plans = {"cuda": ("one_launch",), "portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas")}
     for more in ({"M": 8192}, {"N": 4096}, {"K": 1024}, {"R": 64}, {"dropout_p": 0.1}, {"weight_bytes": 4},
                  {"adapter_bytes": 4}):  # fmt: skip

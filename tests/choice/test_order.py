@@ -19,7 +19,7 @@ from pyfused.ops.decision import Decision
 from pyfused.ops.lora_linear import candidates
 
 GPU = torch.device("cuda", 0)
-LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 4}
+LORA = {"M": 6304, "N": 2304, "K": 768, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 4, "tma": 1}
 ADAPTER = {"M": 6304, "C": 768, "h": 64, "dropout_p": 0.0, "weight_bytes": 4, "cuda_rows": 64}
 ATTENTION = {"M": 21920, "C": 1024, "J": 32, "dropout_p": 0.0, "norm_match": False, "cuda_rows": 64}
 PROJECTION = {"M": 21920, "C": 1024, "K": 768, "norm_match": True}

@@ -100,7 +100,7 @@ _tiles = st.sampled_from((16, 32, 64))
 CALLS = {
     "lora_linear": st.fixed_dictionaries(
         {"M": _rows, "N": _size, "K": _size, "R": st.integers(1, 256), "dropout_p": _dropout, "weight_bytes": _bytes,
-         "adapter_bytes": _bytes}
+         "adapter_bytes": _bytes, "tma": st.sampled_from((0, 1))}
     ),
     "adapter_residual": st.fixed_dictionaries(
         {"M": _rows, "C": _size, "h": st.integers(1, 512), "dropout_p": _dropout, "weight_bytes": _bytes,
@@ -166,19 +166,22 @@ def test_rows_of_one_bucket_are_served_alike(call, rows):
     assert both[0] == both[1]
 
 
-LORA = {"M": 8192, "N": 4096, "K": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2}
+LORA = {"M": 8192, "N": 4096, "K": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
 
 
+@pytest.mark.parametrize(("kernel", "tma"), [("triton gemm", 0), ("triton gemm, tma", 1)])
 @pytest.mark.parametrize("direction", [1, 2])
-def test_the_plan_follows_the_band(monkeypatch, direction):
+def test_the_plan_follows_the_band(monkeypatch, direction, kernel, tma):
     """From a band at which the library is taken to one at which the fused kernel is, and not back."""
     taken = []
     for percent in range(20, 131, 5):
         band = {capability: (percent / 100, max(1.0, percent / 100)) for capability in ((9, 0), rates._ANY)}
-        monkeypatch.setitem(rates._BANDS, "triton gemm", band)
+        monkeypatch.setitem(rates._BANDS, kernel, band)
         order._decided.cache_clear()
         taken.append(
-            order.by_times("lora_linear", (9, 0), torch.bfloat16, LORA, lora_candidates("auto", 16))[direction]
+            order.by_times("lora_linear", (9, 0), torch.bfloat16, LORA | {"tma": tma}, lora_candidates("auto", 16))[
+                direction
+            ]
         )
     monkeypatch.undo()
     order._decided.cache_clear()

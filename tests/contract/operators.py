@@ -57,8 +57,8 @@ class Operator:
         return functools.partial(getattr(reference, self.name), **self.options)
 
 
-def _lora(*shape: int, **drawn):
-    return lambda dtype: lora_linear_cases.draw(shape, 7, 3, dtype, **drawn)
+def _lora(*shape: int, n: int = 7, rank: int = 3, **drawn):
+    return lambda dtype: lora_linear_cases.draw(shape, n, rank, dtype, **drawn)
 
 
 def _index(*values: int, ones: int = 0) -> Tensor:
@@ -88,6 +88,9 @@ OPERATORS = {
             "no bias, dropout": (_lora(2, 4, 6, bias=False), {"dropout_p": 0.3, "seed": 5}),
             "NCHW, dropout": (_lora(2, 6, 2, 2, channel_dim=1), {"dropout_p": 0.3, "seed": 5, "channel_dim": 1}),
             "float32 adapters": (_lora(2, 4, 6, adapters=torch.float32), {}),
+            # As many rows, each at a multiple of 16 bytes, as Triton loads by tensor descriptors.
+            "tma": (_lora(2, 64, 8, n=8, rank=8), {}),
+            "tma, dropout": (_lora(129, 8, n=8, rank=8), {"dropout_p": 0.3, "seed": 5}),
         },
         rows=lambda rows, dtype: _lora(rows, 6)(dtype),
         floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},
@@ -108,6 +111,7 @@ OPERATORS = {
                 _lora(2, 4, 6, adapters=torch.float32, mixed=2),
                 {"adapter_index": _index(0, 7, 1, -3)},
             ),
+            "tma": (_lora(3, 43, 8, n=8, rank=4, mixed=2), {"adapter_index": _index(1, -1, 0, ones=1)}),
         },
         rows=lambda rows, dtype: _lora(rows, 3, 6, mixed=2)(dtype),
         floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},

@@ -349,7 +349,7 @@ def test_times_are_explained_on_a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "CUDA_OPERATORS", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     sizes = {
-        "M": 8192, "K": 4096, "N": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 4,
+        "M": 8192, "K": 4096, "N": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 4, "tma": 1,
     }  # fmt: skip
     with FakeTensorMode():
         x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda")

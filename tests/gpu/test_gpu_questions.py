@@ -20,7 +20,7 @@ from pyfused.kernels import lora_linear
 from pyfused.kernels.recording import INTERPRETER
 
 CPU = torch.device("cpu")
-NAMES = ["pointer GEMM", "adapter dtypes", "plans", "wgrad order", "host time"]
+NAMES = ["GEMM", "adapter dtypes", "plans", "wgrad order", "host time"]
 
 
 @pytest.fixture
@@ -108,11 +108,12 @@ def test_the_swapped_kernel_gives_the_same_bits(tmp_path, interpreted):
 
 def test_what_is_timed_of_a_launcher_is_one_kernel(interpreted):
     """Alone and within the whole call it computes the same."""
-    for contest in contests.pointer_gemm(CPU, INTERPRETER):
+    for contest in contests.gemms(CPU, INTERPRETER):
         want = contest.expected()[0].float()
-        for tile in contests.TILES:
-            (y,) = contest.calls[tile]()
-            assert questions.difference(y, want) < 0.01, (contest.label, tile)
+        assert list(contest.calls) == ["torch.mm", *contests.TILES, "descriptors"]
+        for name in list(contest.calls)[1:]:
+            (y,) = contest.calls[name]()
+            assert questions.difference(y, want) < 0.01, (contest.label, name)
 
 
 def test_tiles_are_forced(interpreted, monkeypatch):
@@ -121,7 +122,7 @@ def test_tiles_are_forced(interpreted, monkeypatch):
     monkeypatch.setattr(
         contests.launch, "launch", lambda kernel, grid, **a: asked.append(a) or whole(kernel, grid, **a)
     )
-    contest = next(contests.pointer_gemm(CPU, INTERPRETER))
+    contest = next(contests.gemms(CPU, INTERPRETER))
     for tile, config in contests.TILES.items():
         contest.calls[tile]()
         assert (asked[-1]["BLOCK_M"], asked[-1]["BLOCK_N"]) == (config.block_m, config.block_n)

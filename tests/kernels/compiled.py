@@ -91,13 +91,13 @@ def _product(x_ptr, w_ptr, y_ptr, k):
     tl.store(y_ptr + rows[:, None] * 64 + columns[None, :], y)
 
 
-def _step_faults(weight: str, most: int = 200) -> list[str]:
+def _step_faults(weight: str, most: int = 200, tma: bool = False) -> list[str]:
     """What the audit says of the loop of a product with a weight of this type on 9.0."""
     signature = {"x_ptr": "*bf16", "w_ptr": f"*{weight}", "y_ptr": "*fp32", "k": "i32"}
     aligned = {(number,): [["tt.divisibility", 16]] for number in range(4)}
     source = ASTSource(_product, signature, {}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
-    return audit.step_faults(audit._cuobjdump("-sass", made.asm["cubin"]), audit.Step(most))
+    return audit.step_faults(audit._cuobjdump("-sass", made.asm["cubin"]), audit.Step(most, tma=tma))
 
 
 def _faults(
@@ -114,7 +114,8 @@ def _faults(
         block_m, block_n, 64, num_warps=num_warps, num_stages=num_stages
     )
     try:
-        cases = audit.cases((_target(*capability),), False, "shrink_expand 8192x4096->4096 r16 p0.0")
+        # Of a rank that the kernel with tensor descriptors leaves to this one.
+        cases = audit.cases((_target(*capability),), False, "shrink_expand 8192x4096->4096 r256 p0.0")
     finally:
         lora_linear.gemm_config = own
     case = next(c for c in cases if c.launch.kernel.__name__ == "_lora_gemm_kernel")
@@ -123,7 +124,11 @@ def _faults(
 
 if __name__ == "__main__":
     images = audit._adapter_residual_call((8, 3136, 64), 64, torch.bfloat16)
-    rank_4 = audit._lora_linear_call(1, 1576, 768, 768, 4, torch.bfloat16, 0.0, "shrink_expand", False)
+    # As many rows as the kernel with tensor descriptors takes, and fewer.
+    many, few = (
+        audit._lora_linear_call(1, rows, 768, 768, 4, torch.bfloat16, 0.0, "shrink_expand", False)
+        for rows in (1576, 100)
+    )
     relu = audit._adapter_residual_call((1, 64, 64), 16, torch.bfloat16, activation="relu")
     print(
         json.dumps(
@@ -134,9 +139,18 @@ if __name__ == "__main__":
                 "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
                 "barriers": _barriers(),
                 "timed": _faults(128, 128, 8, 1, (9, 0), ships=False),
-                "steps": [_step_faults("bf16"), _step_faults("fp32"), _step_faults("bf16", most=20)],
+                "steps": [
+                    _step_faults("bf16"),
+                    _step_faults("fp32"),
+                    _step_faults("bf16", most=20),
+                    _step_faults("bf16", tma=True),
+                ],
                 "one by one": [_waiting(q_first) for q_first in (True, False)],
-                "vectors": [_ptx(images, "_adapter_fwd_kernel"), _ptx(rank_4, "_lora_gemm_kernel")],
+                "vectors": [
+                    _ptx(images, "_adapter_fwd_kernel"),
+                    _ptx(few, "_lora_gemm_kernel"),
+                    _ptx(many, "_lora_tma_kernel"),
+                ],
                 "relu": _ptx(relu, "_adapter_fwd_kernel"),
             }
         )

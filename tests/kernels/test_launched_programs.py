@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import threading
 from typing import Any
 
@@ -117,15 +118,16 @@ def test_programs_start_what_implementations_start(gpu):
 
 def together() -> list[str]:
     _serve_cpu_tensors()
-    label, function, tensors = _steps()[0]
-    failed = []
+    wanted = "lora_linear one_launch ", "lora_linear one_launch tma"
+    steps = [step for step in _steps() if step[0] in wanted]
+    failed = [] if len(steps) == len(wanted) else [f"{len(steps)} steps"]
 
     def work():
         try:
-            for _ in range(20):
+            for (_, function, tensors), _ in itertools.product(steps, range(20)):
                 _step(function, tensors)
         except BaseException as error:
-            failed.append(f"{label}: {error!r}")
+            failed.append(repr(error))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -136,4 +138,5 @@ def together() -> list[str]:
 
 
 def test_threads_share_programs():
-    assert over_stub(together) == []
+    """Also one whose kernel needs memory for its descriptors, which Triton gives to no new thread."""
+    assert over_stub(together, gpu=90, compiling=True) == []

@@ -105,6 +105,16 @@ def compiled_calls(turn: int) -> list[Call]:
         settings["trained"] = next(calls()).settings["trained"]
         fitting = [call for call in calls() if settings.items() <= call.settings.items()]
         found.append(min(fitting, key=lambda call: call.small))
+    # Its sizes are such as tensor descriptors take in both directions.
+    narrow = of([dtypes for dtypes in DTYPES if dtypes[0] != F32])
+    described = {"plan": "one_launch", "layout": "rows", "dtypes": narrow, "p": of(DROPOUT)}
+    found.append(
+        next(
+            call
+            for call in lora_calls()
+            if described.items() <= call.settings.items() and not call.small and len(call.tensors["lora_a"]) >= 8
+        )
+    )
     return found
 
 

@@ -17,7 +17,7 @@ from pyfused.tuner.recorder import Count
 from pyfused.tuner.replay import Recorded
 
 GPU = torch.device("cuda", 0)
-SIZES = {"M": 64, "N": 48, "K": 32, "R": 4, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2}
+SIZES = {"M": 64, "N": 48, "K": 32, "R": 4, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
 ASKED = (("plan", "auto"), ("backend", "auto"))
 LORA = Decision(
     "lora_linear", "lora_linear", (), SIZES, torch.bfloat16, GPU, "triton", "blas", "one_launch", (), 0,

@@ -24,7 +24,7 @@ from pyfused.bench.cases.adapter_residual import AdapterCase
 from pyfused.bench.cases.case import Case, normal
 from pyfused.bench.cases.lora_linear import LoRACase
 from pyfused.bench.gpu.programs import ahead
-from pyfused.kernels import launch, lora_linear, recording
+from pyfused.kernels import launch, lora_linear, lora_linear_tma, recording
 from pyfused.kernels.lora_linear_config import GemmConfig
 from pyfused.kernels.recording import INTERPRETER, Target, record
 from pyfused.models.aa_clip_parts import AdapterBlend
@@ -38,7 +38,7 @@ TILES = {
 }
 RANK, SEED = 16, 20_240_607
 # Where kernels are interpreted: tails, and next to no time.
-_SMALL_LORA, _SMALL_ADAPTER = ((20, 24, 40),), (((2, 10, 24), 16),)
+_SMALL_LORA, _SMALL_ADAPTER = ((132, 24, 40),), (((2, 10, 24), 16),)
 _SWAPPED = "pyfused_wgrad_swapped"
 
 
@@ -97,8 +97,9 @@ def _alone(kernel: str, call: Call, target: Target, outputs: tuple[str, ...]) ->
     return run
 
 
-def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, None, None]:
-    """y = x W^T + s P B^T and dx = dy W + Q A, P and Q given, in each tile, and the product alone by the library."""
+def gemms(device: torch.device, target: Target) -> Generator[Contest, None, None]:
+    """y = x W^T + s P B^T and dx = dy W + Q A, P and Q given, by pointers in each tile and by tensor descriptors, and
+    the product alone by the library."""
     for (m, k, n), direction in itertools.product(_shapes(target), ("y", "dx")):
         draw = normal(device, 0)
         inner, outer = (k, n) if direction == "y" else (n, k)
@@ -108,18 +109,27 @@ def pointer_gemm(device: torch.device, target: Target) -> Generator[Contest, Non
         a, b = draw((RANK, inner), 1.0, BF16), draw((outer, RANK), RANK**-0.5, BF16)
         out = torch.empty((m, outer), dtype=BF16, device=device)
 
-        def gemm(tile: str, x=x, weight=weight, a=a, b=b, p=p) -> Call:
-            # Not a public call, which would make P as well.
-            make = functools.partial(
-                lora_linear._gemm, x[None], weight, a, b, None, p, None, 1.0, 0.0, False, own_p=False
-            )
+        # Not public calls, which would make P as well.
+        given = x[None], weight, a, b, None, p, torch.empty((1, m, outer), dtype=BF16, device=device), None, 1.0, 0.0
+        settings: dict[str, Any] = {
+            "own_p": False, "save_p": False, "saved_scaling": 1.0, "drop_p": False, "transposed": False,
+            "mixed": lora_linear._UNMIXED,
+        }  # fmt: skip
+
+        def by_pointers(tile: str, given=given, settings=settings) -> Call:
+            make = functools.partial(lora_linear.pointer_gemm, *given, drop_x=False, **settings)
             with record(target), recording.forced({}) as found:
                 make()
             with recording.forced({found[0]: TILES[tile]}):
                 return _alone("_lora_gemm_kernel", make, target, ("y",))
 
         calls: dict[str, Call] = {"torch.mm": functools.partial(torch.mm, x, weight.t(), out=out)}
-        calls |= {tile: gemm(tile) for tile in TILES}
+        calls |= {tile: by_pointers(tile) for tile in TILES}
+        with record(target):
+            fits = lora_linear_tma.tma_fits(x[None], weight, given[6], None, RANK)
+        if fits:
+            make = functools.partial(lora_linear_tma.tma_gemm, *given, **settings)
+            calls["descriptors"] = _alone("_lora_tma_kernel", make, target, ("y",))
         yield Contest(f"{m}x{inner}->{outer} {direction}", calls, _with_term(x, weight, b, p))
 
 
@@ -268,7 +278,7 @@ def _training(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
 def questions(folder: Path) -> tuple[Question, ...]:
     """The five, most decisive first; ``folder`` is `scratch`'s."""
     return (
-        Question("pointer GEMM", "the pointer GEMM's time over torch.mm's, by its tile", pointer_gemm),
+        Question("GEMM", "the time of our GEMM over torch.mm's, by pointers in each tile and by descriptors", gemms),
         Question("adapter dtypes", "the time with float32 parameters over that with 16-bit ones", adapter_dtypes),
         Question("plans", "lora_linear forward+backward, the time of plan blas over that of auto", plans),
         Question(

@@ -1,8 +1,8 @@
 """*Questions*: the five that decide what is built next, each answered by a line with the numbers behind it.
 
-How large a tile must be for the pointer GEMM to keep up with the library; what float32 parameters cost; whether plan
-"auto" beats plan "blas"; whether the order of two products matters to wgrad; what the host needs for a call. Contenders
-take turns, in CUDA graphs; what gives other numbers prints no time. questions.json grows answer by answer.
+Whether our GEMM keeps up with the library, by pointers or by tensor descriptors; what float32 parameters cost; whether
+plan "auto" beats plan "blas"; whether the order of two products matters to wgrad; what the host needs for a call.
+Contenders take turns, in CUDA graphs; what gives other numbers prints no time. questions.json grows answer by answer.
 """
 
 from __future__ import annotations

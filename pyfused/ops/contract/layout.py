@@ -15,7 +15,7 @@ def as_rows(channel_dim: int, *tensors: Tensor) -> tuple[list[Tensor], list[bool
     """
     if channel_dim == -1 and all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.reshape(1, -1, tensor.shape[-1]) for tensor in tensors], [False] * len(tensors)
-    channels_first = [channel_dim == 1 and not _runs_by_rows(tensor) for tensor in tensors]
+    channels_first = [channel_dim == 1 and not runs_by_rows(tensor) for tensor in tensors]
     rows = [tensor if channel_dim == -1 else tensor.movedim(1, -1) for tensor in tensors]
     if not any(channels_first):
         merged = [tensor for tensor in map(_merged, rows) if tensor is not None]
@@ -62,7 +62,7 @@ def rows_like(x: Tensor, width: int, channels_first: bool, dtype: torch.dtype | 
     return x.new_empty((batch, length, width), dtype=dtype)
 
 
-def _runs_by_rows(x: Tensor) -> bool:
+def runs_by_rows(x: Tensor) -> bool:
     """Whether the channels (B, C, ...) of a position lie together: channels_last, and images of one position."""
     if all(size == 1 for size in x.shape[2:]):
         return True
