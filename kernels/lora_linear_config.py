@@ -192,11 +192,15 @@ def tma_config(
         room = (target.shared_memory - 2048) // dtype.itemsize - beside
         return replace(tile, num_stages=min(tile.num_stages, room // stage))
 
+    def fits(tile: GemmConfig) -> bool:
+        # Accumulators of a thread, and what masking a quarter of the term takes.
+        registers = tile.block_m * (tile.block_n + narrow) // (32 * tile.num_warps) + (32 if drop_p else 0)
+        return tile.num_stages >= 2 and registers <= 176
+
     def cost(tile: GemmConfig, batch: int, length: int) -> float:
         return _cost(tile, batch, length, n, k, narrow, dtype, target, _BESIDE_TMA)
 
-    tiles = [tile for tile in map(staged, TMA_TILES[target.capability[0]]) if tile.num_stages >= 2]
-    return suits_best(tiles, cost, batch, length)
+    return suits_best(list(filter(fits, map(staged, TMA_TILES[target.capability[0]]))), cost, batch, length)
 
 
 def gemm_work(

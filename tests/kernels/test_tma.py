@@ -226,6 +226,12 @@ def test_wide_tiles_where_they_fill_the_gpu_and_small_ones_where_not():
     assert tile(200, 768, 768) == (64, 128)
 
 
+@pytest.mark.parametrize(("rank", "drop_p", "block_n"), [(32, True, 256), (64, False, 256), (64, True, 128)])
+def test_p_of_64_columns_and_a_masked_term_do_not_fit_beside_the_widest_sum(rank, drop_p, block_n):
+    found = tma_config(1, 8192, 4096, 4096, rank, torch.bfloat16, HOPPER, own_p=True, drop_p=drop_p)
+    assert (found.block_m, found.block_n) == (128, block_n)
+
+
 class _Memory:
     def __init__(self):
         self.asked = []
