@@ -55,6 +55,7 @@ check: $(STAMP)
 audit: $(STAMP)
 	$(BIN)/python csrc/audit.py
 	$(BIN)/python -m pyfused.kernels.audit $(ARGS)
+	$(BIN)/python -m pyfused.bench.predict
 
 # The C++ kernels for CPUs under the compiler's sanitizers.
 sanitize: $(STAMP)

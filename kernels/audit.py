@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, projection_residual
+from pyfused.kernels import adapter_residual, cross_attention_residual, lora_linear, occupancy, projection_residual
 from pyfused.kernels.launch import vectorised
 from pyfused.kernels.recording import SHARED_MEMORY, Launch, Target, record
 
@@ -463,6 +463,7 @@ def compile_case(case: Case) -> Finding:
         faults += filter(None, [serialised(sass)])
         asked = _STEP[name](case.launch.arguments)
         faults += [] if asked is None else step_faults(sass, asked)
+        faults += occupancy.faults(case.launch, case.target, registers, shared)
     found = ",".join(instructions)
     return Finding(case.label, name, case.target.capability, registers, stack, spills, shared, found, tuple(faults))
 
@@ -534,6 +535,14 @@ def _innermost_loops(sass: str) -> list[list[str]]:
         for first, last in spans
         if not any(first <= begin and end <= last for begin, end in spans if (begin, end) != (first, last))
     ]
+
+
+def machine_code(compiled: CompiledKernel) -> tuple[int, list[str], list[list[str]]]:
+    """(registers of a thread, the instructions, those of each innermost loop)."""
+    sass, usage = (_cuobjdump(flag, compiled.asm["cubin"]) for flag in ("-sass", "-res-usage"))
+    # Behind the last jump to itself there are only fillers.
+    lines = [text for _, text in _INSTRUCTION.findall(sass) if text != "NOP"]
+    return int(re.search(r"REG:(\d+)", usage)[1]), lines, _innermost_loops(sass)
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:

@@ -20,6 +20,24 @@ LORA_H200 = {
     (6304, 3072, 768): (1.15, 1.5, 1.9),
     (2740, 1024, 1024): (None, 1.8, 2.3),
 }
+# The same -> microseconds of the eager formula, forward and backward, by a model: with no launch, cold memory, and a
+# product at the rate that was measured. Then (M, C, h) of an adapter -> those of its forward.
+LORA_EAGER_MODEL = {
+    (8192, 4096, 4096): (457, 488),
+    (8192, 4096, 14336): (1561, 1514),
+    (6304, 768, 3072): (94, 85),
+    (6304, 3072, 768): (60, 92),
+    (2740, 1024, 1024): (16, 19),
+}
+ADAPTER_EAGER_MODEL = {
+    (6304, 768, 64): 21,
+    (6304, 768, 192): 22,
+    (21920, 1024, 256): 104,
+    (262144, 64, 32): 70,
+    (65536, 128, 64): 35,
+    (16384, 256, 128): 18,
+    (4096, 512, 256): 9,
+}
 # Shape (M, C, h) -> forward+backward at least this many times faster than eager, float32 on a CPU.
 ADAPTER_CPU = {(3152, 768, 64): 1.4, (2740, 1024, 256): 1.15}
 # Shape (M, C, h) -> (share of the floor that forward and backward reach at least, forward+backward at least this many

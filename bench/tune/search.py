@@ -30,7 +30,7 @@ _WORK: dict[Callable[..., Any], Callable[..., LaunchWork]] = {
     bottleneck_config.weights_config: bottleneck_config.weights_work,
 }
 # What the L2 cache gives a multiprocessor of any GPU from compute capability 8.0 on in one cycle, at most, in bytes.
-_L2_BYTES_PER_CYCLE = 64
+L2_BYTES_PER_CYCLE = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Peaks:
         """The least time of the busiest multiprocessor."""
         programs = -(-work.programs // target.multiprocessors)
         flops = work.flops * target.multiprocessors / self.flops
-        return programs * max(flops, work.nbytes / (_L2_BYTES_PER_CYCLE * self.clock))
+        return programs * max(flops, work.nbytes / (L2_BYTES_PER_CYCLE * self.clock))
 
 
 @dataclass(frozen=True)

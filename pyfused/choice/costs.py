@@ -50,7 +50,7 @@ LIBRARY = {("portable", "blas"), ("triton", "blas"), ("portable", ""), ("portabl
 # What the portable backend's mask moves for each element, in bytes, and its operations: Philox in 64-bit integers.
 _MASK_BYTES, _MASK_OPERATIONS = 1200, 350
 # An eager dropout reads and writes an element of 2 bytes and writes a byte of mask: in passes over such a tensor.
-_EAGER_DROPOUT = 2.5
+EAGER_DROPOUT = 2.5
 # Instructions of a warp for 64 rows, 64 channels and 64 of h in Triton's sums over rows; read from the machine code for
 # 9.0. A multiprocessor issues for 128 lanes.
 _ISSUED, _LANES = 753 / 64**3, 128
@@ -146,7 +146,7 @@ def _lora_linear(
     cast = converts * n * k * (sizes["weight_bytes"] + itemsize) / there.memory
     mask = drops * MASK * m * k / there.wide
     masking = drops * _MASK_BYTES * m * k / there.memory
-    dropped = _EAGER_DROPOUT * x * drops
+    dropped = EAGER_DROPOUT * x * drops
     eager = (
         Work(gemm + cast + x + 6 * y + dropped, operations=5 + drops + converts + 2 * adapters, call=0.0),
         Work(gemm + 4 * y + 5 * x + dropped, operations=7 + drops + 2 * adapters, call=0.0),
@@ -207,7 +207,7 @@ def _adapter(
 ) -> tuple[Directions, Plans]:
     m, channels, width, drops = sizes["M"], sizes["C"], sizes["h"], bool(sizes["dropout_p"])
     row, middle = m * channels * itemsize / there.memory, m * width * itemsize / there.memory
-    product, dropped = m * channels * width, _EAGER_DROPOUT * middle * drops
+    product, dropped = m * channels * width, EAGER_DROPOUT * middle * drops
     rate = _rate(there, itemsize)
     eager = (
         Work(max(9 * row + 4 * middle + dropped, 2 * product / rate), operations=7 + drops, call=0.0),
@@ -241,7 +241,7 @@ def _attention(
     m, channels, width, drops = sizes["M"], sizes["C"], sizes["J"], bool(sizes["dropout_p"])
     norms = int(sizes["norm_match"])
     row, middle = m * channels * itemsize / there.memory, m * width * itemsize / there.memory
-    product, dropped = m * channels * width, _EAGER_DROPOUT * middle * drops
+    product, dropped = m * channels * width, EAGER_DROPOUT * middle * drops
     rate = _rate(there, itemsize)
     eager = (
         Work(

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gpu": {"record"},
     "gpu.programs": {"gpu", "cases", "measure", "record", "show", "run"},
     "targets": {"cases", "record"},
+    "predict": {"cases", "gpu.programs", "targets", "tune"},
 }
 # The same, inside a function only: an installed package has no such room.
 MAY_IMPORT_LATE = {"show": {"targets"}}

@@ -136,7 +136,8 @@ if __name__ == "__main__":
                 "audited": [_audited((8, 6), (8, 9)), _audited((8, 9)), _audited((8, 0), (8, 6))],
                 "too large": _faults(128, 256, num_warps=4, num_stages=4),
                 "sound": _faults(64, 64, num_warps=8, num_stages=3),
-                "in step": [_faults(128, 128, 8, stages, (9, 0)) for stages in (1, 3)],
+                "in step": [_faults(128, 256, 8, stages, (9, 0)) for stages in (1, 3)],
+                "starved": _faults(128, 128, 8, 3, (9, 0)),
                 "barriers": _barriers(),
                 "timed": _faults(128, 128, 8, 1, (9, 0), ships=False),
                 "steps": [

@@ -199,6 +199,10 @@ def test_audit_finds_products_that_wait_for_each_other(compiled):
     assert compiled["timed"] == [], "what is to be timed is judged by the clock"
 
 
+def test_audit_finds_tiles_that_the_cache_cannot_feed(compiled):
+    assert compiled["starved"] == ["a tile asks the second-level cache for 64 bytes a cycle, 50 allowed"]
+
+
 def test_what_other_threads_read_waits_at_a_barrier(compiled):
     """The interpreter runs a program in one thread, and misses none."""
     assert compiled["barriers"] == {
