@@ -76,16 +76,12 @@ def left_out(launch: Launch, target: Target) -> str:
             return "tiles of 128x256 would leave multiprocessors idle, or columns empty"
         return ""
     narrow = max(size.get("BLOCK_R", 0), size.get("BLOCK_H", 0) * size.get("BLOCK_T", 1))
-    if narrow > 64:
+    if narrow > 128:
         return "tiles of weights fill shared memory: their bytes out of the cache set the time, not the rows'"
     if size.get("DROP") or size.get("sample_ptr") is not None:
         return "a mask, or the factors of samples, take the registers of a second block"
-    if "steps" in size and size["steps"] < launch.num_stages:
-        return "rows that are whole in fewer steps than stages"
     if narrow == 64 and "BLOCK_T" in size:
         return "64 columns of logits beside a tile of rows take 8 warps, and the registers of a second block"
-    if launch.num_warps == 8 and "t" in size:
-        return "loads of single elements pass through registers"
     return ""
 
 

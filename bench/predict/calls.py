@@ -163,10 +163,10 @@ def work_of(launch: Launch, cache: Cache) -> Work:
 
 
 def _steps(given: dict) -> int:
-    """Of each loop that has products; one loop over K or over the channels has as many steps as another."""
+    """Of each loop that has products, as all of a kernel have; 0 where the arguments do not tell."""
     if "steps" in given:
         return given["steps"]
-    for length, block in (("k", "BLOCK_K"), ("channels", "BLOCK_C")):
+    for length, block in (("k", "BLOCK_K"), ("channels", "BLOCK_C"), ("rank", "BLOCK_R")):
         if length in given and block in given:
             return triton.cdiv(given[length], given[block])
-    return 1
+    return 0

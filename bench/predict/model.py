@@ -91,7 +91,7 @@ class Work:
     Attributes:
         programs: of its grid.
         tiles: that they work on, one or several each.
-        steps: of each loop, for a tile.
+        steps: of each loop, for a tile; 0 where nobody knows.
         nbytes: that memory gives or takes.
         through_cache: bytes of all tensors, each once.
         by_descriptor: bytes of a step that come by descriptors, which the machine code does not tell.
@@ -113,7 +113,13 @@ class Time(NamedTuple):
 
 
 def launch_time(code: Code, work: Work, there: Chip) -> Time:
-    """Of one launch whose operands are where ``work`` says."""
+    """Of one launch whose operands are where ``work`` says.
+
+    Raises:
+        ValueError: the kernel has loops of which the work does not tell the steps, or what descriptors bring.
+    """
+    if any(not work.steps or (loop.copies == "tma" and not work.by_descriptor) for loop in code.loops):
+        raise ValueError(f"work must have steps, and bytes by descriptor where loops have them, got {work}")
     active = min(work.programs, there.rates.multiprocessors)
     rounds, last = divmod(-(-work.tiles // active), together := min(code.blocks, -(-work.programs // active)))
     spent: dict[str, float] = {}

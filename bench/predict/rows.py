@@ -144,8 +144,11 @@ def _direction(events: Iterable[calls.Event], codes: Codes, there: model.Chip) -
     for event in events:
         if isinstance(event, Launch):
             work = calls.work_of(event, cache)
-            time = model.launch_time(codes[id(event)], work, there)
-            found.append((event.kernel.__name__.strip("_"), *time))
+            name = event.kernel.__name__.strip("_")
+            try:
+                found.append((name, *model.launch_time(codes[id(event)], work, there)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         else:
             found.append((event.name, *_operation(event, cache, there)))
     spent: dict[str, float] = {}

@@ -139,6 +139,13 @@ def test_a_capability_that_the_model_does_not_know_is_named():
         model.chip((10, 0))
 
 
+@pytest.mark.parametrize(("copies", "steps"), [("async", 0), ("tma", 7)])
+def test_a_kernel_whose_work_is_not_known_is_no_guess(copies, steps):
+    code = dataclasses.replace(CODE, loops=(dataclasses.replace(LOOP, copies=copies),))
+    with pytest.raises(ValueError, match="work must have steps, and bytes by descriptor"):
+        launch_time(code, Work(10, 10, steps, 0, 0), ROUND)
+
+
 def test_the_cache_keeps_what_fits():
     cache = calls.Cache(1000)
     a, b = torch.empty(400, dtype=torch.uint8), torch.empty(700, dtype=torch.uint8)
