@@ -13,11 +13,11 @@ memory's share and that of attention are assumed. The library's product of 8192x
 on an H200. `calibration` has the public ratios; a test holds the model to `TOLERANCE` from each, and to this table:
 
     K      operands by      public                 model
-    512    pointers         0.76                   0.79
-    1024   pointers         0.86                   0.83
+    512    pointers         0.76                   0.78
+    1024   pointers         0.86                   0.82
     4096   pointers         0.81 to 0.90           0.87
     512    descriptors      0.92                   0.91
-    1024   descriptors      0.97                   0.94
+    1024   descriptors      0.97                   0.93
     4096   descriptors      0.95 to 0.98           0.96
 
 Sources: pull request 5726 of triton-lang/triton (512), pull request 1038 of facebookexperimental/triton (1024; its
@@ -210,11 +210,12 @@ class Public(NamedTuple):
 
 
 # How far the model may be from what was published.
-TOLERANCE = 0.05
-# The loops of 128x256x64 in 8 warps and 3 stages, as Triton 3.7.1 compiles them for 9.0.
+TOLERANCE = 0.04
+# Plain products of 128x256x64 in 8 warps and 3 stages, as Triton 3.7.1 compiles them for 9.0: a program for each tile,
+# and a persistent grid of programs.
 _GEMMS = {
-    "async": Code(8, 3, 1, (Loop(158, 2097152, 81920, 49152, "async", False),), 1216, 147456),
-    "tma": Code(8, 3, 1, (Loop(74, 2097152, 81920, 0, "tma", False),), 700, 65536),
+    "async": Code(8, 3, 1, (Loop(133, 2097152, 81920, 49152, "async", False),), 795, 163840),
+    "tma": Code(8, 3, 1, (Loop(81, 2097152, 81920, 0, "tma", False),), 753, 0),
 }
 
 

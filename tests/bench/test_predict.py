@@ -87,6 +87,9 @@ def test_blocks_of_a_multiprocessor_share_what_it_has_and_wait_together():
     code = dataclasses.replace(CODE, blocks=2, loops=(dataclasses.replace(LOOP, drains=True),))
     # Two blocks: 1800 cycles of products, no longer the 1200 of one that waits.
     assert launch_time(code, Work(20, 20, 1, 0, 0), ROUND).microseconds == pytest.approx(0.7 + 1.8 + LAUNCH)
+    # A third tile of each comes behind them, alone.
+    third = launch_time(code, Work(30, 30, 1, 0, 0), ROUND).microseconds
+    assert third == pytest.approx(0.7 + 1.8 + 0.65 + 1.2 + LAUNCH)
 
 
 def test_memory_and_passes():
@@ -187,6 +190,8 @@ def test_the_work_of_a_product_follows_from_its_launch():
     nbytes = 2 * (4096 * 4096 + 2 * 8192 * 4096) + 2 * (16 * (8192 + 4096 + 4096) + 4096)
     assert work.nbytes == work.through_cache == nbytes
     assert work.by_descriptor == 2 * (128 + 256) * 64
+    persistent = calls.work_of(dataclasses.replace(launch, grid=(132,)), calls.Cache(0))
+    assert persistent == dataclasses.replace(work, programs=132)
     # x and A, which the pass before has left in the cache, are not read again.
     warm = calls.Cache(1e9)
     shrunk = next(each for each in forward if isinstance(each, Launch))
