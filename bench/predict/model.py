@@ -121,7 +121,8 @@ def launch_time(code: Code, work: Work, there: Chip) -> Time:
     if any(not work.steps or (loop.copies == "tma" and not work.by_descriptor) for loop in code.loops):
         raise ValueError(f"work must have steps, and bytes by descriptor where loops have them, got {work}")
     active = min(work.programs, there.rates.multiprocessors)
-    rounds, last = divmod(-(-work.tiles // active), together := min(code.blocks, -(-work.programs // active)))
+    together = min(code.blocks, -(-work.programs // active))
+    rounds, last = divmod(-(-work.tiles // active), together)
     spent: dict[str, float] = {}
     for blocks, times in ((together, rounds), (last, 1)):
         for limit, cycles in _round(code, work, there, blocks).items() if blocks and times else ():
@@ -129,14 +130,13 @@ def launch_time(code: Code, work: Work, there: Chip) -> Time:
     # Memory and its cache serve whom they can, behind the first that has come.
     steps = work.steps * sum(map(functools.partial(_moved, work), code.loops))
     through = work.tiles * steps if code.loops else work.through_cache
-    first = LATENCY + LAUNCH
-    limits = {
-        max(spent, key=spent.__getitem__): sum(spent.values()) / there.clock + LAUNCH,
-        "second-level cache": through / there.rates.cache + first,
-        "memory": work.nbytes / there.memory + first,
-    }
-    limit = max(limits, key=limits.__getitem__)
-    return Time(limits[limit], limit)
+    found = [
+        Time(sum(spent.values()) / there.clock, max(spent, key=spent.__getitem__)),
+        Time(LATENCY + through / there.rates.cache, "second-level cache"),
+        Time(LATENCY + work.nbytes / there.memory, "memory"),
+    ]
+    longest = max(found)
+    return longest._replace(microseconds=longest.microseconds + LAUNCH)
 
 
 def _round(code: Code, work: Work, there: Chip, blocks: int) -> dict[str, float]:

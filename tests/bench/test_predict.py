@@ -83,6 +83,12 @@ def test_a_step_takes_what_it_asks_most_of(change, cycles, limit):
     assert time.limit == limit
 
 
+def test_one_multiprocessor_has_no_more_of_the_cache_than_its_port_gives():
+    code = dataclasses.replace(CODE, loops=(dataclasses.replace(LOOP, moved=80_000),))
+    time = launch_time(code, Work(1, 1, 10, 0, 0), ROUND)
+    assert time == (pytest.approx(0.650 + 12.5 + LAUNCH), "second-level cache")
+
+
 def test_blocks_of_a_multiprocessor_share_what_it_has_and_wait_together():
     code = dataclasses.replace(CODE, blocks=2, loops=(dataclasses.replace(LOOP, drains=True),))
     # Two blocks: 1800 cycles of products, no longer the 1200 of one that waits.
