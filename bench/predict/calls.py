@@ -24,6 +24,8 @@ from pyfused.kernels.recording import Launch, Target, record
 
 # What a kernel reads and writes in place: the second is bytes even where the first comes out of the cache.
 _IN_PLACE = {"_lora_expand_kernel": ("y",)}
+# Steps of a loop that brings no operands, beside one that does: the masked term comes by quarters of a tile's columns.
+_INNER = {"_lora_tma_kernel": 4}
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
@@ -159,7 +161,8 @@ def work_of(launch: Launch, cache: Cache) -> Work:
     size = {name: given.get(f"BLOCK_{name}", 0) for name in "MNKR"}
     operands = size["M"] + size["N"] + (size["R"] if given.get("OWN_P") else 0)
     through = sum(map(_size, tensors.values())) + sum(map(_size, in_place))
-    return Work(programs, tiles, _steps(given), moved, through, 2 * operands * size["K"])
+    inner = _INNER.get(launch.kernel.__name__, 0)
+    return Work(programs, tiles, _steps(given), moved, through, 2 * operands * size["K"], inner)
 
 
 def _steps(given: dict) -> int:

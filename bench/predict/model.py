@@ -27,7 +27,6 @@ the authors of LoRAFusion (EuroSys 2026) give for its two kernels.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,10 +90,11 @@ class Work:
     Attributes:
         programs: of its grid.
         tiles: that they work on, one or several each.
-        steps: of each loop, for a tile; 0 where nobody knows.
+        steps: of each loop that brings operands, for a tile; 0 where nobody knows.
         nbytes: that memory gives or takes.
         through_cache: bytes of all tensors, each once.
         by_descriptor: bytes of a step that come by descriptors, which the machine code does not tell.
+        inner: steps of a loop that brings nothing, beside one that does; 0 where nobody knows.
     """
 
     programs: int
@@ -103,6 +103,11 @@ class Work:
     nbytes: float
     through_cache: float
     by_descriptor: float = 0.0
+    inner: int = 0
+
+    def steps_of(self, loop: Loop, code: Code) -> int:
+        """Of one of the kernel's loops."""
+        return self.inner if not loop.copies and any(each.copies for each in code.loops) else self.steps
 
 
 class Time(NamedTuple):
@@ -118,7 +123,8 @@ def launch_time(code: Code, work: Work, there: Chip) -> Time:
     Raises:
         ValueError: the kernel has loops of which the work does not tell the steps, or what descriptors bring.
     """
-    if any(not work.steps or (loop.copies == "tma" and not work.by_descriptor) for loop in code.loops):
+    steps = [work.steps_of(loop, code) for loop in code.loops]
+    if not all(steps) or any(loop.copies == "tma" and not work.by_descriptor for loop in code.loops):
         raise ValueError(f"work must have steps, and bytes by descriptor where loops have them, got {work}")
     active = min(work.programs, there.rates.multiprocessors)
     together = min(code.blocks, -(-work.programs // active))
@@ -128,8 +134,8 @@ def launch_time(code: Code, work: Work, there: Chip) -> Time:
         for limit, cycles in _round(code, work, there, blocks).items() if blocks and times else ():
             spent[limit] = spent.get(limit, 0.0) + times * cycles
     # Memory and its cache serve whom they can, behind the first that has come.
-    steps = work.steps * sum(map(functools.partial(_moved, work), code.loops))
-    through = work.tiles * steps if code.loops else work.through_cache
+    of_tile = sum(times * _moved(work, loop) for times, loop in zip(steps, code.loops, strict=True))
+    through = work.tiles * of_tile if code.loops else work.through_cache
     found = [
         Time(sum(spent.values()) / there.clock, max(spent, key=spent.__getitem__)),
         Time(LATENCY + through / there.rates.cache, "second-level cache"),
@@ -145,7 +151,7 @@ def _round(code: Code, work: Work, there: Chip, blocks: int) -> dict[str, float]
     found = {"start and end": LATENCY * there.clock + blocks * outside}
     for loop in code.loops:
         limit, cycles = _step(loop, code, work, there, blocks)
-        found[limit] = found.get(limit, 0.0) + work.steps * cycles
+        found[limit] = found.get(limit, 0.0) + work.steps_of(loop, code) * cycles
     return found
 
 

@@ -117,12 +117,13 @@ def _chosen(case: Case, target: Target) -> tuple[str, str]:
     if not isinstance(case, LoRACase):
         return "auto", "auto"
     tensors = case.tensors(torch.device("meta"))
-    given = {name: tensors[name] for name in ("weight", "lora_a", "lora_b")} | {"dropout_p": case.dropout_p}
-    first, second = (
-        triton_plan(f"lora_linear_{name}", {"rows": tensors[rows][None]} | given, target.capability)
-        for name, rows in (("fwd", "x"), ("bwd", "dy"))
-    )
-    return first, second
+
+    def plan(raw: str, rows: str) -> str:
+        given = {name: tensors[name] for name in ("weight", "lora_a", "lora_b")}
+        arguments = {"rows": tensors[rows][None], **given, "dropout_p": case.dropout_p, "channels_first": False}
+        return triton_plan(raw, arguments, target.capability)
+
+    return plan("lora_linear_fwd", "x"), plan("lora_linear_bwd", "dy")
 
 
 def _eager(case: Case) -> tuple[float, ...] | None:

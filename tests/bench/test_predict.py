@@ -148,6 +148,18 @@ def test_a_capability_that_the_model_does_not_know_is_named():
         model.chip((10, 0))
 
 
+def test_a_loop_inside_the_end_of_a_tile_has_steps_of_its_own():
+    inner = dataclasses.replace(LOOP, copies="", only_copies=False)
+    code = dataclasses.replace(CODE, loops=(LOOP, inner))
+    with pytest.raises(ValueError, match="work must have steps"):
+        launch_time(code, Work(10, 10, 7, 0, 0), ROUND)
+    time = launch_time(code, Work(10, 10, 7, 0, 0, inner=2), ROUND)
+    assert time.microseconds == pytest.approx(0.650 + 9 * 0.900 + LAUNCH)
+    # One that is alone has the launch's.
+    alone = launch_time(dataclasses.replace(CODE, loops=(inner,)), Work(10, 10, 7, 0, 0), ROUND)
+    assert alone.microseconds == pytest.approx(0.650 + 7 * 0.900 + LAUNCH)
+
+
 @pytest.mark.parametrize(("copies", "steps"), [("async", 0), ("tma", 7)])
 def test_a_kernel_whose_work_is_not_known_is_no_guess(copies, steps):
     code = dataclasses.replace(CODE, loops=(dataclasses.replace(LOOP, copies=copies),))
@@ -189,15 +201,14 @@ def test_operations_of_torch_are_noted_and_views_are_not():
 def test_the_work_of_a_product_follows_from_its_launch():
     case = LoRACase(8192, 4096, 4096, dtype=torch.bfloat16)
     forward, backward = calls.directions(case, "shrink_expand", H200)
-    launch = next(each for each in forward if isinstance(each, Launch) and "gemm" in each.kernel.__name__)
+    launch = next(each for each in forward if isinstance(each, Launch) and "BLOCK_N" in each.arguments)
     work = calls.work_of(launch, calls.Cache(0))
-    assert (work.programs, work.tiles, work.steps) == (1024, 1024, 64)
+    # A persistent kernel: 64 by 16 tiles of 128x256.
+    assert (work.programs, work.tiles, work.steps) == (132, 1024, 64)
     # x, W, y; P, B, a bias, and A, which it is handed too.
     nbytes = 2 * (4096 * 4096 + 2 * 8192 * 4096) + 2 * (16 * (8192 + 4096 + 4096) + 4096)
     assert work.nbytes == work.through_cache == nbytes
     assert work.by_descriptor == 2 * (128 + 256) * 64
-    persistent = calls.work_of(dataclasses.replace(launch, grid=(132,)), calls.Cache(0))
-    assert persistent == dataclasses.replace(work, programs=132)
     # x and A, which the pass before has left in the cache, are not read again.
     warm = calls.Cache(1e9)
     shrunk = next(each for each in forward if isinstance(each, Launch))
@@ -313,7 +324,7 @@ def test_the_command_predicts_a_row_and_compares_it(tmp_path):
     saved = json.loads(file.read_text())
     plans = saved[f"{name} adapters float32"]["model"]["plans"]
     kernels = [launch[0] for launch in plans["shrink_expand"][0]["launches"]]
-    assert kernels == ["prepare_kernel", "lora_shrink_kernel", "sum_partials_kernel", "lora_gemm_kernel"]
+    assert kernels == ["prepare_kernel", "lora_shrink_kernel", "sum_partials_kernel", "lora_tma_kernel"]
     # More than the floor, and not ten times as much.
     floor = LoRACase(2740, 1024, 1024, dtype=torch.bfloat16).floor_seconds()["forward"] * 1e6
     assert floor < saved[f"{name} adapters float32"]["forward"] < 10 * floor
