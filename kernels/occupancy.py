@@ -70,7 +70,7 @@ def left_out(launch: Launch, target: Target) -> str:
     size = launch.arguments
     if _is_product(launch):
         area = size["tiles_m"] * size["tiles_n"] * size["BLOCK_M"] * size["BLOCK_N"]
-        if size.get("DROP_X") or size.get("DROP_P"):
+        if launch.kernel.__name__ == "_lora_gemm_kernel" and (size["DROP_X"] or size["DROP_P"]):
             return "drawing a mask, or a second accumulator, takes the registers of a wider tile"
         if size["n"] <= 128 or area < 128 * 256 * target.multiprocessors:
             return "tiles of 128x256 would leave multiprocessors idle, or columns empty"

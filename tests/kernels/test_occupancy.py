@@ -69,6 +69,15 @@ def test_what_fills_a_multiprocessor_has_no_fault(launch, registers, shared):
     [
         (_with(GEMM, BLOCK_N=128, tiles_n=32), 200, 131_072, "a tile asks the second-level cache for 64 bytes a cycle"),
         (_with(GEMM, BLOCK_M=64, BLOCK_N=128, tiles_m=128, tiles_n=32), 130, 84_000, "96 bytes a cycle"),
+        # The kernel with tensor descriptors has no second accumulator.
+        (
+            dataclasses.replace(
+                _with(GEMM, BLOCK_N=128, tiles_n=32, DROP_P=True), kernel=SimpleNamespace(__name__="_lora_tma_kernel")
+            ),
+            200,
+            131_072,
+            "64 bytes a cycle",
+        ),
         # With columns of P beside its own the same tile asks for less: it makes more of what it has read.
         (_with(GEMM, BLOCK_N=128, tiles_n=32, OWN_P=True, BLOCK_R=64), 200, 131_072, "53 bytes a cycle"),
         (ADAPTER, 200, 131_072, "1 blocks per multiprocessor, 2 expected"),
