@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from pyfused.bench.predict import rows
+from pyfused.bench.predict.model import CHIPS
 from pyfused.bench.predict.rows import Direction, Row
 from pyfused.kernels.audit import TARGETS
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, metavar="FILE", help="show the change from what --json wrote before")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at work at once")
     options = parser.parse_args(arguments)
-    by_name = {10 * t.capability[0] + t.capability[1]: t for t in TARGETS if t.capability != (10, 0)}
+    by_name = {10 * t.capability[0] + t.capability[1]: t for t in TARGETS if t.capability in CHIPS}
     if options.target not in by_name:
         parser.error(f"--target must be one of {sorted(by_name)}, got {options.target}")
     before = None if options.against is None else _read(parser, options.against)

@@ -36,7 +36,7 @@ from pyfused.choice.rates import LAUNCH, Gpu, gpu
 
 # Cycles in a microsecond: of an H200 what makes its tensor cores' 2048 multiply-adds a cycle the rate that a long
 # product has, of the others the boost clock of the data sheet of the cards in `rates`. Bytes of the second-level cache.
-_CHIPS = {
+CHIPS = {
     (8, 0): (1410, 40e6), (8, 6): (1695, 6e6), (8, 9): (2520, 72e6), (9, 0): (1540, 50e6), (12, 0): (2407, 96e6),
 }  # fmt: skip
 # The library's products reach this share of what the tensor cores could do: `rates` has what it reaches.
@@ -77,9 +77,9 @@ def chip(capability: tuple[int, int]) -> Chip:
     Raises:
         ValueError: the model does not know it.
     """
-    if capability not in _CHIPS:
-        raise ValueError(f"capability must be one of {sorted(_CHIPS)}, got {capability}")
-    clock, cache = _CHIPS[capability]
+    if capability not in CHIPS:
+        raise ValueError(f"capability must be one of {sorted(CHIPS)}, got {capability}")
+    clock, cache = CHIPS[capability]
     return Chip(gpu(capability), clock, _KEPT * cache)
 
 
