@@ -84,7 +84,7 @@ _GEMM_TILES = {9: (_GEMM_TILES_WGMMA, 168), 10: (_GEMM_TILES_TCGEN05, 168)}
 
 
 # Multiply-adds of a multiprocessor in a cycle, in 16 bits, by compute capability (data sheets); of all others the last.
-_PRODUCTS = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096}
+PRODUCTS = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096}
 _FEWEST_PRODUCTS = 512
 # Bytes that the second-level cache gives a multiprocessor in a cycle: an H100's 5120 by its 132 multiprocessors, and
 # more by as much as the clock is lower in long products. Cycles of a tile beside its loop over K, of loads by pointers
@@ -170,7 +170,7 @@ def _cost(
     tiles = batch * -(-length // tile.block_m) * -(-n // tile.block_n)
     operand_bytes = (tile.block_m + tile.block_n) * dtype.itemsize
     whole = -(-k // tile.block_k) * tile.block_k
-    products = _PRODUCTS.get(target.capability, _FEWEST_PRODUCTS)
+    products = PRODUCTS.get(target.capability, _FEWEST_PRODUCTS)
     sides = tile.block_m, tile.block_n, narrow
     return tile_cost(tiles, target.multiprocessors, whole, *sides, operand_bytes, products, beside)
 

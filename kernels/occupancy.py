@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
+from pyfused.kernels.lora_linear_config import PRODUCTS
 from pyfused.kernels.recording import Launch, Target
 
 # Bytes under way that hide the memory's latency, on each multiprocessor of 9.0: its rate times 0.8 us.
 FLIGHT = 32 * 1024
 # Bytes in a cycle: 128x256 in 16 bits takes 48, of which an H100's cache gives 44 where it serves all multiprocessors.
 CACHE = 50
-# Multiply-adds of a multiprocessor of 9.0 in a cycle, in 16 bits.
-_PRODUCTS = 2048
 # Of a multiprocessor: registers, which a warp takes 256 at a time, and blocks; warps by capability, of all others the
 # last. Bytes of shared memory that the system has in each block.
 _REGISTERS, _MOST_BLOCKS, _RESERVED = 65536, 32, 1024
@@ -52,7 +51,7 @@ def faults(launch: Launch, target: Target, registers: int, shared: int) -> list[
     if _is_product(launch):
         narrow = size["BLOCK_R"] if size.get("OWN_P") else 0
         columns = size["BLOCK_N"] + narrow
-        asked = 2 * (size["BLOCK_M"] + columns) * _PRODUCTS / (size["BLOCK_M"] * columns)
+        asked = 2 * (size["BLOCK_M"] + columns) * PRODUCTS[target.capability] / (size["BLOCK_M"] * columns)
         if asked > CACHE:
             found.append(f"a tile asks the second-level cache for {asked:.0f} bytes a cycle, {CACHE} allowed")
         return found
