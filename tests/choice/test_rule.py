@@ -169,7 +169,7 @@ def test_rows_of_one_bucket_are_served_alike(call, rows):
 LORA = {"M": 8192, "N": 4096, "K": 4096, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
 
 
-@pytest.mark.parametrize(("kernel", "tma"), [("triton gemm", 0), ("triton gemm, tma", 1)])
+@pytest.mark.parametrize(("kernel", "tma"), [("triton gemm", 0), ("triton gemm, tma", 1)], ids=["pointers", "tma"])
 @pytest.mark.parametrize("direction", [1, 2])
 def test_the_plan_follows_the_band(monkeypatch, direction, kernel, tma):
     """From a band at which the library is taken to one at which the fused kernel is, and not back."""

@@ -89,8 +89,7 @@ OPERATORS = {
             "NCHW, dropout": (_lora(2, 6, 2, 2, channel_dim=1), {"dropout_p": 0.3, "seed": 5, "channel_dim": 1}),
             "float32 adapters": (_lora(2, 4, 6, adapters=torch.float32), {}),
             # As many rows, each at a multiple of 16 bytes, as Triton loads by tensor descriptors.
-            "tma": (_lora(2, 64, 8, n=8, rank=8), {}),
-            "tma, dropout": (_lora(129, 8, n=8, rank=8), {"dropout_p": 0.3, "seed": 5}),
+            "tma, dropout": (_lora(2, 65, 8, n=8, rank=8), {"dropout_p": 0.3, "seed": 5}),
         },
         rows=lambda rows, dtype: _lora(rows, 6)(dtype),
         floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},
@@ -111,7 +110,6 @@ OPERATORS = {
                 _lora(2, 4, 6, adapters=torch.float32, mixed=2),
                 {"adapter_index": _index(0, 7, 1, -3)},
             ),
-            "tma": (_lora(3, 43, 8, n=8, rank=4, mixed=2), {"adapter_index": _index(1, -1, 0, ones=1)}),
         },
         rows=lambda rows, dtype: _lora(rows, 3, 6, mixed=2)(dtype),
         floats={"scaling": (0.5, 2.0), "dropout_p": (0.1, 0.4)},

@@ -118,7 +118,7 @@ def test_programs_start_what_implementations_start(gpu):
 
 def together() -> list[str]:
     _serve_cpu_tensors()
-    wanted = "lora_linear one_launch ", "lora_linear one_launch tma"
+    wanted = "lora_linear one_launch ", "lora_linear one_launch tma, dropout"
     steps = [step for step in _steps() if step[0] in wanted]
     failed = [] if len(steps) == len(wanted) else [f"{len(steps)} steps"]
 
