@@ -3,7 +3,8 @@
 ``python -m pyfused.kernels.audit`` records the launches of representative calls on meta tensors, compiles each
 distinct one for its target with Triton's own compiler, and reads what it made. It fails on a register spill, on shared
 memory over the target's limit, on a 16-bit matrix kernel without tensor-core instructions, and on 9.0 on products that
-wait for each other, or for operands that no asynchronous copy brings.
+wait for each other, or for operands that no asynchronous copy brings, on instructions narrower than their tiles, and on
+tiles that leave a multiprocessor or the second-level cache behind (`occupancy`).
 """
 
 from __future__ import annotations
@@ -102,6 +103,27 @@ _STEP: dict[str, Callable[[dict[str, Any]], Step | None]] = {
         else None
     ),
 }
+# Of the same kernels: rows and columns of the tile of each product. Of channels, of which there are enough, 64 columns.
+_PRODUCTS: dict[str, Callable[[dict[str, Any]], list[tuple[int, int]]]] = {
+    "_lora_gemm_kernel": lambda given: [
+        (given["BLOCK_M"], given["BLOCK_N"]),
+        (given["BLOCK_M"], given["BLOCK_R"]),
+    ],
+    "_lora_tma_kernel": lambda given: [
+        (given["BLOCK_M"], given["BLOCK_N"] // (4 if given["DROP_P"] else 1)),
+        (given["BLOCK_M"], given["BLOCK_R"]),
+    ],
+    "_lora_shrink_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_R"])],
+    "_lora_wgrad_kernel": lambda given: [(given["BLOCK_C"], given["BLOCK_R"]), (given["BLOCK_M"], given["BLOCK_R"])],
+    "_adapter_fwd_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_H"]), (given["BLOCK_M"], 64)],
+    "_adapter_bwd_rows_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_H"]), (given["BLOCK_M"], 64)],
+    "_adapter_bwd_weights_kernel": lambda given: [(given["BLOCK_C"], given["BLOCK_H"])],
+    "_cross_attention_fwd_kernel": lambda given: [
+        (given["BLOCK_M"], given["BLOCK_H"] * given["BLOCK_T"]),
+        (given["BLOCK_M"], 64),
+    ],
+}
+_WIDTH = re.compile(r"\bHGMMA\.64x(\d+)x")
 _PRODUCT_OR_WAIT = re.compile(r"\b(HGMMA)\b|\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?);", re.MULTILINE)
 _JUMP = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
@@ -460,7 +482,7 @@ def compile_case(case: Case) -> Finding:
     if case.target.capability == (9, 0) and name in gemms and sixteen_bit and "HGMMA" not in instructions:
         faults.append("the GEMM does not use wgmma")
     if overlapping:
-        faults += filter(None, [serialised(sass)])
+        faults += filter(None, [serialised(sass), narrow(sass, case.launch)])
         asked = _STEP[name](case.launch.arguments)
         faults += [] if asked is None else step_faults(sass, asked)
         faults += occupancy.faults(case.launch, case.target, registers, shared)
@@ -496,6 +518,19 @@ def serialised(sass: str) -> str:
     if longest >= 4:
         return f"{longest} products wait for each other, one by one"
     return ""
+
+
+def narrow(sass: str, launch: Launch) -> str:
+    """What is wrong where instructions of 9.0 have fewer columns than 64 and than the tiles of their products; else "".
+
+    A warpgroup, of 4 warps, multiplies 64 rows. Those for which no rows are left share the columns.
+    """
+    given = {64}
+    for rows, columns in _PRODUCTS[launch.kernel.__name__](launch.arguments):
+        given.add(min(64, columns) // max(1, 16 * launch.num_warps // rows))
+    found = [int(columns) for columns in _WIDTH.findall(sass)]
+    cut = [columns for columns in found if columns < 64 and columns not in given]
+    return f"{len(cut)} of {len(found)} products have {min(cut)} columns, {min(given)} or more expected" if cut else ""
 
 
 def step_faults(sass: str, asked: Step) -> list[str]:

@@ -71,6 +71,8 @@ def left_out(launch: Launch, target: Target) -> str:
         area = size["tiles_m"] * size["tiles_n"] * size["BLOCK_M"] * size["BLOCK_N"]
         if launch.kernel.__name__ == "_lora_gemm_kernel" and (size["DROP_X"] or size["DROP_P"]):
             return "drawing a mask, or a second accumulator, takes the registers of a wider tile"
+        if launch.kernel.__name__ == "_lora_tma_kernel" and size["DROP_P"] and size["OWN_P"] and size["BLOCK_R"] > 32:
+            return "drawing a mask beside P of 64 columns takes the registers of a wider tile"
         if size["n"] <= 128 or area < 128 * 256 * target.multiprocessors:
             return "tiles of 128x256 would leave multiprocessors idle, or columns empty"
         return ""

@@ -12,7 +12,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from pyfused.kernels import audit, lora_linear
+from pyfused.kernels import adapter_residual, audit, lora_linear
+from pyfused.kernels.bottleneck_config import RowsConfig
 from pyfused.kernels.lora_linear_config import GemmConfig
 from pyfused.kernels.recording import record
 
@@ -122,6 +123,20 @@ def _faults(
     return audit.compile_case(dataclasses.replace(case, ships=ships)).faults
 
 
+def _narrow(block_c: int) -> str:
+    """What the audit says of the widths of an adapter's products on 9.0, h = 256, with so many channels a step."""
+    gpu, own = _target(9, 0), adapter_residual.rows_config
+    adapter_residual.rows_config = lambda *_, **__: RowsConfig(64, block_c, num_warps=8, num_stages=2)
+    try:
+        with record(gpu) as launches:
+            audit._adapter_residual_call((1, 6304, 768), 256, torch.bfloat16)()
+    finally:
+        adapter_residual.rows_config = own
+    launch = next(launch for launch in launches if launch.kernel.__name__ == "_adapter_fwd_kernel")
+    made = audit.specialisation(launch, gpu).compile()
+    return audit.narrow(audit._cuobjdump("-sass", made.asm["cubin"]), launch)
+
+
 if __name__ == "__main__":
     images = audit._adapter_residual_call((8, 3136, 64), 64, torch.bfloat16)
     # As many rows as the kernel with tensor descriptors takes, and fewer.
@@ -146,6 +161,7 @@ if __name__ == "__main__":
                     _step_faults("bf16", most=20),
                     _step_faults("bf16", tma=True),
                 ],
+                "narrow": [_narrow(32), _narrow(64)],
                 "one by one": [_waiting(q_first) for q_first in (True, False)],
                 "vectors": [
                     _ptx(images, "_adapter_fwd_kernel"),

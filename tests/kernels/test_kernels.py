@@ -228,6 +228,13 @@ def test_audit_finds_steps_that_wait_for_their_operands(compiled):
     ]  # fmt: skip
 
 
+def test_audit_finds_instructions_narrower_than_their_tiles(compiled):
+    """Two warpgroups share the columns: of 64 channels each has 32, of 32 channels 16."""
+    cut, whole = compiled["narrow"]
+    assert cut.endswith("products have 16 columns, 32 or more expected")
+    assert whole == ""
+
+
 def test_audit_takes_one_of_two_targets_whose_code_is_alike(compiled):
     both, alone, unlike = compiled["audited"]
     assert both == [[8, 6]] * len(alone)
