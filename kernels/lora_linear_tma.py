@@ -33,6 +33,8 @@ from pyfused.kernels.tiles import keep_own, load_vector, load_weight, store_tile
 MAX_RANK = 64
 # Fewer rows are few tiles, behind each of which a program makes descriptors first.
 MIN_ROWS = 128
+# In a row or a column: within what 32 bits hold, and a tile less.
+_MOST_ELEMENTS = 2**31 - 2**8
 
 
 @triton.jit
@@ -171,7 +173,8 @@ def _by_rows(weight: torch.Tensor) -> bool:
 def _described(matrix: torch.Tensor) -> bool:
     """Whether a descriptor takes it: whole rows, each at a multiple of 16 bytes."""
     apart, beside = matrix.stride()
-    if beside != 1 or matrix.data_ptr() % 16 or max(matrix.shape) >= 2**31:
+    # The last tile may reach beyond the matrix, and its offsets have 32 bits.
+    if beside != 1 or matrix.data_ptr() % 16 or max(matrix.shape) > _MOST_ELEMENTS:
         return False
     return apart >= matrix.shape[1] and apart * matrix.itemsize % 16 == 0
 

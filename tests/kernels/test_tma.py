@@ -162,6 +162,15 @@ def _unfit():
 
 
 @interpreted
+@pytest.mark.parametrize(("rows", "fits"), [(2**31 - 2**8, True), (2**31 - 2**8 + 1, False)])
+def test_offsets_behind_the_last_row_have_32_bits(rows, fits):
+    x, y, weight = (
+        torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, rows, 8), (1, rows, 8), (8, 8))
+    )
+    assert lora_linear_tma.tma_fits(x, weight, y, None, 8) is fits
+
+
+@interpreted
 @pytest.mark.parametrize(("wrong", "given"), _unfit(), ids=lambda value: value if isinstance(value, str) else "")
 def test_what_descriptors_do_not_take_is_left_to_pointers(wrong, given):
     assert lora_linear_tma.tma_fits(*given) is not bool(wrong)
