@@ -2,7 +2,7 @@
 
 The tensor memory accelerator copies a tile that a descriptor names. Nobody forms an address or a mask, and x, W and y
 move while the tensor cores multiply. It takes what lies in memory as descriptors ask, see `tma_fits`; the rest is for
-the kernel of `lora_linear`, which makes the same numbers.
+the kernel of `lora_linear`, which computes the same.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _described(matrix: torch.Tensor) -> bool:
     """Whether a descriptor takes it: whole rows, each at a multiple of 16 bytes."""
     apart, beside = matrix.stride()
     # The last tile may reach beyond the matrix, and its offsets have 32 bits.
-    if beside != 1 or matrix.data_ptr() % 16 or max(matrix.shape) > _MOST_ELEMENTS:
+    if beside != 1 or matrix.data_ptr() % 16 or min(matrix.shape) == 1 or max(matrix.shape) > _MOST_ELEMENTS:
         return False
     return apart >= matrix.shape[1] and apart * matrix.itemsize % 16 == 0
 

@@ -1,7 +1,7 @@
 """How a launch fills a multiprocessor of 9.0, by its registers, shared memory and tiles: rules of the audit.
 
-- A block of 4 warps leaves room for a second one, and so does every block of the shrink pass, of which the
-  configuration starts two for each multiprocessor.
+- A block of 4 warps leaves room for a second one, unless one is all that a multiprocessor gets, and so does every block
+  of the shrink pass, of which the configuration starts two for each multiprocessor.
 - A kernel that memory's rate bounds has `FLIGHT` bytes of its rows under way, all blocks of a multiprocessor together.
 - A tile of a product asks the second-level cache for at most `CACHE` bytes in a cycle of the tensor cores.
 
@@ -42,7 +42,8 @@ def faults(launch: Launch, target: Target, registers: int, shared: int) -> list[
     """What is wrong with how a launch in 16 bits fills a multiprocessor of 9.0."""
     found = []
     blocks = blocks_per_multiprocessor(registers, shared, launch.num_warps, target)
-    twice = launch.num_warps == 4 or launch.kernel.__name__ == "_lora_shrink_kernel"
+    name = launch.kernel.__name__
+    twice = (launch.num_warps == 4 and name != "_lora_tma_kernel") or name == "_lora_shrink_kernel"
     if twice and blocks < 2:
         found.append(f"{blocks} blocks per multiprocessor, 2 expected")
     if left_out(launch, target):

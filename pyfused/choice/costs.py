@@ -81,12 +81,12 @@ def _rate(there: Gpu, itemsize: int) -> float:
     return there.narrow if itemsize == 2 else there.wide
 
 
-# Major compute capabilities whose kernels load by tensor descriptors, the fewest rows, and the largest rank.
-_TMA, _TMA_ROWS, _TMA_RANK = (9, 10), 128, 64
-
 Tile = tuple[int, int]
 _SMALL_TILES = ((128, 128), (64, 128), (64, 64))
 _TILES = ((128, 256), *_SMALL_TILES)
+# Major compute capability -> tiles of the GEMM that loads by tensor descriptors; its fewest rows and largest rank.
+_TMA_TILES = {9: ((128, 256), (128, 128), (64, 128)), 10: ((128, 128),)}
+_TMA_ROWS, _TMA_RANK = 128, 64
 
 
 class _Gemm(NamedTuple):
@@ -166,9 +166,14 @@ def _lora_linear(
     tma = _loads_by_descriptors(capability, itemsize, sizes)
     kernel = "triton gemm, tma" if tma else by_pointers
     # mma.sync has its operands in registers too, which leaves a thread fewer for a tile. So does a masked term in dx,
-    # unless it is made by parts.
-    tiles = _TILES if capability[0] == 9 else _SMALL_TILES
-    dx_tiles = _SMALL_TILES if drops and not tma else tiles
+    # unless it is made by parts and no wide P beside it.
+    tiles: tuple[Tile, ...] = _TILES if capability[0] == 9 else _SMALL_TILES
+    dx_tiles = _SMALL_TILES if drops else tiles
+    own_dx_tiles = dx_tiles
+    if tma:
+        tiles = dx_tiles = own_dx_tiles = _TMA_TILES[capability[0]]
+        if drops and rank > 32:
+            own_dx_tiles = tuple([tile for tile in tiles if tile[1] <= 128])
     shrink_expand = (
         Work(cast + x + mask, forward.own(tiles), kernel, 3 + adapters, converts),
         Work(cast + sums + mask, backward.own(dx_tiles, best=tiles), kernel, 6 + adapters, converts),
@@ -191,7 +196,7 @@ def _lora_linear(
         ("portable", "blas"): portable,
         ("triton", "blas"): blas,
         ("triton", "shrink_expand"): shrink_expand,
-        ("triton", "one_launch"): one_launch(tiles, dx_tiles, tiles, kernels, 1 + adapters, 5 + adapters),
+        ("triton", "one_launch"): one_launch(tiles, own_dx_tiles, tiles, kernels, 1 + adapters, 5 + adapters),
         ("cuda", "one_launch"): one_launch(cuda_tiles, cuda_tiles, _TILES, ("cuda gemm", "cuda gemm"), 1, 3),
     }
 
@@ -199,7 +204,7 @@ def _lora_linear(
 def _loads_by_descriptors(capability: tuple[int, int], itemsize: int, sizes: Mapping[str, float]) -> bool:
     """Whether Triton's GEMM is the one that has tensor descriptors."""
     fits = sizes["tma"] and sizes["M"] >= _TMA_ROWS and sizes["R"] <= _TMA_RANK
-    return bool(capability[0] in _TMA and itemsize == 2 and fits)
+    return bool(capability[0] in _TMA_TILES and itemsize == 2 and fits)
 
 
 def _adapter(

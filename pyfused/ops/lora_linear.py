@@ -53,7 +53,8 @@ def sizes_of(
     return {
         "M": rows, "N": n, "K": k, "R": rank, "dropout_p": dropout_p,
         "weight_bytes": weight.itemsize, "adapter_bytes": max(lora_a.itemsize, lora_b.itemsize),
-        "tma": int(by_rows and k % 8 == 0 and n % 8 == 0),
+        # Rows of A and of B, whose rank kernels pad to a multiple of 4, are loaded too where a tile makes P.
+        "tma": int(by_rows and k % 8 == 0 and n % 8 == 0 and (rank > 16 or (rank + 3) // 4 % 2 == 0)),
     }  # fmt: skip
 
 
@@ -308,7 +309,7 @@ def _decide(
     if adapters:
         lora_a, lora_b = lora_a.flatten(0, 1), lora_b.flatten(1)
     rank = lora_a.shape[0]
-    by_rows = channel_dim == -1 or layout.runs_by_rows(x)
+    by_rows = x.stride(-1) == 1 if channel_dim == -1 else layout.runs_by_rows(x)
     sizes = sizes_of(x.numel() // weight.shape[1], weight, lora_a, lora_b, dropout_p, by_rows)
     plans = candidates(plan, rank)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])

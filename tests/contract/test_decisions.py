@@ -79,7 +79,7 @@ def test_a_choice_knows_what_dtypes_parameters_have(adapters, base):
         pyfused.lora_linear(x, _drawn(48, 32, dtype=base), lora[0], lora[1].float())
     linear, narrow, wider, wider_b = (made.sizes for made in told)
     sizes = {"M": 6, "N": 48, "K": 32, "R": 4, "dropout_p": 0.25}
-    assert linear == sizes | {"weight_bytes": base.itemsize, "adapter_bytes": adapters.itemsize, "tma": 1}
+    assert linear == sizes | {"weight_bytes": base.itemsize, "adapter_bytes": adapters.itemsize, "tma": 0}
     assert narrow == {
         "M": 6, "C": 32, "h": 4, "dropout_p": 0.25, "weight_bytes": adapters.itemsize, "cuda_rows": narrow["cuda_rows"],
     }  # fmt: skip
@@ -94,11 +94,12 @@ def test_a_choice_knows_whether_rows_lie_as_descriptors_ask():
             (_drawn(6, 32), -1, 32, 48),
             (_drawn(6, 28), -1, 28, 48),
             (_drawn(6, 32), -1, 32, 44),
+            (_drawn(32, 6).t(), -1, 32, 48),
             (images, 1, 32, 48),
             (images.contiguous(memory_format=torch.channels_last), 1, 32, 48),
         ):
-            pyfused.lora_linear(x, _drawn(n, k), _drawn(4, k), _drawn(n, 4), channel_dim=channel_dim)
-    assert [made.sizes["tma"] for made in told] == [1, 0, 0, 0, 1]
+            pyfused.lora_linear(x, _drawn(n, k), _drawn(8, k), _drawn(n, 8), channel_dim=channel_dim)
+    assert [made.sizes["tma"] for made in told] == [1, 0, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("traced", [False, True])
