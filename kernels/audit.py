@@ -107,14 +107,17 @@ _STEP: dict[str, Callable[[dict[str, Any]], Step | None]] = {
 _PRODUCTS: dict[str, Callable[[dict[str, Any]], list[tuple[int, int]]]] = {
     "_lora_gemm_kernel": lambda given: [
         (given["BLOCK_M"], given["BLOCK_N"]),
-        (given["BLOCK_M"], given["BLOCK_R"]),
+        *[(given["BLOCK_M"], given["BLOCK_R"])] * given["OWN_P"],
     ],
     "_lora_tma_kernel": lambda given: [
         (given["BLOCK_M"], given["BLOCK_N"] // (4 if given["DROP_P"] else 1)),
-        (given["BLOCK_M"], given["BLOCK_R"]),
+        *[(given["BLOCK_M"], given["BLOCK_R"])] * given["OWN_P"],
     ],
     "_lora_shrink_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_R"])],
-    "_lora_wgrad_kernel": lambda given: [(given["BLOCK_C"], given["BLOCK_R"]), (given["BLOCK_M"], given["BLOCK_R"])],
+    "_lora_wgrad_kernel": lambda given: [
+        (given["BLOCK_C"], given["BLOCK_R"]),
+        *[(given["BLOCK_M"], given["BLOCK_R"])] * (given["f_ptr"] is not None),
+    ],
     "_adapter_fwd_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_H"]), (given["BLOCK_M"], 64)],
     "_adapter_bwd_rows_kernel": lambda given: [(given["BLOCK_M"], given["BLOCK_H"]), (given["BLOCK_M"], 64)],
     "_adapter_bwd_weights_kernel": lambda given: [(given["BLOCK_C"], given["BLOCK_H"])],
@@ -204,6 +207,7 @@ def _lora_linear_calls(full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         ("few rows,", (1, 100), 768, 768, 16, torch.bfloat16, 0.1, "shrink_expand"),
         ("56x56 images,", images, 64, 64, 16, torch.bfloat16, 0.0, "one_launch"),
         ("float32 weight,", rows, 1024, 512, 64, torch.bfloat16, 0.0, "one_launch"),
+        ("4 adapters of rank 4,", rows, 1024, 1024, 16, torch.bfloat16, 0.0, "one_launch"),
         ("4 adapters,", rows, 1024, 1024, 64, torch.bfloat16, 0.1, "one_launch"),
         ("4 adapters,", rows, 1024, 1024, 256, torch.bfloat16, 0.1, "shrink_expand"),
     ):

@@ -78,8 +78,6 @@ def _lora_tma_kernel(
     # What the end needs is loaded during the products; of more of the rank it does not fit beside their tiles.
     AHEAD: tl.constexpr = BLOCK_R <= 16
     steps = tl.cdiv(k, BLOCK_K)
-    # Of a loop that might never run the assembler serialises the products.
-    tl.assume(steps > 0)
     if DROP_P:
         seed = tl.load(seed_ptr)
 

@@ -7,6 +7,7 @@ import expected
 import pytest
 import torch
 
+from pyfused.bench.targets.numbers import ADAPTER_EAGER_MODEL, LORA_EAGER_MODEL
 from pyfused.choice import costs, order
 from pyfused.choice.rates import LAUNCH
 from pyfused.choice.rule import BOUND
@@ -62,20 +63,12 @@ def test_nothing_is_taken_that_may_lose_to_eager(without):
 
 
 # By hand: the products at 790 TFLOP/s and each tensor's bytes at 4.3 TB/s, as often as the formula reads and writes it.
-@pytest.mark.parametrize(
-    ("m", "k", "n", "forward", "backward"),
-    [
-        (8192, 4096, 4096, 457, 488),
-        (8192, 4096, 14336, 1561, 1514),
-        (6304, 768, 3072, 94, 85),
-        (6304, 3072, 768, 60, 92),
-        (2740, 1024, 1024, 16, 19),
-    ],
-)
-def test_the_eager_lora_formula_by_hand(m, k, n, forward, backward):
+@pytest.mark.parametrize(("shape", "by_hand"), LORA_EAGER_MODEL.items())
+def test_the_eager_lora_formula_by_hand(shape, by_hand):
+    m, k, n = shape
     sizes = {"M": m, "N": n, "K": k, "R": 16, "dropout_p": 0.0, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1}
     eager, plans = costs.works("lora_linear", (9, 0), 2, sizes)
-    for work, expected_time in zip(eager, (forward, backward), strict=True):
+    for work, expected_time in zip(eager, by_hand, strict=True):
         assert work.fixed == pytest.approx(expected_time, rel=0.04)
         assert work.on_gpu(1.0) == work.fixed + LAUNCH * work.operations
     # Dropout reads, writes and masks x once more.
@@ -86,14 +79,9 @@ def test_the_eager_lora_formula_by_hand(m, k, n, forward, backward):
         assert all(own.fixed < formula.fixed for own, formula in zip(plans[library], eager, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("m", "c", "h", "forward"),
-    [
-        (6304, 768, 64, 21), (6304, 768, 192, 22), (21920, 1024, 256, 104),
-        (262144, 64, 32, 70), (65536, 128, 64, 35), (16384, 256, 128, 18), (4096, 512, 256, 9),
-    ],
-)  # fmt: skip
-def test_the_eager_adapter_formula_by_hand(m, c, h, forward):
+@pytest.mark.parametrize(("shape", "forward"), ADAPTER_EAGER_MODEL.items())
+def test_the_eager_adapter_formula_by_hand(shape, forward):
+    m, c, h = shape
     sizes = {"M": m, "C": c, "h": h, "dropout_p": 0.0, "weight_bytes": 2, "cuda_rows": 64}
     eager, _ = costs.works("adapter_residual", (9, 0), 2, sizes)
     # The targets leave the narrow middle out where it is half as wide as the rows.

@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 from triton.runtime import _allocation  # noqa: E402
 
+from pyfused.choice import costs  # noqa: E402
 from pyfused.choice.costs import works  # noqa: E402
 from pyfused.kernels import lora_linear, lora_linear_tma  # noqa: E402
 from pyfused.kernels.launch import with_scratch  # noqa: E402
@@ -158,6 +159,7 @@ def _unfit():
         ("few rows", (x[:, :127], weight, y[:, :127], a, 8)),
         ("A", (x, weight, y, _tensor(64, 4), 4)),
         ("the rank", (x, weight, y, None, 65)),
+        ("one number a row", (_tensor(1, 256, 8)[:, :, :1], _tensor(8, 48).t()[:, :1], y, None, 8)),
     ]
 
 
@@ -213,6 +215,27 @@ def test_the_choice_by_times_knows_where_it_serves(capability, k, n, rank, m, pl
         assert set(wanted) == {"_lora_gemm_kernel"}
     else:
         assert started == wanted
+
+
+def test_the_choice_by_times_counts_the_tiles_that_there_are():
+    sides = {major: tuple((tile.block_m, tile.block_n) for tile in tiles) for major, tiles in TMA_TILES.items()}
+    assert sides == costs._TMA_TILES
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_the_choice_by_times_counts_narrower_tiles_where_the_launcher_takes_them(rank):
+    """Of dx, where a mask does not fit beside P that the tile makes."""
+
+    def own(p: float) -> float:
+        sizes = {
+            "M": 8192, "N": 4096, "K": 4096, "R": rank, "dropout_p": p, "weight_bytes": 2, "adapter_bytes": 2, "tma": 1,
+        }  # fmt: skip
+        return works("lora_linear", (9, 0), 2, sizes)[1]["triton", "one_launch"][1].own
+
+    def columns(drop_p: bool) -> int:
+        return tma_config(1, 8192, 4096, 4096, rank, torch.bfloat16, HOPPER, own_p=True, drop_p=drop_p).block_n
+
+    assert (own(0.1) > own(0.0)) == (columns(True) < columns(False)) == (rank == 64)
 
 
 @pytest.mark.parametrize("drop_p", [False, True])

@@ -10,6 +10,7 @@ import torch
 from models_setup import small_vit, wake
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfused
 from pyfused import (
@@ -185,6 +186,26 @@ def test_off_and_batch_on_merged_weights(kind):
         assert torch.equal(model(x), expected)
     assert loras(model)[0].merged
     assert torch.equal(model(x), merged)
+
+
+class Pads(TorchDispatchMode):
+    """Counts what is padded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.constant_pad_nd
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("ranks", "padded"), [((4, 4), False), ((4, 2), True)])
+def test_a_mixed_batch_pads_narrower_pairs_and_no_others(ranks, padded):
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name, rank in zip("ab", ranks, strict=True):
+        inject_lora(model, ["0"], rank=rank, adapter=name)
+    with adapter_batch(model, ["a", "b"]), Pads() as pads:
+        model(torch.randn(2, 8))
+    assert bool(pads.count) is padded
 
 
 def loop(model: nn.Module, names: list[str | None], x: torch.Tensor) -> torch.Tensor:
