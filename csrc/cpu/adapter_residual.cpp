@@ -135,7 +135,6 @@ int64_t vectors_size(const Adapter& p) {
   return rounded_up(p.width, kMostPanel) + 4 * rounded_up(p.channels, kMostPanel);
 }
 int64_t weight_size(const Adapter& p) { return rounded_up(p.width, kMostPanel) * rounded_up(p.channels, kMostPanel); }
-int64_t tile_size(int64_t rows, int64_t columns) { return rows * (rounded_up(columns, 16) + 16); }
 
 /// Floats of a tile of rows with so many columns of the tensors.
 int64_t block_size(const Adapter& p, int64_t columns) {

@@ -10,21 +10,6 @@
 namespace pyfused {
 namespace {
 
-/// Memory from the front of what a caller gave.
-struct Scratch {
-  float* next;
-
-  float* take(int64_t count) {
-    float* taken = next;
-    next = guarded(taken, count);
-    return taken;
-  }
-  Tile tile(int64_t rows, int64_t columns) {
-    const int64_t pitch = pitch_of(columns);
-    return {take(rows * pitch), pitch};
-  }
-};
-
 struct Vectors {
   float *down_bias, *up_bias, *gate, *gamma, *plain_up_bias;
 };
@@ -540,10 +525,12 @@ void finish_down_bias(const AdapterSums& p) {
 
 }  // namespace
 
-extern const AdapterKernels PYFUSED_KERNELS;
-const AdapterKernels PYFUSED_KERNELS = {
+namespace PYFUSED_KERNELS {
+extern const AdapterKernels adapter_residual;
+const AdapterKernels adapter_residual = {
     kPanel,  prepare,       pack_forward, pack_backward, copy,   forward,
     backward_rows, add_panels, add_down_bias, finish, finish_down_bias,
 };
+}  // namespace PYFUSED_KERNELS
 
 }  // namespace pyfused

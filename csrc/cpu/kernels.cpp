@@ -6,10 +6,16 @@
 
 namespace pyfused {
 
-// One compilation of adapter_residual_kernels.cpp each.
-extern const AdapterKernels kernels_baseline;
+// One compilation of adapter_residual_kernels.cpp and low_rank_kernels.cpp each.
+#define PYFUSED_SET(set)                          \
+  namespace set {                                 \
+  extern const AdapterKernels adapter_residual;   \
+  extern const LowRankKernels low_rank;           \
+  }
+PYFUSED_SET(kernels_baseline)
 #if defined(__x86_64__)
-extern const AdapterKernels kernels_avx2, kernels_avx512;
+PYFUSED_SET(kernels_avx2)
+PYFUSED_SET(kernels_avx512)
 #endif
 
 namespace {
@@ -17,7 +23,8 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool runs;
-  const AdapterKernels* kernels;
+  const AdapterKernels* adapter_residual;
+  const LowRankKernels* low_rank;
 };
 
 /// The widest first.
@@ -29,9 +36,13 @@ const InstructionSet* sets() {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const InstructionSet found[] = {
-      {"avx512", avx512, &kernels_avx512}, {"avx2", avx2, &kernels_avx2}, {"baseline", true, &kernels_baseline}, {}};
+      {"avx512", avx512, &kernels_avx512::adapter_residual, &kernels_avx512::low_rank},
+      {"avx2", avx2, &kernels_avx2::adapter_residual, &kernels_avx2::low_rank},
+      {"baseline", true, &kernels_baseline::adapter_residual, &kernels_baseline::low_rank},
+      {}};
 #else
-  static const InstructionSet found[] = {{"baseline", true, &kernels_baseline}, {}};
+  static const InstructionSet found[] = {
+      {"baseline", true, &kernels_baseline::adapter_residual, &kernels_baseline::low_rank}, {}};
 #endif
   return found;
 }
@@ -46,7 +57,8 @@ const InstructionSet* taken = widest();
 
 }  // namespace
 
-const AdapterKernels& adapter_kernels() { return *taken->kernels; }
+const AdapterKernels& adapter_kernels() { return *taken->adapter_residual; }
+const LowRankKernels& low_rank_kernels() { return *taken->low_rank; }
 
 }  // namespace pyfused
 

@@ -1,11 +1,12 @@
-// Which kernels this machine runs.
+// Which kernels this machine runs: of the widest instruction set that the processor has and the library was built for.
 #pragma once
 
 #include "adapter_residual.h"
+#include "low_rank.h"
 
 namespace pyfused {
 
-/// Of the widest instruction set that the processor has and the library was built for.
 const AdapterKernels& adapter_kernels();
+const LowRankKernels& low_rank_kernels();
 
 }  // namespace pyfused

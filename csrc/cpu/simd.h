@@ -120,10 +120,47 @@ struct Elements<Number::kFloat32> {
   static INLINE void store(float* p, Vec v) { pyfused::store(p, v); }
 };
 
-/// The first n elements, from 1 to kLanes of them, zeros behind.
+// The first n elements, from 1 to kLanes of them, zeros behind. With AVX-512, and of float32 with AVX2, by a mask: through
+// a copy of the elements the load would wait for the stores.
+#if defined(__AVX512F__) && !defined(PYFUSED_LANES)
+
+template <Number kNumber>
+INLINE Vec load_some(const typename Elements<kNumber>::Element* p, int64_t n) {
+  const uint32_t mask = (1u << least(n, kLanes)) - 1;
+  if constexpr (kNumber == Number::kFloat32) {
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(mask, p));
+  } else {
+    const Half raw = reinterpret_cast<Half>(_mm256_maskz_loadu_epi16(mask, p));
+    return kNumber == Number::kBFloat16 ? from_bfloat16(raw) : from_float16(raw);
+  }
+}
+template <Number kNumber>
+INLINE void store_some(typename Elements<kNumber>::Element* p, Vec v, int64_t n) {
+  const uint32_t mask = (1u << least(n, kLanes)) - 1;
+  if constexpr (kNumber == Number::kFloat32) {
+    _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+  } else {
+    const Half raw = kNumber == Number::kBFloat16 ? to_bfloat16(v) : to_float16(v);
+    _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(raw));
+  }
+}
+
+#else
+
+#if defined(__AVX2__) && !defined(PYFUSED_LANES)
+/// All bits of the first n lanes.
+INLINE __m256i lanes(int64_t n) {
+  alignas(32) static const int32_t kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + kLanes - n));
+}
+#endif
+
 template <Number kNumber>
 INLINE Vec load_some(const typename Elements<kNumber>::Element* p, int64_t n) {
   if (n >= kLanes) return Elements<kNumber>::load(p);
+#if defined(__AVX2__) && !defined(PYFUSED_LANES)
+  if constexpr (kNumber == Number::kFloat32) return reinterpret_cast<Vec>(_mm256_maskload_ps(p, lanes(n)));
+#endif
   typename Elements<kNumber>::Element copy[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
   return Elements<kNumber>::load(copy);
@@ -131,10 +168,15 @@ INLINE Vec load_some(const typename Elements<kNumber>::Element* p, int64_t n) {
 template <Number kNumber>
 INLINE void store_some(typename Elements<kNumber>::Element* p, Vec v, int64_t n) {
   if (n >= kLanes) return Elements<kNumber>::store(p, v);
+#if defined(__AVX2__) && !defined(PYFUSED_LANES)
+  if constexpr (kNumber == Number::kFloat32) return _mm256_maskstore_ps(p, lanes(n), reinterpret_cast<__m256>(v));
+#endif
   typename Elements<kNumber>::Element copy[kLanes];
   Elements<kNumber>::store(copy, v);
   for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
 }
+
+#endif
 
 /// Calls body(a constant of the type).
 template <class Body>

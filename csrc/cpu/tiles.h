@@ -3,7 +3,7 @@
 // A tile holds rows and their channels, or it is turned: channels, and of each the positions of images by channels.
 #pragma once
 
-#include "adapter_residual.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace pyfused {
@@ -20,6 +20,21 @@ INLINE int64_t pitch_of(int64_t columns) {
   const int64_t lines = (columns + 15) / 16;
   return 16 * (lines | 1);
 }
+
+/// Memory from the front of what a caller gave.
+struct Scratch {
+  float* next;
+
+  float* take(int64_t count) {
+    float* taken = next;
+    next = guarded(taken, count);
+    return taken;
+  }
+  Tile tile(int64_t rows, int64_t columns) {
+    const int64_t pitch = pitch_of(columns);
+    return {take(rows * pitch), pitch};
+  }
+};
 
 INLINE Rows transposed(Rows x) {
   const int64_t stride = x.stride_l;

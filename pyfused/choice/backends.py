@@ -152,8 +152,8 @@ CPU_BY_NAME = (
 )
 # Device type -> the operators that have CUDA C++ kernels there.
 CUDA_OPERATORS = _registered("cuda")
-# Those that have C++ kernels for CPUs.
-CPU_OPERATORS = _registered("cpu")["cpu"]
+# Those that have C++ kernels for CPUs: of a mixed batch's `lora_linear` for the low-rank terms.
+CPU_OPERATORS = frozenset({"low_rank": "mixed_lora_linear"}.get(name, name) for name in _registered("cpu")["cpu"])
 DEFAULT_BACKEND = _default_backend()
 measured.use(cache.rows())
 # Index of a GPU -> why `pyfused._C` does not run there; those that it has been launched on.

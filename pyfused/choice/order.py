@@ -85,7 +85,7 @@ def by_row(
 
 def slow_on_a_cpu(sizes: Mapping[str, float]) -> str:
     """Why "auto" leaves a call of such sizes to portable on a CPU; "" where the kernels for CPUs are the faster."""
-    if sizes["h"] <= _WIDEST_ON_A_CPU:
+    if sizes.get("h", 0) <= _WIDEST_ON_A_CPU:
         return ""
     return f"beyond h = {_WIDEST_ON_A_CPU} the library's products are faster"
 

@@ -26,22 +26,25 @@ from pyfused.ops.contract import checks, known, layout, registry
 from pyfused.ops.contract.cuda_limits import cuda_row_limit
 
 _NAME = "lora_linear"
-# Its raw operators with an index of adapters, which backend "cuda" has no kernels for.
+# Its raw operators with an index of adapters, which backend "cuda" has no kernels for, and "cpu" alone.
 _MIXED = "mixed_lora_linear"
 MAX_RANK = 256
 # Beyond it P of every tile does not fit beside the tile's accumulator.
 MAX_RANK_ONE_LAUNCH = 64
 PLANS = {"portable": ("blas",), "triton": ("one_launch", "shrink_expand", "blas"), "cuda": ("one_launch",)}
+# With an index of adapters; backend "cuda" says of each call why it takes none.
+MIXED_PLANS = PLANS | {"cpu": ("blas",)}
 
 
-def candidates(plan: str, rank: int) -> dict[str, tuple[str, ...]]:
+def candidates(plan: str, rank: int, mixed: bool = False) -> dict[str, tuple[str, ...]]:
     """Backend -> the plans that may serve a call of this rank, which asks for ``plan``; what is cheapest to interpret
-    comes first."""
+    comes first. ``mixed``: with an index of adapters."""
+    known_plans = MIXED_PLANS if mixed else PLANS
     if plan != "auto":
-        return {backend: (plan,) if plan in plans else () for backend, plans in PLANS.items()}
+        return {backend: (plan,) if plan in plans else () for backend, plans in known_plans.items()}
     if rank <= MAX_RANK_ONE_LAUNCH:
-        return PLANS
-    return PLANS | {"triton": tuple(name for name in PLANS["triton"] if name != "one_launch")}
+        return known_plans
+    return known_plans | {"triton": tuple(name for name in PLANS["triton"] if name != "one_launch")}
 
 
 def sizes_of(
@@ -96,10 +99,11 @@ _BWD = (
     "-> (Tensor dx, Tensor da, Tensor db)"
 )
 _INDEX = ", Tensor adapter_index, int adapters"
+_MIXED_HOMES = registry.HOMES | {"cpu": "pyfused.cpu"}
 _fwd = registry.define(_NAME, "fwd", _FWD.format(""), _fake_fwd)
 _bwd = registry.define(_NAME, "bwd", _BWD.format(""), _fake_bwd)
-_mixed_fwd = registry.define(_MIXED, "fwd", _FWD.format(_INDEX), _fake_fwd, served_by=_NAME)
-_mixed_bwd = registry.define(_MIXED, "bwd", _BWD.format(_INDEX), _fake_bwd, served_by=_NAME)
+_mixed_fwd = registry.define(_MIXED, "fwd", _FWD.format(_INDEX), _fake_fwd, _NAME, _MIXED_HOMES)
+_mixed_bwd = registry.define(_MIXED, "bwd", _BWD.format(_INDEX), _fake_bwd, _NAME, _MIXED_HOMES)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -163,7 +167,7 @@ class _LoRALinear(torch.autograd.Function):
 def _derived(backend, x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, save, *mixed):
     # Of a program that was traced for one direction, the other is planned where it runs.
     sizes = sizes_of(x.shape[0] * x.shape[1], weight, lora_a, lora_b, dropout_p, not channels_first)
-    plans = {backend: candidates("auto", lora_a.shape[0])[backend]}
+    plans = {backend: candidates("auto", lora_a.shape[0], bool(mixed))[backend]}
     backward = backends.planned(_MIXED if mixed else _NAME, x.device, x.dtype, sizes, plans).backward
     y = _LoRALinear.apply(
         x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, channels_first, plan, backward, backend, *mixed
@@ -213,10 +217,10 @@ def lora_linear(
         adapter_index: which of G adapters acts on each row: int64, broadcast to x's shape without its channels, such
             as (B, 1) for one adapter a sample of x (B, L, K). Then ``lora_a`` is (G, R, K) and ``lora_b`` (N, G, R),
             with G R <= 256. -1, and any other number outside 0..G - 1, is no adapter: no value is read to check it.
-            Parameters must be finite: rows of other adapters are multiplied by zeros. Not on cuda. Default None.
+            Parameters must be finite: rows of other adapters may be multiplied by zeros. Not on cuda. Default None.
         plan: "auto" (the default), "blas", and on triton also "one_launch" (R up to 64) or "shrink_expand"; on cuda
             only "one_launch".
-        backend: "auto" (the default), "portable", "triton", "cuda" or "cpu".
+        backend: "auto" (the default), "portable", "triton", "cuda", or with ``adapter_index`` "cpu".
 
     Returns:
         (..., N) in x's dtype (under autocast, in the autocast dtype); with ``channel_dim=1`` (B, N, ...), contiguous,
@@ -311,16 +315,17 @@ def _decide(
     rank = lora_a.shape[0]
     by_rows = x.stride(-1) == 1 if channel_dim == -1 else layout.runs_by_rows(x)
     sizes = sizes_of(x.numel() // weight.shape[1], weight, lora_a, lora_b, dropout_p, by_rows)
-    plans = candidates(plan, rank)
+    plans = candidates(plan, rank, adapter_index is not None)
     limits = _limits(name, x, dtype, weight, lora_a, lora_b, bias, plan, sizes["M"])
-    kernels = name
-    if adapter_index is not None:
+    if adapter_index is None:
+        kernels, limits["cpu"] = name, f"{name}: adapter_index must be given there"
+    else:
         kernels, limits["cuda"] = _MIXED, f"{name}: adapter_index must be None there"
     chosen, forward, backward = backends.choose(backend, x.device, dtype, kernels, sizes, limits, plans)
-    if plan not in ("auto", *PLANS[chosen]):
-        beyond = "".join(f"; {other}: {reason}" for other, reason in limits.items() if plan in PLANS[other])
+    if plan not in ("auto", *MIXED_PLANS[chosen]):
+        beyond = "".join(f"; {other}: {reason}" for other, reason in limits.items() if plan in MIXED_PLANS[other])
         raise ValueError(
-            f"{name}: plan on backend {chosen!r} must be one of {('auto', *PLANS[chosen])}, got {plan!r}{beyond}"
+            f"{name}: plan on backend {chosen!r} must be one of {('auto', *MIXED_PLANS[chosen])}, got {plan!r}{beyond}"
         )
     if decision.observers:
         decision.notify(_decided(x, dtype, sizes, chosen, plan, forward, backward, limits, kernels, asked))
@@ -356,7 +361,7 @@ def _with_index(backend: str, adapter_index: Tensor, adapters: int) -> Callable[
 
 
 def _decided(x, dtype, sizes, backend, plan, forward, backward, limits, kernels, asked=()) -> decision.Decision:
-    plans = candidates(plan, sizes["R"])
+    plans = candidates(plan, sizes["R"], kernels == _MIXED)
     reason = "the plans of least regret by their modelled times"
     if plan != "auto":
         reason = "plan asked for by name"

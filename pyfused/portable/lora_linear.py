@@ -26,16 +26,15 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, N) and P (B * L, R) in x's dtype; see `pyfused.ops.lora_linear` for the contract."""
     dtype = x.dtype
-    by_channels = channels_first and not small_images(x, channels_first, SHORT)
-    rows = x if by_channels else x.reshape(-1, x.shape[2])
-    p = product(_dropped(rows, seed, dropout_p), cast(lora_a, dtype), by_channels)
+    by_channels, (rows,) = rows_of(channels_first, x)
+    p = product(dropped(rows, seed, dropout_p), cast(lora_a, dtype), by_channels)
     if adapter_index is not None:
         _keep_own_(p, adapter_index, adapters)
     y = product(rows, cast(weight, dtype), by_channels, None if bias is None else cast(bias, dtype))
     add_product_(y, p, cast(lora_b, dtype), scaling)
     if by_channels and save:
         p = p.reshape(-1, p.shape[2]).contiguous()
-    return _as_images(y, x, channels_first), p if save else x.new_empty((0, lora_a.shape[0]))
+    return as_images(y, x, channels_first), p if save else x.new_empty((0, lora_a.shape[0]))
 
 
 def lora_linear_bwd(
@@ -59,10 +58,8 @@ def lora_linear_bwd(
     """dx (B, L, K) in dy's dtype, dA and dB in their parameters' dtypes; empty where not needed."""
     dx = da = db = None
     images, dtype = dy, dy.dtype
-    by_channels = channels_first and not small_images(dy, channels_first, SHORT)
-    if not by_channels:
-        dy, x = dy.reshape(-1, dy.shape[2]), None if x is None else x.reshape(-1, x.shape[2])
-    elif need_db:
+    by_channels, (dy, x) = rows_of(channels_first, dy, x)
+    if by_channels and need_db:
         p = p.view(*dy.shape[:2], p.shape[1])
     if need_dx or need_da:
         q = product(dy, cast(lora_b, dtype).t(), by_channels, alpha=scaling)
@@ -77,9 +74,9 @@ def lora_linear_bwd(
             dx.add_(low_rank)
         else:
             add_product_(dx, q, a)
-        dx = _as_images(dx, images, channels_first)
+        dx = as_images(dx, images, channels_first)
     if need_da:
-        da = sum_over_rows(q, _dropped(x, seed, dropout_p), lora_a.dtype)
+        da = sum_over_rows(q, dropped(x, seed, dropout_p), lora_a.dtype)
     if need_db:
         db = sum_over_rows(dy, p, lora_b.dtype, scaling)
     return (
@@ -89,7 +86,15 @@ def lora_linear_bwd(
     )
 
 
-def _as_images(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+def rows_of(channels_first: bool, *tensors: Tensor | None) -> tuple[bool, list[Tensor | None]]:
+    """Whether products of these (B, L, C) go by channels, and the tensors as products then take them: (B L, C) where
+    not."""
+    if channels_first and not small_images(tensors[0], channels_first, SHORT):
+        return True, list(tensors)
+    return False, [None if tensor is None else tensor.reshape(-1, tensor.shape[2]) for tensor in tensors]
+
+
+def as_images(y: Tensor, x: Tensor, channels_first: bool) -> Tensor:
     """y, of as many rows as x (B, L, K) has, as (B, L, N) that lies by channels when ``channels_first``."""
     if y.dim() == 3:
         return y
@@ -104,7 +109,7 @@ def _keep_own_(p: Tensor, adapter_index: Tensor, adapters: int) -> None:
     blocks.masked_fill_(others.unsqueeze(-1), 0.0)
 
 
-def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """drop(x), as fresh rows in memory when dropout acts."""
     if p == 0.0:
         return x

@@ -21,6 +21,7 @@ import pyfused
 from pyfused import reference
 from pyfused.ops import OPERATORS as ALL
 from pyfused.ops.adapter_residual import PLANS as ADAPTER_PLANS
+from pyfused.ops.lora_linear import MIXED_PLANS
 from pyfused.ops.lora_linear import PLANS as LORA_PLANS
 
 
@@ -99,7 +100,7 @@ OPERATORS = {
     "lora_linear mixed": Operator(
         name="lora_linear",
         draw=_lora(2, 3, 6, mixed=2),
-        plans={backend: LORA_PLANS[backend] for backend in ("portable", "triton")},
+        plans={backend: plans for backend, plans in MIXED_PLANS.items() if backend != "cuda"},
         options={"scaling": 0.5, "adapter_index": _index(1, -1, 0)},
         variants={
             "NCHW, no bias, dropout": (

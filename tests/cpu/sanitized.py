@@ -19,7 +19,7 @@ COMMON = ("-g", "-O1", "-fno-omit-frame-pointer")
 THREADS = (*COMMON, "-fsanitize=thread", "-DPYFUSED_OWN_THREADS")
 MEMORY = (*COMMON, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 SMALL = (
-    "tests/ops/adapter_residual", "-k",
+    "tests/ops/adapter_residual", "tests/ops/lora_linear/test_lora_linear_cpu.py", "-k",
     "cpu and (several_tiles or smallest_shapes) or every_instruction_set or same_bits or dropped_sample_holds and cpu",
 )  # fmt: skip
 

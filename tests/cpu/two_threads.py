@@ -30,6 +30,11 @@ def main() -> None:
                 dropout_p=0.2, seed=1, channel_dim=channel_dim, plan=plan, backend="cpu",
             )  # fmt: skip
             torch.autograd.grad(y, [z, residual, *weights, gamma], torch.ones_like(y))
+    x, weight = torch.randn(300, 96, requires_grad=True), torch.randn(80, 96)
+    lora_a, lora_b = torch.randn(3, 8, 96, requires_grad=True), torch.randn(80, 3, 8, requires_grad=True)
+    index = torch.arange(300) % 4
+    y = pyfused.lora_linear(x, weight, lora_a, lora_b, adapter_index=index, dropout_p=0.2, seed=1, backend="cpu")
+    torch.autograd.grad(y, [x, lora_a, lora_b], torch.ones_like(y))
     print("two threads: no report")
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "choice": {"choice.cache", "choice.measured"},
     "reference": set(),
     "portable": set(),
+    "cpu": {"portable"},
     "kernels": {"choice.measured"},
     "ops.contract": {"choice", "choice.measured"},
     "ops": {"choice", "ops.contract"},
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The same, inside a function only: code that must not be loaded with the package.
 MAY_IMPORT_LATE = {
     "ops": {"portable", "kernels"},
-    "ops.contract": {"portable", "kernels"},
+    "ops.contract": {"portable", "cpu", "kernels"},
     "tuner": {"kernels"},
     "installation": {"bench"},
     "cli": {"bench", "integrations", "kernels"},

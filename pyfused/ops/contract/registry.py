@@ -20,8 +20,8 @@ from pyfused.ops.contract import known
 _Output = TypeVar("_Output")
 
 # Where a backend keeps its implementations: module of the same name as the operator, function named as the schema.
-# The compiled library of "cuda" registers its own.
-_HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
+# Compiled libraries register their own.
+HOMES = {"portable": "pyfused.portable", "triton": "pyfused.kernels"}
 _AUTOCAST = [name for name in torch._C.DispatchKey.__members__ if name.startswith("Autocast")]
 _AUTOCAST_KEYS = functools.reduce(
     lambda keys, name: keys | torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[name]),
@@ -49,11 +49,19 @@ Raw = dict[str, Callable[..., Any]]
 homes: dict[str, str] = {}
 
 
-def define(operator: str, direction: str, schema: str, fake: Callable, served_by: str | None = None) -> Raw:
+def define(
+    operator: str,
+    direction: str,
+    schema: str,
+    fake: Callable,
+    served_by: str | None = None,
+    implemented: Mapping[str, str] = HOMES,
+) -> Raw:
     """Register ``<operator>_<direction><schema>`` in every backend's namespace; returns backend -> raw operator.
 
     Implementations are imported at the first call, so that importing pyfused needs torch alone. ``served_by`` names
-    another operator whose implementations serve this one too: its schema goes on where theirs ends.
+    another operator whose implementations serve this one too: its schema goes on where theirs ends. ``implemented``:
+    backend -> the package that has an implementation in Python.
     """
     name, home = f"{operator}_{direction}", served_by or operator
     homes[name] = home
@@ -61,8 +69,8 @@ def define(operator: str, direction: str, schema: str, fake: Callable, served_by
     for backend, library in _libraries.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         implementation = None
-        if backend in _HOMES:
-            implementation = _lazy(f"{_HOMES[backend]}.{home}", f"{home}_{direction}")
+        if backend in implemented:
+            implementation = _lazy(f"{implemented[backend]}.{home}", f"{home}_{direction}")
             library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfused_{backend}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, f"pyfused_{backend}"), name).default

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 import shutil
@@ -16,6 +14,7 @@ import pytest
 import torch
 from adapter_residual_cases import FORMATS, check, draw, sample_scale
 from cpu import library
+from cpu.machine import every_instruction_set, take, taken, threads
 from operator_cases import IMAGES, LAYOUTS, run, seed, skips
 from oracle import randn
 from tree import ROOT
@@ -27,16 +26,6 @@ from pyfused.ops.adapter_residual import ACTIVATIONS, PLANS
 pytestmark = skips("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def take():
-    """Sets the instruction set for one test; false where this machine has it not."""
-    before = backends.cpu_instruction_set()
-    take = backends.CPU_LIBRARY.pyfused_cpu_take
-    take.argtypes, take.restype = [ctypes.c_char_p], ctypes.c_bool
-    yield lambda name: take(name.encode())
-    assert take(before.encode())
 
 
 def _calls():
@@ -58,7 +47,7 @@ def _calls():
         yield shape, hidden, layout, dtype, ACTIVATIONS[n % 7], PLANS[n % 2], (0.0, 0.3)[n // 3 % 2]
 
 
-def _check_calls() -> None:
+def check_calls() -> None:
     for shape, hidden, layout, dtype, activation, plan, p in _calls():
         channel_dim = -1 if layout == "rows" else 1
         tensors = draw(shape, hidden, dtype, residual=torch.float32, channel_dim=channel_dim)
@@ -74,19 +63,15 @@ def _check_calls() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(name, take):
-    if not take(name):
-        pytest.skip(f"this machine has no {name}")
-    assert backends.cpu_instruction_set() == name
-    _check_calls()
+@every_instruction_set
+def test_every_instruction_set(instruction_set):
+    with taken(instruction_set):
+        check_calls()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_numbers_of_16_bits_are_read_and_rounded_as_torch_does(name, dtype, take):
-    if not take(name):
-        pytest.skip(f"this machine has no {name}")
+@every_instruction_set
+def test_numbers_of_16_bits_are_read_and_rounded_as_torch_does(instruction_set, dtype):
     z = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 8)
     z = z.nan_to_num(7.0, 7.0, 7.0).requires_grad_()
     # Every number of the type, the middles between two and what is next to them.
@@ -95,14 +80,15 @@ def test_numbers_of_16_bits_are_read_and_rounded_as_torch_does(name, dtype, take
     )
     near = near.view(torch.float32).nan_to_num(7.0)
     zeros = torch.zeros(2, 8, dtype=dtype), None, torch.zeros(8, 2, dtype=dtype), None
-    y = pyfused.adapter_residual(z, *zeros, residual=torch.zeros(z.shape), backend="cpu")
-    assert torch.equal(y, z.float())
-    for dy in near.split(z.shape[0]):
-        (dz,) = torch.autograd.grad(y, [z], dy, retain_graph=True)
-        assert torch.equal(dz, dy.to(dtype))
+    with taken(instruction_set):
+        y = pyfused.adapter_residual(z, *zeros, residual=torch.zeros(z.shape), backend="cpu")
+        assert torch.equal(y, z.float())
+        for dy in near.split(z.shape[0]):
+            (dz,) = torch.autograd.grad(y, [z], dy, retain_graph=True)
+            assert torch.equal(dz, dy.to(dtype))
 
 
-def test_an_unknown_instruction_set_is_not_taken(take):
+def test_an_unknown_instruction_set_is_not_taken():
     before = backends.cpu_instruction_set()
     assert not take("avx1024")
     assert backends.cpu_instruction_set() == before
@@ -110,12 +96,12 @@ def test_an_unknown_instruction_set_is_not_taken(take):
 
 # Their arithmetic without their instructions, which few machines have.
 WIDER = """
-import pytest, sys
-from pyfused.choice import backends, measured, order
-backends.CPU_LIBRARY.pyfused_cpu_take(b"baseline")
-from test_adapter_residual_cpu import _check_calls
-_check_calls()
-print(backends.cpu_instruction_set())
+import test_adapter_residual_cpu, test_lora_linear_cpu
+from cpu.machine import taken
+with taken("baseline"):
+    test_adapter_residual_cpu.check_calls()
+    test_lora_linear_cpu.check_calls()
+print("right")
 """
 
 
@@ -126,31 +112,21 @@ def test_vectors_of_sixteen_lanes(tmp_path):
     options = ["-mavx2", "-mfma", "-mf16c", "-DPYFUSED_LANES=16", "-Wno-psabi", "-O1"]
     library.build(tmp_path, {"baseline": options, "avx2": ["-O0"], "avx512": ["-O0"]})
     library.installed(tmp_path)
-    paths = [tmp_path, ROOT / "tests", Path(__file__).parent]
+    paths = [tmp_path, ROOT / "tests", Path(__file__).parent, Path(__file__).parent.with_name("lora_linear")]
     done = subprocess.run(
         [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", WIDER], cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "baseline\n"
-
-
-@contextlib.contextmanager
-def _threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    assert done.stdout == "right\n"
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
     ("shape", "hidden", "channel_dim"), [((2500, 40), 24, -1), ((900, 96), 48, -1), ((9, 48, 15, 15), 20, 1)], ids=str
 )
-def test_the_same_bits_on_any_number_of_threads(shape, hidden, channel_dim, plan):
+def test_the_same_bits_on_any_number_ofthreads(shape, hidden, channel_dim, plan):
     tensors = draw(shape, hidden, residual=torch.float32, channel_dim=channel_dim)
     options = {
         "sample_scale": sample_scale(shape[0], "some"), "dropout_p": 0.1, "seed": seed(), "channel_dim": channel_dim,
@@ -158,7 +134,7 @@ def test_the_same_bits_on_any_number_of_threads(shape, hidden, channel_dim, plan
     }  # fmt: skip
     found = []
     for count in (1, 2, 3, 5):
-        with _threads(count):
+        with threads(count):
             found.append(run(pyfused.adapter_residual, tensors, **options))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
@@ -177,7 +153,7 @@ def test_dropped_samples_take_no_time(channel_dim):
         return time.thread_time() - start
 
     # The best of several rounds: what else the machine does takes time of caches and memory.
-    with _threads(1):
+    with threads(1):
         rounds = [(taken([1.0, 2.0, 1.0, 1.0]), taken([0.0, 2.0, 0.0, 0.0]), taken([0.0] * 4)) for _ in range(8)]
     every, one, none = map(min, zip(*rounds, strict=True))
     assert one < 0.6 * every
