@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 BASE = "base GEMM"
+# A call of the operator for each of several adapters.
+LOOP = "loop of calls"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyfused.bench import thirdparty
-from pyfused.bench.cases.baselines import BASE, Contender, Contenders, narrowed
+from pyfused.bench.cases.baselines import BASE, LOOP, Contender, Contenders, narrowed
 from pyfused.bench.cases.case import Case, Result, Work, normal, short, with_both_adapters
-from pyfused.ops.lora_linear import PLANS
+from pyfused.ops.lora_linear import MIXED_PLANS, PLANS, lora_linear
 
 # (in features, out features) of in_proj, out_proj, c_fc and c_proj in CLIP's ViT-B.
 CLIP_LAYERS = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
@@ -125,11 +125,73 @@ class LoRACase(Case):
                     found.named["PEFT (autocast)"] = _peft(self, tensors, autocast=True)
         except thirdparty.Unavailable as error:
             found.unavailable["PEFT"] = str(error)
-        found.named[BASE] = Contender(lambda x: F.linear(x, tensors["weight"], tensors["bias"]), ())
+        found.named[BASE] = _base(tensors)
         return found
 
     def plans(self, backend: str) -> tuple[str, ...]:
         return PLANS.get(backend, ())
+
+
+@dataclass(frozen=True)
+class MixedLoRACase(LoRACase):
+    """A mixed batch: as many rows, one after the other, for each of ``adapters`` adapters."""
+
+    adapters: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} {self.adapters} adapters"
+
+    def facts(self) -> dict[str, object]:
+        return {**super().facts(), "adapters": self.adapters}
+
+    def tensors(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        draw = normal(device, seed)
+        k, n, r, of_adapter = self.in_features, self.out_features, self.rank, self.parameter_dtype
+        return super().tensors(device, seed) | {
+            "lora_a": draw((self.adapters, r, k), k**-0.5, of_adapter),
+            "lora_b": draw((n, self.adapters, r), r**-0.5 / self.scaling, of_adapter),
+        }
+
+    def call(self, function: Callable[..., Result], tensors: Mapping[str, Tensor], **options) -> Result:
+        index = torch.arange(self.rows, device=tensors["x"].device) // (self.rows // self.adapters)
+        return super().call(function, tensors, adapter_index=index, **options)
+
+    def passes(self) -> tuple[Work, Work]:
+        others = (self.adapters - 1) * self.rank * (self.in_features + self.out_features)
+        size = self.parameter_dtype.itemsize
+        forward, backward = super().passes()
+        return forward + Work(0, size * others), backward + Work(0, 2 * size * others)
+
+    def plain(self) -> dict[str, Callable[..., Tensor]]:
+        return {name: _by_adapter(function) for name, function in super().plain().items()}
+
+    def ours(self, by_name: Iterable[str] = ()) -> dict[str, Callable[..., Tensor]]:
+        return super().ours(by_name) | {LOOP: _by_adapter(lora_linear)}
+
+    def contenders(self, tensors: Mapping[str, Tensor], by_name: Iterable[str] = ()) -> Contenders:
+        found = Case.contenders(self, tensors, by_name)
+        found.named[BASE] = _base(tensors)
+        return found
+
+    def plans(self, backend: str) -> tuple[str, ...]:
+        return MIXED_PLANS.get(backend, ())
+
+
+def _base(tensors: Mapping[str, Tensor]) -> Contender:
+    return Contender(lambda x: F.linear(x, tensors["weight"], tensors["bias"]), ())
+
+
+def _by_adapter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call of ``function`` for the rows of each adapter."""
+
+    def loop(
+        x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor, adapter_index: Tensor, **options
+    ) -> Tensor:
+        rows, adapters = x.chunk(lora_a.shape[0]), zip(lora_a.unbind(0), lora_b.unbind(1), strict=True)
+        return torch.cat([function(x, weight, a, b, bias, **options) for x, (a, b) in zip(rows, adapters, strict=True)])
+
+    return loop
 
 
 # Next to no arithmetic.
@@ -137,10 +199,11 @@ TINY = LoRACase(16, 64, 64)
 
 
 def timed_cases(device: torch.device) -> list[LoRACase]:
-    """CLIP's layers in float32 on a CPU; on a GPU the shapes of ViTs and language models in bfloat16, each without and
-    with dropout."""
+    """CLIP's layers in float32 on a CPU, and 8 rows for each of 8 adapters; on a GPU the shapes of ViTs and language
+    models in bfloat16, each without and with dropout."""
     if device.type == "cpu":
-        return [LoRACase(m, k, n) for m, (k, n) in itertools.product(CLIP_ROWS, CLIP_LAYERS)]
+        mixed = [MixedLoRACase(64, 768, n) for n in (768, 3072)]
+        return [*(LoRACase(m, k, n) for m, (k, n) in itertools.product(CLIP_ROWS, CLIP_LAYERS)), *mixed]
     shapes = itertools.product((0.0, 0.1), GPU_SHAPES)
     return list(with_both_adapters(LoRACase(m, k, n, dtype=torch.bfloat16, dropout_p=p) for p, (m, k, n) in shapes))
 

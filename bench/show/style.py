@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from pyfused import files
-from pyfused.bench.cases.baselines import BASE
+from pyfused.bench.cases.baselines import BASE, LOOP
 from pyfused.bench.record.rows import Row
 
 _Arguments = ParamSpec("_Arguments")
@@ -67,6 +67,7 @@ _CONTENDERS = {
     "PEFT (nn.Linear attention)": ("#9c6b2f", "<"),
     "PEFT (autocast_adapter_dtype=False)": ("#b8a03c", ">"),
     "PEFT (autocast)": ("#8a7a1f", "P"),
+    LOOP: ("#b05a3c", "*"),
     BASE: ("#8b949e", "X"),
 }
 # Contender -> what a reader calls it; the others have their own names.

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pyfused.bench.cases.baselines import BASE
+from pyfused.bench.cases.baselines import BASE, LOOP
 from pyfused.bench.record.rows import NOISY, Row
 
 # Before the time of a noisy row.
@@ -52,6 +52,7 @@ def print_table(rows: Sequence[Row], stream: TextIO, targets: bool = False) -> N
         'least, below 1x where "auto" took a slower one. '
         "x GEMM: pyfused's time over that of the frozen layer alone; below 1x on a CPU where the portable backend "
         "takes oneDNN's float32 product and torch takes MKL's.",
+        "vs loop: against a call for each adapter of a mixed batch. "
         "parity: largest error against float64 as a share of its limit; a row that fails has no times.",
         "Times: medians; ±: half the distance between their quartiles, where the terminal has room for it.",
     ]
@@ -135,6 +136,7 @@ def _cells(row: Row, spread: bool) -> dict[str, str]:
         "vs cuda": ratio_text(row.ratios.get("pyfused cuda")),
         "fastest by name": _fastest(row),
         "vs SDPA": ratio_text(row.ratios.get("projections + SDPA")),
+        "vs loop": ratio_text(row.ratios.get(LOOP)),
         "vs PEFT": " / ".join(ratio_text(row.ratios[name]) for name in _peft(row)),
         "x GEMM": ratio_text(1 / row.ratios[BASE] if BASE in row.ratios else None),
         "% floor": floor_text(row),

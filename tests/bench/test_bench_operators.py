@@ -14,7 +14,8 @@ from pyfused.bench.cases import operators
 from pyfused.bench.cases.adapter_residual import AdapterCase, eager_adapter_residual
 from pyfused.bench.cases.case import refusal
 from pyfused.bench.cases.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
-from pyfused.bench.cases.lora_linear import LoRACase
+from pyfused.bench.cases.baselines import LOOP
+from pyfused.bench.cases.lora_linear import LoRACase, MixedLoRACase
 from pyfused.bench.cases.projection_residual import ProjectionCase, eager_projection_residual
 from pyfused.bench.measure import memory, parity
 from pyfused.bench.record.rows import Row
@@ -26,6 +27,7 @@ from pyfused.ops.cross_attention_residual import PLANS
 
 CPU = torch.device("cpu")
 SMALL = LoRACase(33, 40, 24, rank=3)
+SMALL_MIXED = MixedLoRACase(33, 40, 24, rank=3, adapters=3)
 SMALL_ADAPTER = AdapterCase((3, 11, 24), 5)
 SMALL_MAPS = AdapterCase((3, 24, 5, 7), 5, drop_path=0.34)
 SMALL_ATTENTION = CrossAttentionCase(2, 11, 24, 3, 5)
@@ -41,6 +43,7 @@ SMALL_PROJECTION = ProjectionCase((2, 11, 20), 24)
     [
         SMALL,
         LoRACase(33, 40, 24, 3, torch.bfloat16, torch.float32, dropout_p=0.3),
+        SMALL_MIXED,
         SMALL_ADAPTER,
         SMALL_MAPS,
         AdapterCase((3, 24, 5, 7), 5, torch.bfloat16, torch.float32, drop_path=0.34, dropout_p=0.3),
@@ -56,6 +59,16 @@ SMALL_PROJECTION = ProjectionCase((2, 11, 20), 24)
 def test_the_gate_passes_the_operator(case):
     for plan in case.plans("portable"):
         assert all(item.passed for item in parity.check(case, CPU, plan=plan))
+
+
+def test_a_mixed_batch_is_beside_loops_that_compute_the_same():
+    tensors = SMALL_MIXED.tensors(CPU)
+    named = SMALL_MIXED.contenders(tensors).named
+    assert LOOP in named
+    one_call, *loops = (named[name].call([tensors["x"]], tensors["dy"], True)() for name in ("pyfused", "eager", LOOP))
+    for loop in loops:
+        for one, other in zip(one_call, loop, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def _flipped(x, weight, lora_a, lora_b, bias, *, scaling, **rest):
@@ -534,6 +547,8 @@ def test_timed_cases_are_those_of_the_targets():
     lora = [[case for case in found if isinstance(case, LoRACase)] for found in (on_cpu, on_gpu)]
     shapes = [_shapes(found, "rows", "in_features", "out_features") for found in lora]
     assert {(400, 768, 2304), (400, 768, 768), (400, 768, 3072), (400, 3072, 768)} < shapes[0]
+    mixed = [case for case in lora[0] if isinstance(case, MixedLoRACase)]
+    assert {case.rows // case.adapters for case in mixed} == {8}
     assert shapes[1] == set(numbers.LORA_H200)
     assert {case.dropout_p for case in lora[1]} == {0.0, 0.1}
 
