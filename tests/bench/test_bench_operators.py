@@ -12,9 +12,9 @@ import torch
 import pyfused
 from pyfused.bench.cases import operators
 from pyfused.bench.cases.adapter_residual import AdapterCase, eager_adapter_residual
+from pyfused.bench.cases.baselines import LOOP
 from pyfused.bench.cases.case import refusal
 from pyfused.bench.cases.cross_attention_residual import SDPA, CrossAttentionCase, eager_cross_attention_residual
-from pyfused.bench.cases.baselines import LOOP
 from pyfused.bench.cases.lora_linear import LoRACase, MixedLoRACase
 from pyfused.bench.cases.projection_residual import ProjectionCase, eager_projection_residual
 from pyfused.bench.measure import memory, parity
